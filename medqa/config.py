@@ -1,0 +1,181 @@
+"""The experiment: what a run computes, as frozen typed sections. It owns every number; options only say where things are.
+
+Reading it from a file, with `--tiny` and `--set` laid over it, is in `experiment_file.py`. Key names are PEFT's and
+the field's. Every key has a default, so a file may be silent; `config.yaml` of a run has them all written out.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+def _brackets(value: Any) -> Any:
+    """On a command line `[PAD]` is a YAML list of one word; the token was meant."""
+    return "[PAD]" if value == ["PAD"] else value
+
+
+def _constant(value: Any) -> Any:
+    """`constant` is another name for no schedule."""
+    return "none" if value == "constant" else value
+
+
+class Section(BaseModel):
+    """A frozen section that refuses unknown keys and converts no types (a whole number stands for a float)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class Model(Section):
+    """The frozen base model. `dtype` is the type of its weights and the compute type of 4-bit weights."""
+
+    base: Annotated[str, Field(min_length=1)] = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+    quantization: Literal["none", "4bit"] = "none"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dequantize: Literal["auto", "never"] = "never"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    gradient_checkpointing: bool = False
+
+
+class Lora(Section):
+    """The adapter, in PEFT's names. `init_from` is a saved adapter to start from."""
+
+    r: Positive = 8
+    lora_alpha: Positive = 16
+    lora_dropout: Fraction = 0.05
+    target_modules: Annotated[list[str], Field(min_length=1)] = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+    bias: Literal["none"] = "none"
+    init_from: str | None = None
+
+
+class Data(Section):
+    """Sources (see `data/sources.py`) and the split into train, validation and test."""
+
+    medquad: str = "kaggle:pythonafroz/medquad-medical-question-answer-for-ai-research"
+    afrimedqa: str = "intronhealth/afrimedqa_v2"
+    files: dict[str, str] = {}
+    split: Literal["grouped", "topic", "random"] = "grouped"
+    split_seed: Count = 42
+    fractions: Annotated[list[Fraction], Field(min_length=3, max_length=3)] = [0.8, 0.1, 0.1]
+
+
+class Tokenization(Section):
+    """From text to ids. A row whose ids and EOS exceed `max_length` is cut to it and has no EOS."""
+
+    padding: Literal["longest", "max_length"] = "longest"
+    pad_token: Annotated[Literal["eos", "[PAD]"], BeforeValidator(_brackets)] = "eos"
+    max_length: Annotated[int, Field(ge=8)] = 512
+    append_eos: bool = True
+    loss_on: Literal["all", "answer"] = "all"
+
+
+class Optimizer(Section):
+    """`max_grad_norm` bounds the norm of the whole gradient before each update."""
+
+    name: Literal["adamw_torch", "paged_adamw_8bit"] = "adamw_torch"
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-5
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+
+class Scheduler(Section):
+    """How the rate changes over the updates, after `warmup_steps` of linear warmup. `none` is constant."""
+
+    name: Annotated[Literal["none", "linear", "cosine"], BeforeValidator(_constant)] = "none"
+    warmup_steps: Count = 0
+
+
+class Training(Section):
+    """Updates, batches, precision and intervals. `global_batch_size` examples make one update on any number of processes."""
+
+    max_steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    global_batch_size: Positive = 32
+    per_device_batch_size: Positive = 4
+    mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
+    seed: Count = 42
+    deterministic: bool = True
+    padding_free: bool = False
+    micro_batch_tokens: Positive | None = None
+    log_steps: Positive = 10
+    save_steps: Positive = 50
+    save_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    keep_checkpoints: Positive = 3
+    process_timeout_s: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 600.0
+
+
+class Evaluation(Section):
+    """During training: every `steps` updates, on a fixed seeded subset of `rows` validation rows (null: all)."""
+
+    steps: Positive = 100
+    rows: Positive | None = 256
+    samples: Count = 4
+
+
+class Tracking(Section):
+    """Weights & Biases; `metrics.jsonl` is written whatever stands here. `WANDB_*` variables win.
+
+    `log_samples: null` logs sample answers of the two public datasets, not of data of one's own.
+    """
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "medqa"
+    entity: str | None = None
+    group: str | None = None
+    run_name: str | None = None
+    tags: list[str] = []
+    log_samples: bool | None = None
+    log_model: bool = True
+
+
+class Experiment(Section):
+    """All that a run computes follows from this and the data."""
+
+    model: Model = Model()
+    lora: Lora = Lora()
+    data: Data = Data()
+    tokenization: Tokenization = Tokenization()
+    optimizer: Optimizer = Optimizer()
+    scheduler: Scheduler = Scheduler()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+
+
+def may_change_on_resume(key: str, experiment: Experiment) -> bool:
+    """Whether a run may go on although this `section.key` changed: nothing computed before or after depends on it.
+
+    `training.max_steps` may grow under a constant rate, where no update depends on how many follow.
+    """
+    if key == "training.max_steps":
+        return experiment.scheduler.name == "none"
+    return key.startswith("tracking.") or key in {
+        "training.log_steps",
+        "training.save_steps",
+        "training.save_minutes",
+        "training.keep_checkpoints",
+        "training.process_timeout_s",
+        "evaluation.steps",
+        "evaluation.rows",
+        "evaluation.samples",
+    }
+
+
+def flat(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as `section.key` to value."""
+    return {
+        f"{name}.{key}": value for name, section in experiment.model_dump().items() for key, value in section.items()
+    }

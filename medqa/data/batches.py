@@ -1,0 +1,159 @@
+"""From rows to an update's micro-batches: ids, the stream of examples, padding.
+
+The stream is an endless sequence of epoch permutations, each a pure function of seed and epoch; update u consumes
+positions [u*B, (u+1)*B) of it, B the global batch, straight across epoch ends. Nothing here has a state to save.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from medqa.config import Tokenization
+from medqa.data.sources import Row
+from medqa.prompts import prompt
+
+IGNORED = -100  # a label that is no target, as in torch's cross_entropy
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as ids: BOS, prompt, answer, EOS. `answer_start` is the index of the answer's first token."""
+
+    row: Row
+    input_ids: list[int]
+    answer_start: int
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One forward and backward. Tensors are (examples, length) on the CPU; `position` is its first example's in the stream."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    position: int
+    row_ids: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Ids that are not padding."""
+        return int(self.attention_mask.sum())
+
+
+def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> list[Example]:
+    """Each row as an `Example`.
+
+    BOS and EOS are put in by id: a special token spelled in the text (`</s>` on a web page) stays text, and EOS is
+    never cut off by accident nor there twice. A row that does not fit with its EOS is cut and has none.
+    """
+    if not rows:
+        return []
+    prompts = [prompt(row.question) for row in rows]
+    encoded = tokenizer(
+        [head + row.answer for head, row in zip(prompts, rows, strict=True)],
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,  # its "longer than the maximum" is what max_length is for
+    )
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    eos = [tokenizer.eos_token_id] if tokenization.append_eos else []
+    examples = []
+    for row, head, ids, offsets in zip(rows, prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        # A token that began in the prompt and ends in the answer predicts answer text: it counts as answer.
+        answer_start = len(bos) + sum(end <= len(head) for _, end in offsets)
+        whole = bos + ids + eos
+        fits = len(whole) <= tokenization.max_length
+        cut = whole if fits else (bos + ids)[: tokenization.max_length]
+        examples.append(Example(row, cut, min(answer_start, len(cut)), not fits))
+    return examples
+
+
+def collate(
+    examples: Sequence[Example],
+    tokenization: Tokenization,
+    pad_token_id: int,
+    position: int = 0,
+    loss_on: str | None = None,
+) -> MicroBatch:
+    """Examples padded on the right into one micro-batch.
+
+    Labels are masked by place, never by token id: EOS is learned even where it is the pad token too.
+
+    Args:
+        loss_on: in place of `tokenization.loss_on`.
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    length = tokenization.max_length if tokenization.padding == "max_length" else longest
+    input_ids = torch.full((len(examples), length), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED)
+    for i, example in enumerate(examples):
+        n = len(example.input_ids)
+        first_label = example.answer_start if (loss_on or tokenization.loss_on) == "answer" else 0
+        input_ids[i, :n] = torch.tensor(example.input_ids)
+        attention_mask[i, :n] = 1
+        labels[i, first_label:n] = input_ids[i, first_label:n]
+    return MicroBatch(input_ids, attention_mask, labels, position, tuple(example.row.id for example in examples))
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_permutation(seed: int, epoch: int, size: int) -> list[int]:
+    """The order of `size` examples in an epoch: a function of seed and epoch alone."""
+    generator = torch.Generator().manual_seed(stable_hash(seed, "epoch", epoch))
+    return torch.randperm(size, generator=generator).tolist()
+
+
+def stable_hash(*parts: int | str) -> int:
+    """63 bits that follow from the parts alone, on any machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The endless stream of training examples."""
+
+    examples: Sequence[Example]
+    seed: int
+    global_batch_size: int
+
+    def at(self, position: int) -> Example:
+        """The example at a stream position (from 0)."""
+        epoch, offset = divmod(position, len(self.examples))
+        return self.examples[epoch_permutation(self.seed, epoch, len(self.examples))[offset]]
+
+    def epoch(self, updates: int) -> float:
+        """How many times the training set has been gone through after so many updates."""
+        return updates * self.global_batch_size / len(self.examples)
+
+    def micro_batches(
+        self,
+        update: int,
+        per_device_batch_size: int,
+        tokenization: Tokenization,
+        pad_token_id: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> list[MicroBatch]:
+        """This process's micro-batches of an update (from 0): every `num_processes`-th of the update's.
+
+        The division of an update into micro-batches is the same on any number of processes, and with it the dropout
+        noise of each, which follows from its position.
+        """
+        return [
+            collate(
+                [self.at(p) for p in range(start, start + per_device_batch_size)], tokenization, pad_token_id, start
+            )
+            for start in self._starts(update, per_device_batch_size, process_index, num_processes)
+        ]
+
+    def _starts(self, update: int, size: int, process_index: int, num_processes: int) -> Iterator[int]:
+        """Stream positions at which this process's micro-batches of an update begin."""
+        first = update * self.global_batch_size
+        yield from range(first + process_index * size, first + self.global_batch_size, size * num_processes)

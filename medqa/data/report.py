@@ -1,0 +1,87 @@
+"""`data_report.json`: what was read, dropped and kept, how long the rows are, and what held-out rows share with training."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medqa.config import Tokenization
+from medqa.data.batches import Example, Stream
+from medqa.data.sources import Source
+from medqa.data.splits import SPLITS, Splits, overlap_report, write_splits_csv
+
+QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+
+
+def write_reports(
+    output_dir: Path,
+    sources: Sequence[Source],
+    splits: Splits,
+    examples: Mapping[str, Sequence[Example]],
+    stream: Stream,
+    tokenization: Tokenization,
+    per_device_batch_size: int,
+) -> None:
+    """`data_report.json` and `splits.csv`."""
+    report = data_report(sources, splits, examples, stream, tokenization, per_device_batch_size)
+    write_json(report, output_dir / "data_report.json")
+    write_splits_csv(splits, output_dir / "splits.csv")
+
+
+def data_report(
+    sources: Sequence[Source],
+    splits: Splits,
+    examples: Mapping[str, Sequence[Example]],
+    stream: Stream,
+    tokenization: Tokenization,
+    per_device_batch_size: int,
+) -> dict[str, Any]:
+    """The report. Token lengths are in ids, BOS and EOS included, after cutting to `max_length`."""
+    everything = [example for name in SPLITS for example in examples[name]]
+    lengths = np.array([len(example.input_ids) for example in everything])
+    return {
+        "fingerprint": splits.fingerprint,
+        "sources": {
+            source.name: {
+                "location": source.location,
+                "read": source.read,
+                "dropped": source.dropped,
+                "kept": len(source.rows),
+            }
+            for source in sources
+        },
+        "splits": {name: split_counts(examples[name]) for name in SPLITS},
+        "token_lengths": {f"{q:g}": float(np.quantile(lengths, q)) for q in QUANTILES},
+        "mean_token_length": float(lengths.mean()),
+        "truncated_share": sum(example.truncated for example in everything) / len(everything),
+        "padding_share": padding_share(stream, tokenization, per_device_batch_size),
+        "overlap": overlap_report(splits),
+    }
+
+
+def split_counts(examples: Sequence[Example]) -> dict[str, int]:
+    """Rows of a split, all and by source."""
+    by_source: dict[str, int] = {}
+    for example in examples:
+        by_source[example.row.source] = by_source.get(example.row.source, 0) + 1
+    return {"rows": len(examples), **dict(sorted(by_source.items()))}
+
+
+def padding_share(stream: Stream, tokenization: Tokenization, per_device_batch_size: int) -> float:
+    """Share of the first epoch's places that are padding, in the micro-batches as they will be."""
+    lengths = [len(stream.at(position).input_ids) for position in range(len(stream.examples))]
+    places = 0
+    for start in range(0, len(lengths), per_device_batch_size):
+        batch = lengths[start : start + per_device_batch_size]
+        places += len(batch) * (tokenization.max_length if tokenization.padding == "max_length" else max(batch))
+    return 1 - sum(lengths) / places
+
+
+def write_json(value: Any, path: Path) -> None:
+    """A JSON file, whole or as it was before."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)

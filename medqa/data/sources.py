@@ -1,0 +1,251 @@
+"""MedQuAD and AfriMed-QA, from wherever they lie, as rows of one shape; what is unusable is dropped and counted."""
+
+import ast
+import json
+import math
+import os
+import re
+import string
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from medqa.data.readers import Record, Table, read_file, read_hub, read_kaggle, read_medquad_xml
+from medqa.errors import UserError, listed
+
+NONE = "none"
+KAGGLE = "kaggle:"
+SUFFIXES = (".csv", ".parquet", ".jsonl")
+
+# What each part of a row is called in the copies that are about, in lower case; the first one that is not empty counts.
+COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
+    "medquad": {
+        "question": ("question",),
+        "answer": ("answer",),
+        "topic": ("focus_area", "focus", "question_focus"),
+    },
+    "afrimedqa": {
+        "question": ("question_clean", "question"),
+        "answer": ("answer_rationale", "rationale"),
+        "kind": ("question_type",),
+        "options": ("answer_options",),
+        "prompt": ("prompt",),
+    },
+}
+REQUIRED = ("question", "answer")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one; it can be neither written to a file nor tokenized
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One question with its answer, as the prompt shows them."""
+
+    id: str  # "<source>:<zero-based record in the source>", counting every record read, dropped ones too
+    source: str
+    question: str  # the options of a multiple-choice question below it, a consumer's prompt before it
+    answer: str
+    topic: str | None  # what MedQuAD calls the focus area; AfriMed-QA has none
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What one source gave: the rows kept, in its order, and how many of the records read were dropped and why."""
+
+    name: str
+    location: str  # a path, a hub id, or "kaggle:" and a Kaggle handle
+    rows: tuple[Row, ...]
+    read: int
+    dropped: dict[str, int]
+
+
+def load_sources(medquad: str, afrimedqa: str) -> list[Source]:
+    """Read and clean both datasets, each given as a path, a hub id, `kaggle:owner/name` (MedQuAD only) or `none`.
+
+    Dropped, and counted by reason: "empty question", "empty answer", "unreadable options" (a multiple-choice question
+    whose options are neither JSON nor a Python literal: it would make no sense without them), and "duplicate" (question
+    and answer both equal those of an earlier row, of either source).
+
+    Raises UserError, with the problems of both sources in one message.
+    """
+    given = {"medquad": medquad, "afrimedqa": afrimedqa}
+    used = {name: location for name, location in given.items() if location.strip().lower() != NONE}
+    if not used:
+        raise UserError("no data: --medquad and --afrimedqa are both none; give a source to one, or use --tiny")
+    sources, problems = [], []
+    seen: set[tuple[str, str]] = set()
+    for name, location in used.items():
+        try:
+            sources.append(_cleaned(name, location, _read(name, location), seen))
+        except UserError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise UserError(f"cannot use the data: {listed(problems)}")
+    return sources
+
+
+def _read(name: str, location: str) -> Table:
+    """Find out what `location` is, and read it."""
+    option = f"--{name}"
+    wanted = frozenset(column for columns in COLUMNS[name].values() for column in columns)
+    local = os.path.expanduser(location)
+    if os.path.exists(local):  # not Path.exists: it raises on names that are too long, and takes "" for "."
+        return _read_local(name, Path(local), wanted)
+    if location.startswith(KAGGLE):
+        if name != "medquad":
+            raise UserError(f"{location}: AfriMed-QA is not on Kaggle; give {option} a path, a hub id or none")
+        if location.count("/") != 1:
+            raise UserError(f"{location}: not of the form {KAGGLE}owner/name; mend {option}, or give {option} none")
+        return read_kaggle(location.removeprefix(KAGGLE), wanted, option)
+    if _looks_like_a_path(location):
+        raise UserError(f"{location}: no such file or directory; mend {option}, or give {option} none")
+    if location.count("/") != 1:
+        raise UserError(
+            f"{location!r} is no existing path and no hub id (owner/name); give {option} one of these, or none"
+        )
+    return read_hub(location, wanted, option)
+
+
+def _read_local(name: str, path: Path, wanted: frozenset[str]) -> Table:
+    if not path.is_dir():
+        return read_file(path, wanted)
+    if name != "medquad":
+        raise UserError(f"{path}: a directory; give --{name} a file ({', '.join(SUFFIXES)})")
+    return read_medquad_xml(path)
+
+
+def _looks_like_a_path(location: str) -> bool:
+    return (
+        location.lower().endswith((*SUFFIXES, ".xml"))
+        or location.startswith((".", "/", "~"))
+        or location.count("/") > 1
+        or "\\" in location
+    )
+
+
+def _cleaned(name: str, location: str, table: Table, seen: set[tuple[str, str]]) -> Source:
+    """The usable rows of `table`; `seen` holds the question-answer pairs of the rows before, and is added to."""
+    _require_columns(name, location, table)
+    rows, dropped = [], Counter()
+    for found in _rows(name, location, table):
+        if isinstance(found, str):
+            dropped[found] += 1
+        elif (found.question, found.answer) in seen:
+            dropped["duplicate"] += 1
+        else:
+            seen.add((found.question, found.answer))
+            rows.append(found)
+    if not rows:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "it holds no records"
+        raise UserError(
+            f"{location}: no usable rows among {len(table.records)} read ({reasons}); give --{name} other data, or none"
+        )
+    return Source(name, location, tuple(rows), len(table.records), dict(dropped))
+
+
+def _require_columns(name: str, location: str, table: Table) -> None:
+    present = {column.strip().lower() for column in table.columns}
+    missing = [COLUMNS[name][part] for part in REQUIRED if present.isdisjoint(COLUMNS[name][part])]
+    if missing:
+        wanted = " and ".join(" or ".join(columns) for columns in missing)
+        found = ", ".join(table.columns) or "none"
+        raise UserError(f"{location}: no column {wanted}; columns found: {found}. Rename them, or mend --{name}")
+
+
+def _rows(name: str, location: str, table: Table) -> Iterator[Row | str]:
+    """For each record its row, or the reason why there is none."""
+    for number, record in enumerate(table.records):
+        cells = _Cells(COLUMNS[name], record, f"{location}, record {number} (the first is 0)")
+        question, answer = cells.text("question"), cells.text("answer")
+        if not question or not answer:
+            yield "empty answer" if question else "empty question"
+            continue
+        try:
+            question = _afrimedqa_question(cells, question) if name == "afrimedqa" else question
+        except ValueError:
+            yield "unreadable options"
+            continue
+        topic = cells.text("topic") if name == "medquad" else ""
+        yield Row(f"{name}:{number}", name, question, answer, topic or None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """One record, its cells asked for by the part of a row they make up."""
+
+    columns: dict[str, tuple[str, ...]]
+    record: Record
+    where: str
+
+    def text(self, part: str) -> str:
+        """The first text for `part` that is not empty, outer whitespace removed, else ""; UserError if not text."""
+        for column in self.columns[part]:
+            cell = self.record.get(column)
+            if _is_missing(cell):
+                continue
+            if not isinstance(cell, str):
+                raise UserError(f"{self.where}, column {column!r}: {cell!r:.60} is not text; mend or remove the record")
+            if LONE_SURROGATE.search(cell):
+                raise UserError(
+                    f"{self.where}, column {column!r}: half a character (a lone surrogate); mend the record"
+                )
+            if text := cell.strip():
+                return text
+        return ""
+
+    def raw(self, part: str) -> object:
+        """The first cell for `part` that is not missing, of whatever type."""
+        return next((cell for column in self.columns[part] if not _is_missing(cell := self.record.get(column))), None)
+
+
+def _is_missing(cell: object) -> bool:
+    return cell is None or (isinstance(cell, float) and math.isnan(cell))  # pandas writes NaN for a missing text
+
+
+def _afrimedqa_question(cells: _Cells, question: str) -> str:
+    """The question with all that is needed to answer it. Raises ValueError if its options cannot be read.
+
+    Options are shown for the kind "mcq" and, in copies that do not tell the kind, wherever there are any.
+    """
+    kind = cells.text("kind").lower()
+    if kind == "consumer_queries":
+        return f"{cells.text('prompt')}\n{question}".strip()
+    options = _options(cells.raw("options")) if kind in ("mcq", "") else []
+    lettered = zip(string.ascii_uppercase, options, strict=False)
+    # An empty option has no line, yet keeps its letter: option4 is D in every question.
+    return "\n".join([question, *(f"{letter}. {option}" for letter, option in lettered if option)])
+
+
+def _options(cell: object) -> list[str]:
+    """The options in their order, an empty one as ""; [] if there are none. Raises ValueError if unreadable."""
+    parsed = _parsed(cell) if isinstance(cell, str) else cell
+    if _is_missing(parsed):
+        return []
+    values = list(parsed.values()) if isinstance(parsed, dict) else parsed
+    if not isinstance(values, list) or len(values) > len(string.ascii_uppercase):
+        raise ValueError("neither a mapping nor a list of up to 26 options")
+    return [_option(value) for value in values]
+
+
+def _parsed(text: str) -> object:
+    """JSON or, as some copies have it, a Python literal in single quotes. Raises ValueError for anything else."""
+    if text.strip().lower() in ("", "null", "nan", "none"):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass  # not JSON: the Python spelling is tried next
+    try:
+        with warnings.catch_warnings(action="ignore", category=SyntaxWarning):  # "\d" in an option is no one's mistake
+            return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError("neither JSON nor a Python literal") from error
+
+
+def _option(value: object) -> str:
+    if _is_missing(value):
+        return ""
+    if not isinstance(value, str | int | float) or (isinstance(value, str) and LONE_SURROGATE.search(value)):
+        raise ValueError(f"an option is {value!r:.60}")
+    return str(value).strip()

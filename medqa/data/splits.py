@@ -1,0 +1,203 @@
+"""Which rows are trained on and which are held out, and what the held-out ones share with training all the same.
+
+Medical question-answer sets repeat themselves: a random split puts about a fifth of the held-out rows' questions or
+answers into training as well, and then measures memory. `grouped` never does.
+"""
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medqa.data.sources import Row
+from medqa.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+HELD_OUT = ("validation", "test")
+NGRAM = 13  # words; the length that is customary for this question since GPT-3's contamination study
+POWERS = np.uint64(0x9E3779B97F4A7C15) ** np.arange(NGRAM, dtype=np.uint64)  # of an odd number, modulo 2^64
+
+# A group that would make up more than this share of a held-out split stays in training: the split would measure little
+# but one templated answer (377 rows of MedQuAD hang together by "inherited in an autosomal recessive manner"). Where a
+# split is so small that the share is less than GIANT_ROWS, a group of that many may still be held out if it fits.
+GIANT_SHARE = 0.05
+GIANT_ROWS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """The rows of each split, in the order in which they were given."""
+
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    test: tuple[Row, ...]
+    groups: dict[str, str]  # row id -> id of the first row of its group, all rows in the order given
+    fingerprint: str  # SHA-256 of ids, questions, answers and splits: the same data, split the same way
+
+
+def split_rows(rows: Sequence[Row], method: str, seed: int, fractions: tuple[float, float, float]) -> Splits:
+    """Split `rows` into training, validation and test with the given shares, each source in proportion.
+
+    `grouped`: rows that share a question or an answer (directly or over other rows; see `letters_and_digits`) never
+    stand in two splits. `random`: every row for itself. The result follows from the rows and the seed alone: rows are
+    ordered by a hash of seed and id, so neither platform nor library versions nor the other source have a say.
+
+    Raises UserError if a split would be empty.
+    """
+    groups = _groups(rows)
+    units = {row.id: row.id for row in rows} if method == "random" else groups
+    members: dict[str, list[Row]] = {}
+    for row in rows:
+        members.setdefault(units[row.id], []).append(row)
+
+    split_of: dict[str, str] = {}  # unit -> split
+    for source in sorted({row.source for row in rows}):
+        sizes = {unit: len(found) for unit, found in members.items() if found[0].source == source}
+        split_of |= _assign(sizes, seed, fractions)
+    parts = {name: tuple(row for row in rows if split_of[units[row.id]] == name) for name in SPLITS}
+    _refuse_empty(parts, len(members), fractions)
+    return Splits(**parts, groups=groups, fingerprint=_fingerprint(parts))
+
+
+def _assign(sizes: dict[str, int], seed: int, fractions: tuple[float, float, float]) -> dict[str, str]:
+    """A split for each unit of one source, given its number of rows: held-out splits are filled, the rest trains."""
+    total = sum(sizes.values())
+    room = {name: round(total * fraction) for name, fraction in zip(HELD_OUT, fractions[1:], strict=True)}
+    giant = max(GIANT_SHARE * min(room.values()), GIANT_ROWS)
+    chosen = {}
+    for unit in sorted(sizes, key=lambda unit: hashlib.sha256(f"{seed}:{unit}".encode()).digest()):
+        fits = (name for name in HELD_OUT if sizes[unit] <= min(room[name], giant))
+        chosen[unit] = next(fits, "train")
+        if chosen[unit] != "train":
+            room[chosen[unit]] -= sizes[unit]
+    return chosen
+
+
+def _groups(rows: Sequence[Row]) -> dict[str, str]:
+    """Row id to the id of the first row that it is connected with by equal questions or answers."""
+    from networkx.utils import UnionFind
+
+    connected = UnionFind()
+    questions = [("question", letters_and_digits(row.question)) for row in rows]
+    for row, question in zip(rows, questions, strict=True):
+        connected.union(question, ("answer", letters_and_digits(row.answer)))
+    first: dict[object, str] = {}
+    return {
+        row.id: first.setdefault(connected[question], row.id) for row, question in zip(rows, questions, strict=True)
+    }
+
+
+def letters_and_digits(text: str) -> str:
+    """`text` as it is compared: NFKC, lower case, all but letters and digits removed; as it is if none are left."""
+    # \w is what str.isalnum() accepts, and the underscore. Without the fallback all texts of mere signs would be equal.
+    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold()) or text
+
+
+def _refuse_empty(parts: dict[str, tuple[Row, ...]], units: int, fractions: tuple[float, float, float]) -> None:
+    empty = [name for name in SPLITS if not parts[name]]
+    if empty:
+        rows = sum(map(len, parts.values()))
+        raise UserError(
+            f"too few rows to split: {rows} rows, {units} of which can be told apart, leave nothing for "
+            f"{' and '.join(empty)} at data.fractions {list(fractions)}; give more data or other fractions"
+        )
+
+
+def _fingerprint(parts: dict[str, tuple[Row, ...]]) -> str:
+    digest = hashlib.sha256()
+    for name, rows in parts.items():
+        for row in rows:  # as JSON, so that no text can pass for two
+            digest.update(json.dumps([name, row.id, row.question, row.answer]).encode())
+    return digest.hexdigest()
+
+
+def write_splits_csv(splits: Splits, path: Path) -> None:
+    """Write `id,split,group` for every row, in the order the rows were given; the file appears whole or not at all.
+
+    Raises UserError if it cannot be written.
+    """
+    split_of = {row.id: name for name in SPLITS for row in getattr(splits, name)}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("id", "split", "group"))
+    writer.writerows((row, split_of[row], group) for row, group in splits.groups.items())
+    unfinished = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        unfinished.write_text(text.getvalue(), encoding="utf-8", newline="")
+        os.replace(unfinished, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another place") from error
+
+
+def overlap_report(splits: Splits) -> dict[str, dict[str, object]]:
+    """For "validation", "test" and both together ("held_out"): how many rows share something with training.
+
+    Each is `{"rows": n, <what>: {"rows": those that share it, "of": those that could, "share": the ratio}, ...}` with
+    `question`, `answer`, `question_or_answer`, `topic` (equal by `letters_and_digits`; of the rows that have a topic),
+    and `13_grams`: more than half of the answer's runs of 13 words stand in some training answer (of the rows whose
+    answer has 13 words). The answer alone, because the question has its own line. Words are runs of letters and digits
+    in lower case. "share" is 0.0 where no row could.
+    """
+    shared = _shared_with_training(splits)
+    rows = {"validation": splits.validation, "test": splits.test, "held_out": splits.validation + splits.test}
+    return {name: _summary([shared[row.id] for row in part]) for name, part in rows.items()}
+
+
+def _summary(rows: list[dict[str, bool | None]]) -> dict[str, object]:
+    """Counts of one split, from what each of its rows shares."""
+    report: dict[str, object] = {"rows": len(rows)}
+    for what in rows[0]:
+        answers = [row[what] for row in rows if row[what] is not None]
+        report[what] = {"rows": sum(answers), "of": len(answers), "share": sum(answers) / max(len(answers), 1)}
+    return report
+
+
+def _shared_with_training(splits: Splits) -> dict[str, dict[str, bool | None]]:
+    """Held-out row id to what it shares with training; None where it has nothing to share."""
+    questions = {letters_and_digits(row.question) for row in splits.train}
+    answers = {letters_and_digits(row.answer) for row in splits.train}
+    topics = {letters_and_digits(row.topic) for row in splits.train if row.topic}
+    runs = _runs_in_training(splits)
+    shared: dict[str, dict[str, bool | None]] = {}
+    for row in splits.validation + splits.test:
+        question, answer = letters_and_digits(row.question) in questions, letters_and_digits(row.answer) in answers
+        shared[row.id] = {
+            "question": question,
+            "answer": answer,
+            "question_or_answer": question or answer,
+            "topic": letters_and_digits(row.topic) in topics if row.topic else None,
+            f"{NGRAM}_grams": runs[row.id],
+        }
+    return shared
+
+
+def _runs_in_training(splits: Splits) -> dict[str, bool | None]:
+    """Held-out row id to whether more than half of its 13-grams stand in training; None if it has none."""
+    training = np.sort(np.concatenate([_ngrams(row.answer) for row in splits.train]))
+    held_out = [np.unique(_ngrams(row.answer)) for row in splits.validation + splits.test]
+    wanted = np.concatenate(held_out)  # one search for all rows, three times as fast as np.isin
+    found = np.searchsorted(training, wanted, "right") > np.searchsorted(training, wanted, "left")
+    per_row = np.split(found, np.cumsum([len(ngrams) for ngrams in held_out])[:-1])
+    rows = zip(splits.validation + splits.test, per_row, strict=True)
+    return {row.id: bool(2 * hits.sum() > len(hits)) if len(hits) else None for row, hits in rows}
+
+
+def _ngrams(text: str) -> np.ndarray:
+    """A 64-bit hash of each run of 13 words, [runs] uint64: a collision among a few million has odds of 10^-6."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
+    if len(words) < NGRAM:
+        return np.empty(0, np.uint64)
+    hashes = np.fromiter(map(hash, words), np.int64, len(words)).astype(np.uint64)
+    return np.convolve(hashes, POWERS, mode="valid")  # a polynomial in each window of 13, modulo 2^64

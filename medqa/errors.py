@@ -1,0 +1,56 @@
+"""The ways a run ends early on purpose, and the exit code each one has.
+
+Everything else that escapes is a defect of ours: it keeps its traceback and exits with 1.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+EXIT_TRAINING_STOPPED = 3
+
+
+class UserError(Exception):
+    """Something the user can mend: a bad option, key, file or row, missing data, no space.
+
+    The message is the whole of what the user sees, so it says what is wrong, where, and what to do.
+    """
+
+
+class TrainingStopped(Exception):
+    """Training stopped itself: a non-finite loss or gradient, or out of memory. The last checkpoint stands."""
+
+
+class Interrupted(BaseException):
+    """Stopped by a signal. No `Exception`, so that nothing on the way takes it for a failure of its own."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+def exit_code(body: Callable[[], None]) -> int:
+    """Run `body` and give its exit code; what ended it early is said on stderr, by the first process alone."""
+    try:
+        body()
+    except UserError as error:
+        return _say(f"error: {error}", EXIT_USER_ERROR)
+    except TrainingStopped as error:
+        return _say(f"training stopped: {error}", EXIT_TRAINING_STOPPED)
+    except Interrupted as error:
+        return _say(f"stopped by {error}; the same command goes on from the newest checkpoint", 128 + error.signum)
+    return 0
+
+
+def _say(message: str, code: int) -> int:
+    """Print once, whatever the number of processes, and hand the code through."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+    return code
+
+
+def listed(problems: list[str]) -> str:
+    """Several problems as one message: one alone as it is, more as an indented list."""
+    return problems[0] if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)

@@ -1,0 +1,1 @@
+"""How good is it: the loss of a split, and answers to questions."""

@@ -1,0 +1,328 @@
+"""From a file, `--tiny`, `--model` and the like, and `--set` to an `Experiment`, or to one message with every problem.
+
+Order: file < `--tiny` < `--model`, `--medquad`, `--afrimedqa` < `--set`.
+"""
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from medqa.config import Experiment, flat, may_change_on_resume
+from medqa.errors import UserError, listed
+from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
+from medqa.yaml_core import load_yaml
+
+EXPERIMENTS_DIR = Path(__file__).resolve().parent.parent / "experiments"
+
+# The recipe stays; these numbers suit a model of under a million parameters and a few hundred short rows.
+TINY = {
+    "model.base": str(BASE_DIR),
+    "data.medquad": str(MEDQUAD_CSV),
+    "data.afrimedqa": str(AFRIMEDQA_CSV),
+    "optimizer.learning_rate": 8e-3,
+    "tokenization.max_length": 256,
+    "training.max_steps": 40,
+    "training.log_steps": 1,
+    "training.save_steps": 10,
+    "evaluation.steps": 10,
+}
+TINY_WARMUP = 4  # for recipes that warm up at all
+
+# What the same thing is called by Trainer, TRL, Axolotl, LLaMA-Factory, Unsloth, torchtune and LitGPT.
+OTHER_TOOLS_NAMES = {
+    "lr": "optimizer.learning_rate",
+    "optim": "optimizer.name",
+    "adam_beta1": "optimizer.betas",
+    "adam_beta2": "optimizer.betas",
+    "adam_epsilon": "optimizer.eps",
+    "max_norm": "optimizer.max_grad_norm",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "lr_scheduler": "scheduler.name",
+    "lr_scheduler_type": "scheduler.name",
+    "warmup": "scheduler.warmup_steps",
+    "num_warmup_steps": "scheduler.warmup_steps",
+    "warmup_ratio": "scheduler.warmup_steps",
+    "num_train_epochs": "training.epochs",
+    "num_epochs": "training.epochs",
+    "max_train_steps": "training.max_steps",
+    "num_training_steps": "training.max_steps",
+    "max_steps_per_epoch": "training.max_steps",
+    "batch_size": "training.global_batch_size",
+    "train_batch_size": "training.global_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "gradient_accumulation": "training.global_batch_size",
+    "micro_batch_size": "training.per_device_batch_size",
+    "per_device_train_batch_size": "training.per_device_batch_size",
+    "bf16": "training.mixed_precision",
+    "fp16": "training.mixed_precision",
+    "precision": "training.mixed_precision",
+    "random_seed": "training.seed",
+    "packing": "training.padding_free",
+    "sample_packing": "training.padding_free",
+    "logging_steps": "training.log_steps",
+    "checkpoint_steps": "training.save_steps",
+    "save_total_limit": "training.keep_checkpoints",
+    "eval_steps": "evaluation.steps",
+    "load_in_4bit": "model.quantization",
+    "quantization_bit": "model.quantization",
+    "quantize": "model.quantization",
+    "torch_dtype": "model.dtype",
+    "base_model": "model.base",
+    "model_name_or_path": "model.base",
+    "model_id": "model.base",
+    "activation_checkpointing": "model.gradient_checkpointing",
+    "enable_activation_checkpointing": "model.gradient_checkpointing",
+    "use_gradient_checkpointing": "model.gradient_checkpointing",
+    "flash_attention": "model.attn_implementation",
+    "flash_attn": "model.attn_implementation",
+    "rank": "lora.r",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "lora_target": "lora.target_modules",
+    "lora_target_modules": "lora.target_modules",
+    "cutoff_len": "tokenization.max_length",
+    "sequence_len": "tokenization.max_length",
+    "max_seq_length": "tokenization.max_length",
+    "max_seq_len": "tokenization.max_length",
+    "train_on_inputs": "tokenization.loss_on",
+    "train_on_prompt": "tokenization.loss_on",
+    "completion_only_loss": "tokenization.loss_on",
+    "assistant_only_loss": "tokenization.loss_on",
+    "add_eos_token": "tokenization.append_eos",
+    "report_to": "tracking.wandb",
+    "wandb_project": "tracking.project",
+    "run_name": "tracking.run_name",
+}
+
+# Of the contract, what this version does not do yet: refused by name, never silently ignored.
+NOT_YET = {
+    "training.padding_free": lambda value: value is True,
+    "training.micro_batch_tokens": lambda value: value is not None,
+    "training.epochs": lambda value: value is not None,
+    "model.dequantize": lambda value: value != "never",
+    "data.files": bool,
+    "data.split": lambda value: value == "topic",
+}
+
+WRITTEN_BY_RUNS = ("gradient_accumulation_steps", "in_effect")  # so that a run's config.yaml is an experiment file
+
+
+@dataclass(frozen=True)
+class Override:
+    """One `section.key` laid over the file: its value, and the words it came from, for messages and names."""
+
+    value: Any
+    origin: str
+    text: str
+
+
+def load_experiment(
+    name: str,
+    *,
+    tiny: bool = False,
+    locations: Mapping[str, str | None] | None = None,
+    sets: Sequence[str] = (),
+) -> Experiment:
+    """The experiment called `name` (or the file at that path) with everything laid over it.
+
+    Args:
+        name: a name in `experiments/` or the path of a YAML file.
+        tiny: the embedded base model and data, and numbers that suit them.
+        locations: `section.key` to the value of its own option (`--model`, ...), None where not given.
+        sets: the words after `--set`, `section.key=value` each.
+
+    Raises:
+        UserError: unknown experiment, unreadable file, or problems with keys and values, all in one message.
+    """
+    path = find_experiment(name)
+    try:
+        raw = load_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    values, problems = _sections(raw, str(path))
+    origins = dict.fromkeys(values, str(path))
+    if tiny:
+        warmup = TINY_WARMUP if values.get("scheduler.warmup_steps") else 0
+        for key, value in {**TINY, "scheduler.warmup_steps": warmup}.items():
+            values[key], origins[key] = value, "--tiny"
+    for key, location in (locations or {}).items():
+        if location is not None:
+            values[key], origins[key] = location, f"--{'model' if key == 'model.base' else key.split('.')[1]}"
+    overrides, bad_words = parse_sets(sets)
+    for key, override in overrides.items():
+        values[key], origins[key] = override.value, override.origin
+    experiment, bad_values = _validate(values, origins)
+    problems += bad_words + bad_values
+    if problems:
+        raise UserError(listed(problems))
+    return experiment
+
+
+def find_experiment(name: str) -> Path:
+    """The file of the experiment called `name`, which may be a path.
+
+    Raises:
+        UserError: there is none; lists the known names.
+    """
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(f"--exp {name}: no such file")
+        return path
+    path = EXPERIMENTS_DIR / f"{name}.yaml"
+    known = sorted(p.stem for p in EXPERIMENTS_DIR.glob("*.yaml"))
+    if name not in known:
+        raise UserError(f"--exp {name}: no such experiment; known: {', '.join(known)} (or the path of a YAML file)")
+    return path
+
+
+def parse_sets(words: Sequence[str]) -> tuple[dict[str, Override], list[str]]:
+    """The overrides in `--set` words, by key (the last one of a key counts), and the problems with the words."""
+    overrides: dict[str, Override] = {}
+    problems = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            problems.append(f"--set {word}: write section.key=value")
+            continue
+        try:
+            overrides[key] = Override(load_yaml(text, f"--set {word}"), "--set", text)
+        except UserError as error:
+            problems.append(str(error))
+    return overrides, problems
+
+
+def default_output_dir(name: str, tiny: bool, sets: Sequence[str], experiment: Experiment) -> Path:
+    """`outputs/<exp>[-tiny][,key=value...]`: overrides that make it another run are part of the name, sorted."""
+    overrides, _ = parse_sets(sets)
+    words = sorted(
+        re.sub(r"[^A-Za-z0-9._=+-]", "-", f"{key}={override.text}")
+        for key, override in overrides.items()
+        if not may_change_on_resume(key, experiment)
+    )
+    suffix = "".join(f",{word}" for word in words)
+    if len(suffix) > 80:
+        suffix = "," + hashlib.sha256(suffix.encode()).hexdigest()[:16]
+    return Path("outputs") / f"{find_experiment(name).stem}{'-tiny' if tiny else ''}{suffix}"
+
+
+def _sections(raw: Any, where: str) -> tuple[dict[str, Any], list[str]]:
+    """A file's content as `section.key` to value, and the problems with its shape."""
+    if not isinstance(raw, dict):
+        return {}, [f"{where}: an experiment file has sections ({', '.join(Experiment.model_fields)})"]
+    values, problems = {}, []
+    for section, keys in raw.items():
+        if section in WRITTEN_BY_RUNS:
+            continue
+        if section not in Experiment.model_fields:
+            problems.append(f"{where}: {section}: no such section{_meant(str(section))}")
+        elif not isinstance(keys, dict):
+            problems.append(f"{where}: {section} = {keys!r}: a section has keys, one a line, indented")
+        else:
+            values.update({f"{section}.{key}": value for key, value in keys.items()})
+    return values, problems
+
+
+def _validate(values: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[Experiment, list[str]]:
+    """The experiment and every problem; keys with a problem are replaced by their defaults to find further ones."""
+    known = flat(Experiment())
+    problems: dict[str, str] = {}
+    for key in values:
+        if key not in known:
+            shown = f"{key} = {values[key]!r}" if "." in key else key
+            problems[key] = f"{origins[key]}: {shown}: no such key{_meant(key)}"
+    try:
+        Experiment.model_validate(_nested({k: v for k, v in values.items() if k in known}))
+    except ValidationError as error:
+        for detail in error.errors():
+            key = ".".join(str(part) for part in detail["loc"][:2])
+            problems.setdefault(key, f"{origins[key]}: {key} = {values[key]!r}: {_wanted(key, detail)}")
+    experiment = Experiment.model_validate(_nested({k: v for k, v in values.items() if k not in problems}))
+    found = list(problems.values())
+    for keys, message in _impossible(experiment):
+        if not problems.keys() & set(keys):
+            where = ", ".join(dict.fromkeys(origins[key] for key in keys if key in origins)) or "the experiment"
+            found.append(f"{where}: {message}")
+    return experiment, found
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`section.key` to value as sections."""
+    sections: dict[str, dict[str, Any]] = {}
+    for dotted, value in values.items():
+        section, _, key = dotted.partition(".")
+        sections.setdefault(section, {})[key] = value
+    return sections
+
+
+def _impossible(experiment: Experiment) -> Iterator[tuple[list[str], str]]:
+    """Combinations that cannot be: the keys involved, and the message. The batch's is in `plan.accumulation_steps`."""
+    model, data, training = experiment.model, experiment.data, experiment.training
+    values = flat(experiment)
+    for key, asked in NOT_YET.items():
+        if asked(values[key]):
+            yield [key], f"{key} = {values[key]!r}: not in this version yet"
+    if training.max_steps is None and training.epochs is None:
+        yield ["training.max_steps", "training.epochs"], "training.max_steps is missing: how many updates?"
+    if training.max_steps is not None and training.epochs is not None:
+        yield ["training.max_steps", "training.epochs"], "training.max_steps and training.epochs: give one of the two"
+    if training.max_steps is not None and experiment.scheduler.warmup_steps > training.max_steps:
+        yield (
+            ["scheduler.warmup_steps", "training.max_steps"],
+            f"scheduler.warmup_steps = {experiment.scheduler.warmup_steps} is more than training.max_steps = "
+            f"{training.max_steps}",
+        )
+    if {model.dtype, training.mixed_precision} in ({"float16", "bf16"}, {"bfloat16", "fp16"}):
+        yield (
+            ["model.dtype", "training.mixed_precision"],
+            f"model.dtype = {model.dtype} and training.mixed_precision = {training.mixed_precision} do not go together: "
+            "bfloat16 with bf16, float16 with fp16",
+        )
+    if abs(sum(data.fractions) - 1) > 1e-6 or 0 in data.fractions:
+        yield ["data.fractions"], f"data.fractions = {data.fractions}: train, validation and test, each above 0, sum 1"
+    if data.medquad == data.afrimedqa == "none" and not data.files:
+        yield ["data.medquad", "data.afrimedqa"], "data.medquad and data.afrimedqa are both none: no data"
+
+
+def _meant(key: str) -> str:
+    """`; did you mean section.key?` where there is a probable one."""
+    known = list(flat(Experiment()))
+    last = key.split(".")[-1]
+    if last in OTHER_TOOLS_NAMES:
+        return f"; did you mean {OTHER_TOOLS_NAMES[last]}?"
+    same_name = [name for name in known if name.split(".")[1] == last]
+    close = same_name or difflib.get_close_matches(key, known, 1) or _close_by_last(last, known)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _close_by_last(last: str, known: list[str]) -> list[str]:
+    """The known keys whose own name, without the section, is like `last`."""
+    names = {name.split(".")[1]: name for name in known}
+    return [names[match] for match in difflib.get_close_matches(last, names, 1, cutoff=0.7)]
+
+
+def _wanted(key: str, detail: Mapping[str, Any]) -> str:
+    """What pydantic found wrong, in this project's words."""
+    match detail["type"]:
+        case "literal_error":
+            return f"one of {detail['ctx']['expected']} is wanted"
+        case "int_type":
+            return "a whole number is wanted"
+        case "float_type":
+            return "a number is wanted"
+        case "bool_type":
+            return "true or false is wanted"
+        case "string_type":
+            return "a word is wanted" + (" (`none` to leave it out)" if key.startswith("data.") else "")
+        case "list_type":
+            return "a list is wanted"
+        case _:
+            return detail["msg"][0].lower() + detail["msg"][1:]

@@ -1,0 +1,1 @@
+"""Tokenizer, base model, LoRA, precision, and the token loss."""

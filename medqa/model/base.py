@@ -1,0 +1,245 @@
+"""Tokenizer, frozen base model and LoRA adapters.
+
+Only safetensors are read and no code that comes with a model is ever run.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from medqa import config
+from medqa.errors import UserError
+from medqa.hub import hub_reachable
+from medqa.model.precision import Precision
+
+# What loading a damaged, hostile or unknown model directory raises, out-of-memory excepted.
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen base model, and the quantization in effect (with the reason where it is not the one asked for)."""
+
+    model: torch.nn.Module
+    quantization: str
+    reason: str | None
+
+
+def check_model(model: config.Model, max_length: int) -> Any:
+    """The base model's configuration, read before anything large is fetched.
+
+    Raises:
+        UserError: not on disk nor reachable, not a causal language model transformers knows, or too short for
+            `max_length`.
+    """
+    if not Path(model.base).expanduser().is_dir():
+        if model.base.startswith((".", "/", "~")) or model.base.count("/") > 1:
+            raise UserError(f"model.base = {model.base}: no such directory; give another with --model, or use --tiny")
+        hub_reachable()  # where it is not, what follows fails at once instead of after a minute of retries
+    try:
+        loaded = AutoConfig.from_pretrained(_location(model.base), trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise _cannot_load(model.base, error) from error
+    longest = getattr(loaded, "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise UserError(
+            f"tokenization.max_length = {max_length}: {model.base} takes at most {longest} tokens; "
+            f"use --set tokenization.max_length={longest}"
+        )
+    return loaded
+
+
+def load_tokenizer(base: str, pad_token: str) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, padding on the right, with EOS or a new `[PAD]` as its pad token.
+
+    Raises:
+        UserError: it cannot be loaded, has no EOS, or is not a fast one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_location(base), trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise _cannot_load(base, error) from error
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise UserError(f"model.base = {base}: its tokenizer has no EOS or is not a fast one; choose another --model")
+    tokenizer.padding_side = "right"
+    if pad_token == "eos":
+        tokenizer.pad_token = tokenizer.eos_token
+    else:
+        # By flag, not "if absent": TinyLlama-Chat's tokenizer comes with a pad token already.
+        tokenizer.add_special_tokens({"pad_token": pad_token})
+    return tokenizer
+
+
+def load_base(model: config.Model, precision: Precision, device: torch.device, vocabulary: int, seed: int) -> Base:
+    """The base model on its device, frozen, in 4-bit where asked and possible, with gradient checkpointing as asked.
+
+    Args:
+        vocabulary: the tokenizer's size; the embeddings grow where it is larger than the model's.
+
+    Raises:
+        UserError: it cannot be loaded, or weights are missing or of another shape.
+    """
+    reason = four_bit_unavailable(device, precision.dtype) if model.quantization == "4bit" else None
+    quantization = "none" if reason else model.quantization
+    torch.manual_seed(seed)  # for the rows that growing the embeddings adds
+    loaded = _from_pretrained(model, precision, device, quantization)
+    loaded.requires_grad_(False)
+    if quantization == "4bit" and device.type == "cpu":
+        _keep_unpacked(loaded)
+    if vocabulary > loaded.get_input_embeddings().num_embeddings:
+        # A new row is the mean of the others: it is never a target, and the adapter is saved without it.
+        loaded.resize_token_embeddings(vocabulary)
+        loaded.requires_grad_(False)
+    loaded.config.use_cache = False
+    if model.gradient_checkpointing:
+        loaded.activation_checkpointing_enable({"use_reentrant": False})
+    return Base(loaded, quantization, reason)
+
+
+def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int) -> PeftModel:
+    """The base with LoRA adapters in float32, the only parameters that train.
+
+    Raises:
+        UserError: a target module that the model does not have, or `init_from` does not fit.
+    """
+    names = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
+    unknown = [name for name in lora.target_modules if name not in names]
+    if unknown:
+        linear = sorted(n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear))
+        raise UserError(
+            f"lora.target_modules: {', '.join(unknown)}: no such module in the base model; it has "
+            f"{', '.join(dict.fromkeys(linear))}"
+        )
+    torch.manual_seed(seed)
+    model = get_peft_model(
+        base,
+        LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.lora_alpha,
+            lora_dropout=lora.lora_dropout,
+            target_modules=lora.target_modules,
+            bias=lora.bias,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    if lora.init_from is not None:
+        load_adapter_weights(model, Path(lora.init_from).expanduser(), "lora.init_from")
+    return model
+
+
+def load_adapter_weights(model: PeftModel, directory: Path, what: str) -> None:
+    """Put a saved adapter's weights into the model's adapter.
+
+    Raises:
+        UserError: no adapter there, damaged, or of another shape than this one.
+    """
+    try:
+        weights = load_file(directory / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{what} = {directory}: no readable adapter_model.safetensors: {error}") from error
+    expected = {name: tensor.shape for name, tensor in adapter_weights(model).items()}
+    if {name: tensor.shape for name, tensor in weights.items()} != expected:
+        raise UserError(
+            f"{what} = {directory}: this adapter does not fit: its names or shapes differ from those that lora.r, "
+            "lora.target_modules and the base model give"
+        )
+    set_peft_model_state_dict(model, weights)
+
+
+def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's weights by PEFT's names, on the CPU, and nothing of the base model (a grown vocabulary included)."""
+    from peft import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+
+
+def four_bit_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why 4-bit cannot be had on a device; None where it can. A small layer is quantized and used, before 2 GB are."""
+    try:
+        import bitsandbytes as bnb
+        from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+        Bnb4BitHfQuantizer(_four_bit(dtype)).validate_environment(device_map={"": str(device)})
+        layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=dtype, quant_type="nf4").to(device)
+        layer.support_avx512bf16_for_cpu = False
+        layer(torch.ones(1, 64, device=device, dtype=dtype))
+    except torch.OutOfMemoryError:  # a RuntimeError, but no reason to fall back
+        raise
+    except (ImportError, RuntimeError, ValueError) as error:
+        return f"4-bit cannot be had here: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return None
+
+
+def _four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantization (QLoRA, https://arxiv.org/abs/2305.14314)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _from_pretrained(
+    model: config.Model, precision: Precision, device: torch.device, quantization: str
+) -> torch.nn.Module:
+    """Transformers' model, every weight read from the file."""
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            _location(model.base),
+            dtype=precision.dtype,
+            quantization_config=_four_bit(precision.dtype) if quantization == "4bit" else None,
+            device_map={"": device},
+            attn_implementation=model.attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (*LOAD_ERRORS, RuntimeError) as error:
+        raise _cannot_load(model.base, error) from error
+    if info["missing_keys"]:
+        raise UserError(
+            f"model.base = {model.base}: weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}, ..."
+        )
+    return loaded
+
+
+def _keep_unpacked(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on CPUs with AVX512-BF16.
+
+    The packed layer has no backward: gradients after it are silently wrong (cosine 0.29 to the right ones, measured).
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _location(base: str) -> str:
+    """A local directory with `~` resolved, else the hub id as it is."""
+    local = Path(base).expanduser()
+    return str(local) if local.is_dir() else base
+
+
+def _cannot_load(base: str, error: Exception) -> UserError:
+    """What the user is told when a base model cannot be loaded."""
+    if Path(base).expanduser().is_dir():
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return UserError(f"model.base = {base}: cannot be loaded from this directory: {reason}")
+    why = "the Hugging Face Hub does not answer and it is not in the cache" if not hub_reachable() else str(error)
+    return UserError(
+        f"model.base = {base}: neither on disk nor to be had from the hub ({why}); "
+        "give a local directory with --model, or try --tiny, which needs no network"
+    )

@@ -1,0 +1,84 @@
+"""What the hardware decides: the device, and the precision that it really has.
+
+Mixed precision, the type of the frozen weights and the compute type of 4-bit weights move together: float32 on a CPU,
+bfloat16 on a GPU of compute capability 8.0 or more, float16 with a gradient scaler on an older one.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from medqa.config import Experiment
+from medqa.errors import UserError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BF16_CAPABILITY = (8, 0)  # a T4 (7.5) only emulates bfloat16, slowly, though torch says that it is supported
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The precision in effect. `reasons` has `section.key` to (asked, in effect, why) where the two differ."""
+
+    device_type: str
+    mixed_precision: str
+    dtype: torch.dtype
+    reasons: Mapping[str, tuple[str, str, str]]
+
+
+def resolve_precision(experiment: Experiment, force_cpu: bool) -> Precision:
+    """The precision for this machine.
+
+    Raises:
+        UserError: a GPU is present but the installed torch cannot use it, and `force_cpu` is not set.
+    """
+    if force_cpu or not usable_gpu():
+        return _adapted(experiment, "cpu", "no", "float32", "on a CPU everything is float32")
+    capability = torch.cuda.get_device_capability()
+    name = torch.cuda.get_device_name()
+    asked = experiment.training.mixed_precision
+    if capability < BF16_CAPABILITY and "bf" in asked + experiment.model.dtype:
+        reason = f"{name} has compute capability {capability[0]}.{capability[1]}: bfloat16 needs 8.0"
+        return _adapted(experiment, "cuda", "fp16", "float16", reason)
+    return Precision("cuda", asked, DTYPES[experiment.model.dtype], {})
+
+
+def usable_gpu() -> bool:
+    """Whether there is a GPU that the installed torch can use; False where there is none or it is hidden on purpose.
+
+    Raises:
+        UserError: there is one but torch cannot use it; says what to install.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    advice = "install a torch that fits the driver and the GPU (https://pytorch.org/get-started), or insist with --cpu"
+    if not torch.cuda.is_available():
+        if not _nvidia_device_present():
+            return False
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise UserError(
+            f"an NVIDIA GPU is present, but torch {torch.__version__} ({build}) cannot use it (wheel or driver): {advice}"
+        )
+    try:
+        (torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")).sum().item()
+    except RuntimeError as error:  # "no kernel image is available": a wheel without code for this GPU
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{torch.cuda.get_device_name()} cannot be used by torch {torch.__version__}: {reason}; {advice}"
+        ) from error
+    return True
+
+
+def _nvidia_device_present() -> bool:
+    """Whether the kernel shows an NVIDIA GPU, whatever torch says (WSL shows /dev/dxg and the driver's library)."""
+    return Path("/dev/nvidia0").exists() or (Path("/dev/dxg").exists() and Path("/usr/lib/wsl/lib/libcuda.so").exists())
+
+
+def _adapted(experiment: Experiment, device_type: str, mixed_precision: str, dtype: str, reason: str) -> Precision:
+    """The given precision, with what was asked differently and why."""
+    asked = {"training.mixed_precision": experiment.training.mixed_precision, "model.dtype": experiment.model.dtype}
+    used = {"training.mixed_precision": mixed_precision, "model.dtype": dtype}
+    reasons = {key: (asked[key], used[key], reason) for key in asked if asked[key] != used[key]}
+    return Precision(device_type, mixed_precision, DTYPES[dtype], reasons)

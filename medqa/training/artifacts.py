@@ -1,0 +1,178 @@
+"""What a finished run leaves: the adapter with tokenizer and model card, and `summary.json`."""
+
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from medqa.config import Experiment
+from medqa.evaluation.loss import SplitLoss
+from medqa.model.base import Base
+from medqa.prompts import chat_template, prompt
+from medqa.training.checkpoint import RunState, save_adapter
+from medqa.training.plan import parameter_counts
+from medqa.training.run_dir import Leg
+from medqa.training.tracking import EVAL_NAMES
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "datasets")
+LICENCES = {
+    "medquad": "MedQuAD (Ben Abacha and Demner-Fushman, 2019): CC BY 4.0",
+    "afrimedqa": "AfriMed-QA v2: CC BY-NC-SA 4.0, non-commercial use only",
+}
+
+
+def make_summary(
+    name: str,
+    experiment: Experiment,
+    state: RunState,
+    final: SplitLoss,
+    test: SplitLoss,
+    model: torch.nn.Module,
+    accelerator: Accelerator,
+    base: Base,
+    accumulation: int,
+    leg: Leg,
+    wall_clock_s: float,
+) -> dict[str, Any]:
+    """`summary.json`."""
+    trainable, total = parameter_counts(model)
+    device = accelerator.device
+    return {
+        "experiment": name,
+        "baseline": _figures(state.baseline),
+        "final": _figures(final.record()),
+        "test": _figures(test.record()),
+        "best_step": state.best_step,
+        "wall_clock_s": wall_clock_s,
+        "peak_memory_bytes": state.peak_memory,
+        "memory_device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "updates": state.step,
+        "resumes": leg.resumes,
+        "processes": accelerator.num_processes,
+        "cpu_threads": torch.get_num_threads(),
+        "gradient_accumulation_steps": accumulation,
+        "quantization": base.quantization,
+        "mixed_precision": accelerator.mixed_precision,
+        "scaler_overflows": state.overflows,
+        "data_fingerprint": state.data_fingerprint,
+        "git_commit": git_commit(),
+        "versions": versions(),
+    }
+
+
+def _figures(record: Mapping[str, Any]) -> dict[str, float | None]:
+    """A split's four figures."""
+    return {key: record[key] for key in EVAL_NAMES}
+
+
+def save_final_adapter(
+    directory: Path,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    summary: Mapping[str, Any],
+    experiment: Experiment,
+) -> None:
+    """Adapter, tokenizer and model card in `directory`. The tokenizer's chat template is the training prompt.
+
+    The base model's own template (TinyLlama's says `<|user|>`) would make every server send a prompt that the adapter
+    was not trained on.
+    """
+    directory.mkdir(exist_ok=True)
+    save_adapter(model, directory)
+    tokenizer.chat_template = chat_template(tokenizer)
+    tokenizer.save_pretrained(directory)
+    (directory / "README.md").write_text(model_card(summary, experiment), encoding="utf-8")
+
+
+def model_card(summary: Mapping[str, Any], experiment: Experiment) -> str:
+    """The adapter's README: data and licences, figures, intended use."""
+    used = [name for name in LICENCES if getattr(experiment.data, name) != "none"]
+    licence = "cc-by-nc-sa-4.0" if "afrimedqa" in used else "cc-by-4.0"
+    figures = "\n".join(
+        f"| {label} | {part['loss']:.4f} | {part['perplexity']:.3f} | {_figure(part['answer_loss'], 4)} | "
+        f"{_figure(part['answer_perplexity'], 3)} |"
+        for label, part in (
+            ("validation, untuned", summary["baseline"]),
+            ("validation, tuned", summary["final"]),
+            ("test, tuned", summary["test"]),
+        )
+    )
+    data = "\n".join(f"- {LICENCES[name]}" for name in used)
+    return f"""---
+base_model: {experiment.model.base}
+library_name: peft
+license: {licence}
+tags: [lora, medical, question-answering]
+---
+
+# {summary["experiment"]}
+
+A LoRA adapter for `{experiment.model.base}`, trained on medical questions and answers with medqa:
+{summary["updates"]} updates of {experiment.training.global_batch_size} examples, learning rate
+{experiment.optimizer.learning_rate:g}, quantization {summary["quantization"]}, mixed precision
+{summary["mixed_precision"]}.
+
+**Not medical advice.** The answers can be wrong, outdated or dangerous. For research on question answering; not for
+diagnosis, treatment or any decision about a person's health.
+
+## Figures
+
+Mean loss per token in nats and its exponential, on held-out rows (no question or answer of theirs stands in training
+when the split is `grouped`; here it is `{experiment.data.split}`). They measure likeness to the reference answers, not
+whether an answer is right.
+
+| | loss | perplexity | answer loss | answer perplexity |
+|---|---|---|---|---|
+{figures}
+
+## Prompt
+
+```
+{prompt("{question}")}```
+
+The tokenizer beside the adapter carries it as its chat template. Each question stands alone, as in training.
+
+## Data
+
+{data}
+"""
+
+
+def _figure(value: float | None, digits: int) -> str:
+    """A number for a table, or a dash."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what computes; a package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this code (`-dirty` with changes), None where it is not a git checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()

@@ -1,0 +1,101 @@
+"""What the terminal shows: the plan, progress, and the closing table. From the main process only.
+
+On a terminal that is rich's display; elsewhere, notebooks included (Colab's `!` claims to be a terminal, and what is
+redrawn there floods the page), plain lines.
+"""
+
+import os
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from medqa.training.plan import Plan
+
+NOTEBOOK_VARIABLES = ("COLAB_RELEASE_TAG", "COLAB_GPU", "JPY_PARENT_PID", "KAGGLE_KERNEL_RUN_TYPE")
+PLAIN_WIDTH = 160
+
+
+def make_console(is_main_process: bool) -> Console:
+    """The run's console: quiet on the other processes, without control codes where they would not be drawn."""
+    in_notebook = any(name in os.environ for name in NOTEBOOK_VARIABLES)
+    console = Console(quiet=not is_main_process, highlight=False, force_terminal=False if in_notebook else None)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    return console
+
+
+def show_plan(console: Console, title: str, plan: Plan) -> None:
+    """The plan, and one training example with what of it counts in the loss."""
+    console.rule(title) if console.is_terminal else console.print(title)
+    grid = Table.grid(padding=(0, 2))
+    for label, text in plan.lines:
+        grid.add_row(f"[bold]{label}[/bold]", escape(text))
+    for counts, text in plan.example:
+        label, style = ("in the loss", "green") if counts else ("not in the loss", "dim")
+        grid.add_row(f"[bold]{label}[/bold]", f"[{style}]{escape(_shortened(text))}[/{style}]")
+    console.print(grid)
+
+
+class ProgressLine:
+    """A bar on a terminal, a line every so many updates elsewhere."""
+
+    def __init__(self, console: Console, first_step: int, max_steps: int, log_steps: int) -> None:
+        self._console = console
+        self._max_steps, self._log_steps = max_steps, log_steps
+        self._bar = Progress(
+            TextColumn("update"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=max_steps, completed=first_step, figures="")
+
+    def __enter__(self) -> "ProgressLine":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """Show the figures of one update."""
+        step = record["step"]
+        figures = (
+            f"loss {record['loss']:.4f}  rate {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tokens/s  "
+            f"peak {record['peak_memory_bytes'] / 2**30:.1f} GiB"
+        )
+        self._bar.update(self._task, completed=step, figures=figures)
+        if not self._console.is_terminal and (step % self._log_steps == 0 or step == self._max_steps):
+            left = (self._max_steps - step) * record["update_s"]
+            self._console.print(f"update {step}/{self._max_steps}  {figures}  about {left / 60:.0f} min left")
+
+
+def show_result(console: Console, summary: Mapping[str, Any]) -> None:
+    """Baseline against final on the validation set, and the test set once."""
+    table = Table(title=f"{summary['experiment']}: before and after", title_justify="left")
+    table.add_column("")
+    for column in ("validation, untuned", "validation, tuned", "test, tuned"):
+        table.add_column(column, justify="right")
+    for key in ("loss", "perplexity", "answer_loss", "answer_perplexity"):
+        figures = [summary[part][key] for part in ("baseline", "final", "test")]
+        table.add_row(key.replace("_", " "), *("-" if value is None else f"{value:.4f}" for value in figures))
+    console.print(table)
+    console.print(
+        f"{summary['updates']} updates in {summary['wall_clock_s']:.0f} s, "
+        f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB ({summary['memory_device']})"
+    )
+
+
+def _shortened(text: str, length: int = 600) -> str:
+    """Text for a table's cell, on one line."""
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= length else text[:length] + " ..."

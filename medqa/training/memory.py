@@ -1,0 +1,43 @@
+"""Current and peak memory: the allocator's on a GPU, the resident set of this process on a CPU. All in bytes."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak bytes since the last reset. `reserved` is what the GPU's allocator holds, None on a CPU."""
+
+    allocated: int
+    reserved: int | None
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start the peak anew. Where the system offers no way (no Linux), a CPU's peak stays that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR_REFS.exists():
+        try:
+            CLEAR_REFS.write_text("5")  # resets VmHWM, see proc_pid_clear_refs(5)
+        except OSError:  # some containers do not permit it
+            return
+
+
+def peak_memory(device: torch.device) -> Memory:
+    """The peak since the last reset."""
+    if device.type == "cuda":
+        return Memory(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
+    if STATUS.exists():
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return Memory(int(line.split()[1]) * 1024, None)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, None)

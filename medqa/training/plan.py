@@ -1,0 +1,147 @@
+"""What a run will do, worked out before its first update."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from medqa.config import Experiment, Training
+from medqa.data.batches import Example, Stream
+from medqa.errors import UserError
+from medqa.model.base import Base
+from medqa.model.precision import Precision
+
+Change = tuple[str, str, str]  # asked, in effect, why
+
+
+def accumulation_steps(training: Training, num_processes: int) -> int:
+    """Micro-batches that each process runs for one update.
+
+    Raises:
+        UserError: the global batch cannot be shared out evenly; names values that work.
+    """
+    at_once = training.per_device_batch_size * num_processes
+    steps, rest = divmod(training.global_batch_size, at_once)
+    if steps and not rest:
+        return steps
+    sizes = [
+        b for b in range(1, training.global_batch_size + 1) if training.global_batch_size % (b * num_processes) == 0
+    ]
+    nearest = sorted({max(1, steps) * at_once, (steps + 1) * at_once})
+    advice = f"training.global_batch_size={' or '.join(map(str, nearest))}"
+    if sizes:
+        advice = f"training.per_device_batch_size={' or '.join(map(str, sizes))}, or {advice}"
+    raise UserError(
+        f"training.global_batch_size = {training.global_batch_size} does not divide into micro-batches of "
+        f"training.per_device_batch_size = {training.per_device_batch_size} on {num_processes} process(es); "
+        f"with --set, these work: {advice}"
+    )
+
+
+def in_effect(precision: Precision, asked_quantization: str, base: Base) -> dict[str, Change]:
+    """The settings that are not as asked: `section.key` to (asked, in effect, why)."""
+    changes = dict(precision.reasons)
+    if base.reason is not None:
+        changes["model.quantization"] = (asked_quantization, base.quantization, base.reason)
+    return changes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the console shows before the first update."""
+
+    lines: list[tuple[str, str]]
+    example: list[tuple[bool, str]]  # (counts in the loss, text), in order
+
+
+def make_plan(
+    experiment: Experiment,
+    stream: Stream,
+    examples: Mapping[str, Sequence[Example]],
+    model: torch.nn.Module,
+    changes: Mapping[str, Change],
+    accelerator: Accelerator,
+    accumulation: int,
+    decode: Callable[[Sequence[int]], str],
+) -> Plan:
+    """The plan of a run on this machine."""
+    device, num_processes = accelerator.device, accelerator.num_processes
+    training, scheduler = experiment.training, experiment.scheduler
+    rows = {name: len(split) for name, split in examples.items()}
+    mean_length = sum(len(e.input_ids) for e in stream.examples) / len(stream.examples)
+    warmup = f", {scheduler.warmup_steps} updates of warmup (rate 0 at the first)" if scheduler.warmup_steps else ""
+    trainable, total = parameter_counts(model)
+    lines = [
+        ("data", ", ".join(f"{name} {count:,}" for name, count in rows.items()) + " rows"),
+        (
+            "updates",
+            f"{training.max_steps:,} of {training.global_batch_size} examples, about "
+            f"{training.global_batch_size * mean_length:,.0f} tokens: {stream.epoch(training.max_steps):.2f} epochs",
+        ),
+        (
+            "micro-batches",
+            f"{training.per_device_batch_size} examples on {num_processes} process(es): "
+            f"gradient_accumulation_steps {accumulation}",
+        ),
+        (
+            "rate",
+            f"{experiment.optimizer.learning_rate:g}, "
+            f"{'constant' if scheduler.name == 'none' else scheduler.name}{warmup}",
+        ),
+        ("parameters", f"{trainable:,} train of {total:,} ({100 * trainable / total:.2f} %)"),
+        ("device", device_line(device, num_processes)),
+    ]
+    lines += [("in effect", f"{key} = {used}, not {asked}: {why}") for key, (asked, used, why) in changes.items()]
+    if experiment.data.afrimedqa != "none":
+        lines.append(("licence", "AfriMed-QA is CC BY-NC-SA 4.0: the adapter is for non-commercial use"))
+    if device.type == "cpu" and total > 100e6:
+        tokens = experiment.tokenization.max_length if experiment.tokenization.padding == "max_length" else mean_length
+        hours = cpu_hours(total, tokens * training.global_batch_size * training.max_steps, experiment)
+        lines.append(("time", f"about {hours:,.0f} hours on this CPU; a GPU, or --tiny, is the way"))
+    return Plan(lines, loss_segments(stream.at(0), experiment.tokenization.loss_on, decode))
+
+
+def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
+    """Parameters that train, and all. A 4-bit weight counts as the parameters that it stands for."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def device_line(device: torch.device, num_processes: int) -> str:
+    """The device, and the launch line that uses all of them where some GPUs stand idle."""
+    if device.type != "cuda":
+        return f"cpu, {torch.get_num_threads()} threads"
+    visible = torch.cuda.device_count()
+    line = torch.cuda.get_device_name(device)
+    if visible > num_processes:
+        line += f"; {visible} GPUs are visible, {num_processes} used: accelerate launch --multi_gpu --num_processes {visible} ..."
+    return line
+
+
+def cpu_hours(parameters: int, tokens: float, experiment: Experiment) -> float:
+    """Hours that training takes on this CPU, from a matrix product timed here and now.
+
+    Forward and the gradient of the activations take 2 floating-point operations per parameter and token each (frozen
+    weights get no gradient); checkpointing repeats the forward. Source: https://arxiv.org/abs/2001.08361, section 2.1.
+    """
+    a = torch.rand(1024, 1024)
+    a @ a
+    started = time.perf_counter()
+    for _ in range(3):
+        a @ a
+    rate = 3 * 2 * 1024**3 / (time.perf_counter() - started)
+    return (6 if experiment.model.gradient_checkpointing else 4) * parameters * tokens / rate / 3600
+
+
+def loss_segments(example: Example, loss_on: str, decode: Callable[[Sequence[int]], str]) -> list[tuple[bool, str]]:
+    """The example's text in runs that count in the loss or do not. The first token is never a target."""
+    first = max(1, example.answer_start) if loss_on == "answer" else 1
+    parts = [(False, example.input_ids[:first]), (True, example.input_ids[first:])]
+    return [(counts, decode(ids)) for counts, ids in parts if ids]

@@ -1,0 +1,55 @@
+"""The processes of a run: Accelerate's view of them, checked."""
+
+import importlib.util
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from medqa.config import Experiment
+from medqa.errors import UserError
+from medqa.model.precision import Precision
+from medqa.training.wandb_run import wandb_mode
+
+
+def build_accelerator(experiment: Experiment, precision: Precision) -> Accelerator:
+    """The accelerator for this experiment: precision comes from the experiment, processes and devices from the launcher.
+
+    Accumulation and schedule are the loop's own business, so Accelerate is told of neither: it would divide the loss
+    by the accumulation steps and step a prepared scheduler once per process.
+
+    Raises:
+        UserError: several processes were launched that do not know of each other.
+    """
+    tracked = wandb_mode(experiment.tracking)[0] != "disabled" and importlib.util.find_spec("wandb") is not None
+    timeout = timedelta(seconds=experiment.training.process_timeout_s)
+    accelerator = Accelerator(
+        cpu=precision.device_type == "cpu",
+        mixed_precision=precision.mixed_precision,
+        log_with="wandb" if tracked else None,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timeout),
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"{launched} processes were launched, but this one knows of {accelerator.num_processes}: each would train alone "
+            "in the same directory; launch with `torchrun --nproc_per_node N train.py ...` or "
+            "`accelerate launch --multi_gpu --num_processes N train.py ...`"
+        )
+    return accelerator
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """On a GPU, deterministic kernels or the fastest; a CPU's are deterministic anyway.
+
+    Only warned about, not refused, is an operation that has no deterministic kernel: the run goes on.
+    """
+    if torch.cuda.is_available() and deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False

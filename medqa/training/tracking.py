@@ -1,0 +1,123 @@
+"""What a run records: `metrics.jsonl`, which is the truth, and W&B, which is fed from the same records."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+Record = dict[str, Any]
+
+# Names on W&B of the keys that do not stand under their split's own name there.
+PERFORMANCE_NAMES = {
+    "tokens_per_s": "perf/tokens_per_second",
+    "update_s": "perf/update_seconds",
+    "padding_share": "perf/padding_share",
+    "save_s": "perf/save_seconds",
+}
+TRAIN_NAMES = ("loss", "learning_rate", "grad_norm", "epoch", "examples_seen", "tokens_seen")
+EVAL_NAMES = ("loss", "perplexity", "answer_loss", "answer_perplexity")
+GLOBAL_STEP = "train/global_step"
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, each pair (step, split) exactly once, also after resumes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._last_train: tuple[int, Record] | None = None  # where its line begins, and what it says
+
+    def resume(self, step: int, max_steps: int) -> None:
+        """Drop what will be computed again, and a last line that a kill cut short.
+
+        What was recorded at `step` came before its checkpoint and stays; but a run's closing evaluation comes after the
+        last one. With no checkpoint, `step` is -1.
+        """
+        records = list(read_metrics(self.path)) if self.path.exists() else []
+        kept = [
+            r
+            for r in records
+            if r["step"] < step or (r["step"] == step and (r["split"] == "train" or step < max_steps))
+        ]
+        unfinished = self.path.with_name(self.path.name + ".tmp")
+        unfinished.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+        os.replace(unfinished, self.path)
+
+    def append(self, record: Record) -> None:
+        """Add a line and hand it to the system at once."""
+        with self.path.open("a", encoding="utf-8") as file:
+            if record["split"] == "train":
+                self._last_train = (file.tell(), record)
+            file.write(_line(record))
+
+    def amend_train(self, step: int, **more: float) -> None:
+        """Add fields to the newest `train` line if it is that of `step`.
+
+        The line was written before what is added was known, so that a kill in between loses nothing. It and the lines
+        after it are written over in one write; they only get longer.
+        """
+        if self._last_train is None or self._last_train[1]["step"] != step:
+            return
+        start, record = self._last_train
+        content = self.path.read_bytes()
+        after = content[start:].split(b"\n", 1)[1]
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(start)
+            file.write(_line({**record, **more}).encode() + after)
+
+
+def read_metrics(path: Path) -> Iterator[Record]:
+    """The records of a metrics file up to a line that is not whole."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return
+        if not line.endswith("\n") or not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            return
+        yield record
+
+
+class Tracker:
+    """Takes records on the main process and passes them on; does nothing on the others."""
+
+    def __init__(self, accelerator: Accelerator, metrics: MetricsFile) -> None:
+        self._accelerator = accelerator
+        self._metrics = metrics
+
+    def resume(self, step: int, max_steps: int) -> None:
+        """As `MetricsFile.resume`."""
+        if self._accelerator.is_main_process:
+            self._metrics.resume(step, max_steps)
+
+    def log(self, record: Record) -> None:
+        """Record one step of one split: into the file, then to W&B where there is a run."""
+        if self._accelerator.is_main_process:
+            self._metrics.append(record)
+            self._accelerator.log(wandb_names(record), step=record["step"])
+
+    def saved(self, step: int, save_s: float) -> None:
+        """Record how long the checkpoint of `step` held up training, in seconds."""
+        if self._accelerator.is_main_process:
+            self._metrics.amend_train(step, save_s=save_s)
+            self._accelerator.log({PERFORMANCE_NAMES["save_s"]: save_s, GLOBAL_STEP: step}, step=step)
+
+
+def wandb_names(record: Record) -> dict[str, Any]:
+    """A record under the names it has on W&B, with the step that everything is drawn against."""
+    split = record["split"]
+    names = TRAIN_NAMES if split == "train" else EVAL_NAMES
+    values = {f"{split}/{name}": record[name] for name in names if record.get(name) is not None}
+    values |= {name: record[key] for key, name in PERFORMANCE_NAMES.items() if key in record}
+    values |= {f"{split}/{name}/answer_loss": loss for name, loss in record.get("sources", {}).items()}
+    for key, name in (("peak_memory_bytes", "allocated"), ("peak_reserved_bytes", "reserved")):
+        if record.get(key) is not None:
+            values[f"perf/peak_{name}_gb"] = record[key] / 1e9
+    return values | {GLOBAL_STEP: record["step"]}
+
+
+def _line(record: Record) -> str:
+    """A record as its line."""
+    return json.dumps(record, allow_nan=False) + "\n"

@@ -1,0 +1,105 @@
+"""The W&B run: one per output directory, through Accelerate's tracker, offline where online cannot be had.
+
+Nothing here prompts, and nothing delays a start for longer than `NETWORK_SECONDS`.
+"""
+
+import netrc
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from accelerate import Accelerator
+
+from medqa.config import Experiment, Tracking
+from medqa.training.tracking import GLOBAL_STEP
+
+NETWORK_SECONDS = 12
+SAMPLE_COLUMNS = ["step", "source", "question", "reference", "base answer", "tuned answer", "stopped by itself"]
+
+
+def start_wandb(
+    accelerator: Accelerator, experiment: Experiment, output_dir: Path, run_id: str, in_effect: Mapping[str, Any]
+) -> str:
+    """Start or continue the directory's run on the main process; says in one line where it goes.
+
+    `WANDB_*` variables win over the file, as everywhere with W&B.
+    """
+    tracking = experiment.tracking
+    config = {**experiment.model_dump(), "in_effect": dict(in_effect)}
+    mode, why = wandb_mode(tracking)
+    if mode == "disabled" or not accelerator.is_main_process:
+        return "W&B: off" + why
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    arguments = {
+        "entity": None if "WANDB_ENTITY" in os.environ else tracking.entity,
+        "group": None if "WANDB_RUN_GROUP" in os.environ else tracking.group,
+        "name": None if "WANDB_NAME" in os.environ else tracking.run_name or output_dir.name,
+        "tags": None if "WANDB_TAGS" in os.environ else tracking.tags,
+        "id": os.environ.get("WANDB_RUN_ID", run_id),
+        "dir": os.environ.get("WANDB_DIR", str(output_dir)),
+        "resume": "allow",
+        "settings": wandb.Settings(init_timeout=NETWORK_SECONDS, console="off"),
+    }
+    project = os.environ.get("WANDB_PROJECT", tracking.project)
+    try:
+        accelerator.init_trackers(project, config, {"wandb": {**arguments, "mode": mode}})
+    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+        if mode == "offline":
+            raise
+        mode, why = "offline", f" ({str(error).splitlines()[0]})"
+        accelerator.trackers.clear()
+        accelerator.init_trackers(project, config, {"wandb": {**arguments, "mode": mode}})
+    run = accelerator.get_tracker("wandb", unwrap=True)
+    run.define_metric(GLOBAL_STEP)
+    run.define_metric("*", step_metric=GLOBAL_STEP)
+    where = run.url if mode == "online" else f"{Path(run.dir).parent}; `wandb sync` sends it"
+    return f"W&B: {mode}{why}, {where}"
+
+
+def wandb_mode(tracking: Tracking) -> tuple[str, str]:
+    """`online`, `offline` or `disabled`, and why where it is not what was asked."""
+    asked = os.environ.get("WANDB_MODE", tracking.wandb)
+    if asked in ("disabled", "offline", "dryrun"):
+        return ("disabled" if asked == "disabled" else "offline"), ""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    if not _has_key(host.hostname or ""):
+        return "offline", " (no API key: run `wandb login` for online)"
+    try:
+        port = host.port or (443 if host.scheme == "https" else 80)
+        socket.create_connection((host.hostname or "", port), timeout=5).close()
+    except OSError as error:
+        return "offline", f" ({host.hostname} does not answer: {error})"
+    return "online", ""
+
+
+def log_samples(accelerator: Accelerator, rows: Sequence[Sequence[Any]]) -> None:
+    """The table of sample answers, `SAMPLE_COLUMNS`."""
+    if accelerator.trackers and rows:
+        data = [list(row) for row in rows]
+        accelerator.trackers[0].log_table("samples", columns=SAMPLE_COLUMNS, data=data, step=data[0][0])
+
+
+def log_adapter(accelerator: Accelerator, tracking: Tracking, directory: Path, name: str) -> None:
+    """The adapter's directory as an artifact, if `tracking.log_model`."""
+    if accelerator.trackers and tracking.log_model:
+        import wandb
+
+        artifact = wandb.Artifact(name, type="model")
+        artifact.add_dir(str(directory))
+        accelerator.get_tracker("wandb", unwrap=True).log_artifact(artifact)
+
+
+def _has_key(host: str) -> bool:
+    """Whether W&B's key is in the environment or in the netrc file, without asking for it."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    path = os.environ.get("NETRC") or Path.home() / ".netrc"
+    try:
+        return netrc.netrc(str(path)).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,455 @@
+"""From every place and format to the same rows; every broken input named with its file and the way out."""
+
+import csv
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from medqa.data.readers import read_file
+from medqa.data.sources import Row, Source, load_sources
+from medqa.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not (SHARED / "medquad.csv").exists(), reason=f"no real data in {SHARED}")
+
+MEDQUAD = [
+    {"question": " What is flu ?\n", "answer": "  A viral infection,\nquoted as \"flu\".  ", "focus_area": "Influenza"},
+    {"question": "What is NA ?", "answer": "NA", "focus_area": ""},
+    {"question": "No answer ?", "answer": "", "focus_area": "Nothing"},
+    {"question": "", "answer": "No question.", "focus_area": "Nothing"},
+    {"question": "What is flu ?", "answer": "A viral infection,\nquoted as \"flu\".", "focus_area": "Influenza"},
+    {"question": "Qu\u2019est-ce ? \u65e5\u672c\u2028x", "answer": "null", "focus_area": "Caf\u00e9"},
+]  # fmt: skip
+OPTIONS = '{"option1": "Malaria", "option2": " Flu ", "option3": "", "option4": "A cold"}'
+AFRIMEDQA = [
+    {"question_type": "mcq", "question": "raw", "question_clean": "Which ?", "answer_options": OPTIONS, "prompt": ""},
+    {"question_type": "saq", "question": "Why ?", "question_clean": "", "answer_options": OPTIONS, "prompt": "Unused."},
+    {"question_type": "consumer_queries", "question": "Should I ?", "question_clean": "", "answer_options": "",
+     "prompt": "I have a rash."},
+]  # fmt: skip
+AFRIMEDQA = [record | {"answer_rationale": f"Because {number}."} for number, record in enumerate(AFRIMEDQA)]
+
+
+def write(path: Path, records: list[dict]) -> str:
+    """The records in the format that the suffix names; an empty cell is null where the format has one."""
+    columns = list(records[0])
+    match path.suffix.lower():
+        case ".csv":
+            with path.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(records)
+        case ".jsonl":
+            lines = (json.dumps({k: v or None for k, v in r.items()}, ensure_ascii=False) for r in records)
+            path.write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+        case ".parquet":
+            parquet.write_table(pa.table({c: [r[c] or None for r in records] for c in columns}), path)
+    return str(path)
+
+
+def write_xml(directory: Path, records: list[dict]) -> str:
+    """MedQuAD's own layout, a document for each record, in files whose sorted order is that of the records."""
+    from xml.sax.saxutils import escape
+
+    for number, record in enumerate(records):
+        file = directory / f"{number // 4}_Collection" / f"{number:07d}.{'XML' if number % 2 else 'xml'}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        q, a, focus = (escape(record[key]) for key in ("question", "answer", "focus_area"))
+        file.write_text(
+            f'<?xml version="1.0" encoding="UTF-8"?>\n<Document id="{number}" source="S" url="http://x"><Focus>{focus}'
+            f'</Focus><QAPairs><QAPair pid="1"><Question qid="{number}-1" qtype="t">{q}</Question><Answer>{a}</Answer>'
+            "</QAPair></QAPairs></Document>",
+            encoding="utf-8",
+        )
+    return str(directory)
+
+
+def medquad(location: str | Path) -> Source:
+    (source,) = load_sources(str(location), "none")
+    return source
+
+
+def afrimedqa(location: str | Path) -> Source:
+    (source,) = load_sources("none", str(location))
+    return source
+
+
+def afrimedqa_questions(tmp_path: Path, *records: dict) -> list[str]:
+    base = {"question": "Q ?", "question_type": "mcq", "answer_rationale": "R."}
+    lines = [json.dumps(base | record | {"answer_rationale": f"R{n}."}) for n, record in enumerate(records)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    return [row.question for row in afrimedqa(tmp_path / "a.jsonl").rows]
+
+
+def test_every_format_gives_the_same_medquad_rows(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"m{suffix}", MEDQUAD) for suffix in (".csv", ".jsonl", ".parquet", ".CSV")]
+    sources = [medquad(file) for file in [*files, write_xml(tmp_path / "xml", MEDQUAD)]]
+    assert len(sources) == 5
+    for source in sources:
+        assert source.rows == (
+            Row("medquad:0", "medquad", "What is flu ?", 'A viral infection,\nquoted as "flu".', "Influenza"),
+            Row("medquad:1", "medquad", "What is NA ?", "NA", None),
+            Row("medquad:5", "medquad", "Qu\u2019est-ce ? \u65e5\u672c\u2028x", "null", "Caf\u00e9"),
+        )
+        assert source.read == 6
+        assert source.dropped == {"empty answer": 1, "empty question": 1, "duplicate": 1}
+    assert [source.location for source in sources[:4]] == files
+
+
+def test_every_format_gives_the_same_afrimedqa_rows(tmp_path: Path) -> None:
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        source = afrimedqa(write(tmp_path / f"a{suffix}", AFRIMEDQA))
+        assert source.rows == (
+            Row("afrimedqa:0", "afrimedqa", "Which ?\nA. Malaria\nB. Flu\nD. A cold", "Because 0.", None),
+            Row("afrimedqa:1", "afrimedqa", "Why ?", "Because 1.", None),
+            Row("afrimedqa:2", "afrimedqa", "I have a rash.\nShould I ?", "Because 2.", None),
+        )
+        assert source.dropped == {}
+
+
+@pytest.mark.parametrize(
+    ("header", "topic"),
+    [
+        ("question,answer,source,focus_area", "T"),
+        ("Question,Answer,qtype,Focus", "T"),
+        ("QUESTION, Answer ,x,focus", "T"),
+        ("question,answer,x,question_focus", "T"),
+        ("question,answer,qtype,source", None),
+    ],
+)
+def test_medquad_column_variants(tmp_path: Path, header: str, topic: str | None) -> None:
+    (tmp_path / "m.csv").write_text(f"{header}\nQ ?,A.,x,T\n")
+    assert medquad(tmp_path / "m.csv").rows == (Row("medquad:0", "medquad", "Q ?", "A.", topic),)
+
+
+def test_afrimedqa_column_variants(tmp_path: Path) -> None:
+    for header in ("question,answer_rationale", "Question_Clean,Rationale", "question,RATIONALE"):
+        (tmp_path / "a.csv").write_text(f"{header}\nQ ?,R.\n")
+        assert afrimedqa(tmp_path / "a.csv").rows == (Row("afrimedqa:0", "afrimedqa", "Q ?", "R.", None),)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        '{"option1": "x", "option2": "y"}',
+        '["x", " y "]',
+        "{'option1': 'x', 'option2': 'y'}",
+        "['x', 'y']",
+        {"option1": "x", "option2": "y", "option3": None},
+        ["x", "y"],
+    ],
+)
+def test_options_are_read_in_every_spelling(tmp_path: Path, options: object) -> None:
+    assert afrimedqa_questions(tmp_path, {"answer_options": options}) == ["Q ?\nA. x\nB. y"]
+
+
+def test_numbers_may_be_options_and_a_copy_may_lack_the_kind(tmp_path: Path) -> None:
+    numbers = {"answer_options": '{"option1": 7, "option2": 0.5}', "question_type": None}
+    assert afrimedqa_questions(tmp_path, numbers) == ["Q ?\nA. 7\nB. 0.5"]
+
+
+@pytest.mark.parametrize("options", [None, "", "  ", "{}", "[]", "null", "nan", "None", "NaN", float("nan")])
+def test_no_options_leave_the_question_alone(tmp_path: Path, options: object) -> None:
+    assert afrimedqa_questions(tmp_path, {"answer_options": options}) == ["Q ?"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["{'option1': ", "x, y", '"x"', "7", "__import__('os')", '{"option1": {"a": 1}}', "[" * 9999, 5, ["x"] * 27,
+     '["\\ud800"]', "{[]: 1}"],
+)  # fmt: skip
+def test_unreadable_options_drop_a_multiple_choice_row_and_no_other(tmp_path: Path, options: object) -> None:
+    record = {"question": "Q ?", "answer_rationale": "R.", "answer_options": options}
+    lines = [json.dumps(record | {"question_type": kind, "question": kind}) for kind in ("mcq", "saq", "MCQ")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    source = afrimedqa(tmp_path / "a.jsonl")
+    assert [row.id for row in source.rows] == ["afrimedqa:1"]
+    assert source.dropped == {"unreadable options": 2}
+
+
+def test_duplicates_are_found_over_both_sources_and_the_first_wins(tmp_path: Path) -> None:
+    same = {"question": "Q ?", "answer": "A."}
+    one = write(tmp_path / "m.csv", [same, same, {"question": "Q ?", "answer": "B."}])
+    two = write(
+        tmp_path / "a.csv",
+        [{"question": " Q ? ", "answer_rationale": "A."}, {"question": "q ?", "answer_rationale": "A."}],
+    )
+    first, second = load_sources(one, two)
+    assert ([row.id for row in first.rows], first.dropped) == (["medquad:0", "medquad:2"], {"duplicate": 1})
+    assert ([row.id for row in second.rows], second.dropped) == (["afrimedqa:1"], {"duplicate": 1})
+
+
+def test_nan_is_a_missing_text(tmp_path: Path) -> None:  # as pandas writes one
+    (tmp_path / "m.jsonl").write_text('{"question": "Q ?", "answer": NaN}\n{"question": "Q ?", "answer": "NaN"}\n')
+    source = medquad(tmp_path / "m.jsonl")
+    assert ([row.answer for row in source.rows], source.dropped) == (["NaN"], {"empty answer": 1})
+
+
+def test_csv_dialects_that_people_have(tmp_path: Path) -> None:
+    body = 'question,answer\r\n"Q ""x"" ?","A,\r\nB."\r\n\r\n" 5"" long",x\r\n'
+    (tmp_path / "m.csv").write_bytes(b"\xef\xbb\xbf" + body.encode())  # as Excel saves "CSV UTF-8"
+    rows = medquad(tmp_path / "m.csv").rows
+    assert [(row.question, row.answer) for row in rows] == [('Q "x" ?', "A,\r\nB."), ('5" long', "x")]
+    (tmp_path / "long.csv").write_text(f"question,answer\nQ ?,{'a' * 200_000}\n")  # beyond csv's default field limit
+    limit = csv.field_size_limit()
+    assert len(medquad(tmp_path / "long.csv").rows[0].answer) == 200_000
+    assert csv.field_size_limit() == limit
+
+
+GOOD = "question,answer\nQ ?,A.\n"
+BROKEN_FILES = [
+    ("empty.csv", b"", "empty.csv: the file is empty"),
+    ("blank.jsonl", b"\n \n", "the file is empty"),
+    ("header.csv", b"question,answer\n", "no usable rows among 0 read (it holds no records)"),
+    ("columns.csv", b"query,response\nx,y\n", "no column question and answer; columns found: query, response."),
+    ("column.csv", b"question,reply\nx,y\n", "no column answer; columns found: question, reply."),
+    ("semicolon.csv", b"question;answer\nx;y\n", "columns found: question;answer."),
+    ("bom.csv", b"\xef\xbb\xbf", "columns found: none"),
+    ("twice.csv", b"question,answer,Question\nx,y,z\n", "two columns are called 'question'"),
+    ("long.csv", GOOD.encode() + b"Q, ?,A.\n", "long.csv, line 3: 3 fields where the header has 2"),
+    ("short.csv", GOOD.encode() + b"\nQ ?\n", "short.csv, line 4: 1 fields where the header has 2"),
+    ("all_long.csv", b"question,answer\na,b,c\nd,e,f\n", "all_long.csv, line 2: 3 fields"),
+    ("quote.csv", GOOD.encode() + b'Q ?,"A.\nx,y\nz,w\n', "quote.csv, record starting on line 3: broken CSV"),
+    ("after.csv", GOOD.encode() + b'"Q" ?,A.\n', "after.csv, record starting on line 3: broken CSV"),
+    ("nul.csv", "question,answer\né ?,A.\nQ\0,A.\n".encode(), "nul.csv, line 3: not UTF-8 text (a NUL byte)"),
+    ("utf16.csv", GOOD.encode("utf-16"), "save it again as UTF-8"),
+    ("latin1.csv", GOOD.encode() + "é,A.\n".encode("latin-1"), "latin1.csv, line 3: not UTF-8 text (byte 0xe9)"),
+    ("unusable.csv", b"question,answer\nQ ?,\n,A.\n", "no usable rows among 2 read (1 empty answer, 1 empty question)"),
+    ("broken.jsonl", b'{"question": "Q", "answer": "A"}\n{"question": \n', "broken.jsonl, line 2: broken JSON"),
+    ("array.jsonl", b'["Q", "A"]\n', "array.jsonl, line 1: a JSON list; each line must be one JSON object"),
+    ("deep.jsonl", b"[" * 100_000, "deep.jsonl, line 1: broken JSON"),
+    ("number.jsonl", b'{"question": "Q", "answer": "A"}\n{"question": "Q", "answer": 7}\n',
+     "record 1 (the first is 0), column 'answer': 7 is not text"),
+    ("object.jsonl", b'{"question": {"a": 1}, "answer": "A"}', "column 'question': {'a': 1} is not text"),
+    ("surrogate.jsonl", b'{"question": "Q\\ud800", "answer": "A"}', "surrogate.jsonl, record 0"),
+    ("twice.jsonl", b'{"question": "Q", "Question": "P", "answer": "A"}', "two columns are called 'question'"),
+    ("broken.parquet", b"PAR1 and then nothing", "broken.parquet"),
+    ("short.parquet", b"PAR1", "short.parquet"),
+    ("table.xlsx", b"PK", "table.xlsx: unknown kind of file; convert it to one of .csv, .jsonl, .parquet"),
+    ("one.xml", b"<Document/>", "one.xml: unknown kind of file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BROKEN_FILES, ids=[case[0] for case in BROKEN_FILES])
+def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        medquad(tmp_path / name)
+    assert name in str(raised.value)
+    assert message in str(raised.value)
+
+
+def test_parquet_cells_that_are_not_text_are_refused(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"question": ["Q"], "answer": [1.5]}), tmp_path / "n.parquet")
+    with pytest.raises(UserError, match=r"n\.parquet, record 0 .* column 'answer': 1\.5 is not text"):
+        medquad(tmp_path / "n.parquet")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<Document><Focus>x</Focus>", "broken XML"),
+        (b"", "broken XML"),
+        (b"\xff\xfe\x00", "broken XML"),
+        (b'<?xml version="1.0" encoding="no-such"?><Document/>', "broken XML"),
+        (b'<!DOCTYPE d [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><Document>&b;</Document>', "broken XML"),
+        (b"<html/>", "a <html> where MedQuAD's files have a <Document>"),
+    ],
+)
+def test_broken_xml_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    write_xml(tmp_path, MEDQUAD)
+    (tmp_path / "1_Collection" / "bad.xml").write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        medquad(tmp_path)
+    assert "bad.xml" in str(raised.value)
+    assert message in str(raised.value)
+
+
+def test_a_directory_without_xml_and_a_document_without_pairs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no \.xml file in this directory"):
+        medquad(tmp_path)
+    (tmp_path / "a.xml").write_text("<Document><Focus>x</Focus><QAPairs/></Document>")
+    with pytest.raises(UserError, match=r"no usable rows among 0 read"):
+        medquad(tmp_path)
+    (tmp_path / "b.xml").write_text(
+        "<Document><QAPairs><QAPair><Question>Q <b>x</b> ?</Question></QAPair>"
+        "<QAPair><Question>Q <b>x</b> ?</Question><Answer>A</Answer></QAPair></QAPairs></Document>"
+    )
+    assert medquad(tmp_path).rows == (Row("medquad:1", "medquad", "Q x ?", "A", None),)
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(UserError, match=r"folder\.csv: cannot be read \(Is a directory\)"):
+        read_file(tmp_path / "folder.csv", frozenset({"question"}))
+
+
+@pytest.mark.parametrize(
+    ("given", "messages"),
+    [
+        (("none", " None "), ["no data", "--medquad", "--afrimedqa", "--tiny"]),
+        (("no.csv", "none"), ["no.csv: no such file or directory", "--medquad none"]),
+        (("./nothing", "~/no/such"), ["./nothing: no such file", "~/no/such: no such file", "--afrimedqa none"]),
+        (("a/b/c", "x/y.PARQUET"), ["a/b/c: no such file", "x/y.PARQUET: no such file"]),
+        (("medquad", ""), ["'medquad' is no existing path and no hub id (owner/name)", "'' is no existing path"]),
+        (("x" * 5000, "/" + "x" * 5000), ["is no existing path", "no such file"]),
+        (("kaggle:medquad", "kaggle:a/b"), ["not of the form kaggle:owner/name", "AfriMed-QA is not on Kaggle"]),
+        (("none", str(ROOT)), ["a directory; give --afrimedqa a file (.csv, .parquet, .jsonl)"]),
+    ],
+)
+def test_wrong_locations_are_refused_together(given: tuple[str, str], messages: list[str]) -> None:
+    with pytest.raises(UserError) as raised:
+        load_sources(*given)
+    assert [message for message in messages if message not in str(raised.value)] == []
+
+
+def test_afrimedqa_columns_wanted_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no column question_clean or question and answer_rationale or rationale; col"):
+        afrimedqa(write(tmp_path / "m.csv", [{"q": "x", "a": "y"}]))
+
+
+def test_kagglehub_cache_answers_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing listens there
+    dataset = tmp_path / "datasets" / "someone" / "medquad"
+    for version in (2, 10):  # the newest, in numeric order
+        (dataset / "versions" / str(version)).mkdir(parents=True)
+        write(dataset / "versions" / str(version) / "m.csv", [{"question": "Q ?", "answer": f"Version {version}."}])
+        (dataset / f"{version}.complete").touch()
+    (dataset / "11.complete").touch()  # whose files were removed
+    (dataset / "versions" / "12").mkdir()  # not downloaded to the end
+    assert [row.answer for row in medquad("kaggle:someone/medquad").rows] == ["Version 10."]
+    write(dataset / "versions" / "10" / "other.csv", MEDQUAD)
+    with pytest.raises(UserError, match=r"one CSV file expected, found m\.csv, other\.csv"):
+        medquad("kaggle:someone/medquad")
+
+
+LOAD = """
+import json, sys, time
+from medqa.data.sources import load_sources
+from medqa.errors import UserError
+for given in json.load(sys.stdin):
+    start = time.monotonic()
+    try:
+        result = [[row.question, row.answer] for source in load_sources(*given) for row in source.rows]
+    except UserError as error:
+        result = str(error)
+    print("RESULT", json.dumps([result, time.monotonic() - start]))
+"""
+
+
+def load_in_a_fresh_process(cases: list[tuple[str, str]], **environment: str) -> list[tuple[str | list, float]]:
+    """What `load_sources` gives or says for each case, and its seconds; the hub's state is fixed per process."""
+    process = subprocess.run(
+        [sys.executable, "-c", LOAD],
+        input=json.dumps(cases), capture_output=True, text=True, cwd=ROOT, timeout=120,
+        env={k: v for k, v in os.environ.items() if not k.startswith("HF_")} | environment,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    results = [json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT ")]
+    assert len(results) == len(cases)
+    return results
+
+
+def test_unreachable_hubs_are_said_within_seconds(tmp_path: Path) -> None:
+    start = time.monotonic()
+    nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "KAGGLEHUB_CACHE": str(tmp_path), "HF_HOME": str(tmp_path)}
+    kaggle = "kaggle:pythonafroz/medquad-medical-question-answer-for-ai-research"
+    ((message, _),) = load_in_a_fresh_process([(kaggle, "intronhealth/afrimedqa_v2")], **nowhere)
+    assert time.monotonic() - start < 15
+    for part in (kaggle, "api.kaggle.com cannot be reached", "--medquad PATH", "--medquad none", "--tiny",
+                 "intronhealth/afrimedqa_v2", "Hugging Face Hub cannot be reached", "--afrimedqa PATH",
+                 "--afrimedqa none"):  # fmt: skip
+        assert part in message
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hugging Face Hub's interface as the real client asks for."""
+
+    protocol_version = "HTTP/1.1"
+    commit = "a" * 40
+    data = b"question,answer,Focus\nWhat ?,NA,Flu\nWho ?,,Flu\nWhen ?,None,\n"
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        gated, entry = {"X-Error-Code": "GatedRepo"}, {"type": "file", "path": "m.csv", "size": len(self.data)}
+        if "/intronhealth/" in path or "/gated/" in path:
+            self.reply(403 if "intronhealth" in path else 401, b"", gated)
+        elif "/open/data" not in path:
+            self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
+        elif path.endswith("/m.csv"):
+            self.reply(200, self.data, {"ETag": '"1"', "X-Repo-Commit": self.commit})
+        elif "/tree/" in path:
+            self.reply(200, json.dumps([entry | {"oid": "b" * 40}]).encode(), {})
+        elif path.startswith("/api/datasets/open/data"):
+            self.reply(200, json.dumps({"id": "open/data", "sha": self.commit, "siblings": []}).encode(), {})
+        else:
+            self.reply(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.commit})
+
+    do_HEAD = do_GET
+
+    def reply(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_real_client_against_a_hub(tmp_path: Path, hub: str) -> None:
+    rows = [["What ?", "NA"], ["When ?", "None"]]  # words as they stand in the hub's CSV, not missing values
+    cases = [("open/data", "none"), ("gated/data", "none"), ("none", "intronhealth/afrimedqa_v2"), ("no/such", "none")]
+    no_proxy = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"), "")
+    results = load_in_a_fresh_process(cases, HF_ENDPOINT=hub, HF_HOME=str(tmp_path), **no_proxy)
+    (found, _), (gated, _), (afrimed, _), (missing, seconds) = results
+    assert found == rows
+    for message, name in ((gated, "gated/data"), (afrimed, "intronhealth/afrimedqa_v2"), (missing, "no/such")):
+        assert f"hub dataset {name}: DatasetNotFoundError" in message
+        assert f"https://huggingface.co/datasets/{name}, then run `hf auth login`" in message
+    assert "--afrimedqa afrimedqa/afrimedqa_v2" in afrimed
+    assert "--afrimedqa none" in afrimed
+    assert "afrimedqa/afrimedqa_v2" not in gated
+    assert seconds < 15
+    offline = load_in_a_fresh_process([cases[0]], HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert offline[0][0] == rows  # from the cache
+
+
+@needs_shared
+def test_the_real_files() -> None:
+    sources = load_sources(str(SHARED / "medquad.csv"), str(SHARED / "afrimedqa_v2.csv"))
+    counts = [(source.name, source.read, len(source.rows), source.dropped) for source in sources]
+    assert counts == [
+        ("medquad", 16_412, 16_359, {"empty answer": 5, "duplicate": 48}),
+        ("afrimedqa", 5_410, 1_604, {"empty answer": 3_806}),
+    ]
+    for row in (row for source in sources for row in source.rows):
+        assert row.question == row.question.strip() != ""
+        assert row.answer == row.answer.strip() != ""
+    afrimed = sources[1].rows
+    assert sum("\nA. " in row.question for row in afrimed) > 100
+    assert {row.topic for row in afrimed} == {None}

@@ -1,0 +1,152 @@
+"""One run, from top to bottom: `accelerate launch train.py --exp exp_002`.
+
+No logic is here: each line makes one part of the run and gives it a name. The loop is `medqa/training/loop.py`.
+"""
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Sequence
+
+from medqa.data.batches import Stream, tokenize
+from medqa.data.report import write_json, write_reports
+from medqa.data.sources import load_sources
+from medqa.data.splits import SPLITS, split_rows
+from medqa.errors import exit_code
+from medqa.evaluation.inference import sample_answers
+from medqa.evaluation.loss import Evaluator, fixed_subset, summarize
+from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
+from medqa.model.base import add_lora, check_model, load_base, load_tokenizer
+from medqa.model.precision import resolve_precision
+from medqa.options import parse_options, refuse_not_yet
+from medqa.training.artifacts import make_summary, save_final_adapter
+from medqa.training.checkpoint import Trained, resume, save_checkpoint
+from medqa.training.console import ProgressLine, make_console, show_plan, show_result
+from medqa.training.interrupts import Interrupts
+from medqa.training.loop import train
+from medqa.training.memory import reset_peak
+from medqa.training.optimizer import build_optimizer
+from medqa.training.plan import accumulation_steps, in_effect, make_plan
+from medqa.training.processes import build_accelerator, choose_kernels
+from medqa.training.run_dir import ADAPTER_DIR, check_run_dir, finished, start_run, write_config
+from medqa.training.scheduler import build_scheduler
+from medqa.training.tracking import MetricsFile, Tracker
+from medqa.training.wandb_run import log_adapter, log_samples, start_wandb
+
+SAMPLE_TOKENS = 128  # where a sample answer is cut
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these options; the exit code says how it ended (`medqa/errors.py`)."""
+    options = parse_options(argv)
+    with Interrupts() as interrupts:
+        return exit_code(lambda: run(options, interrupts))
+
+
+def run(options: argparse.Namespace, interrupts: Interrupts) -> None:
+    """The run. Until the model is loaded nothing is written, so a mistake changes nothing."""
+    started = time.perf_counter()
+    refuse_not_yet(options)
+    experiment = load_experiment(options.exp, tiny=options.tiny, locations=options.locations, sets=options.set)
+    name = find_experiment(options.exp).stem
+    output_dir = options.output_dir or default_output_dir(options.exp, options.tiny, options.set, experiment)
+    seed, tokenization, training = experiment.training.seed, experiment.tokenization, experiment.training
+    check_run_dir(output_dir, experiment, options.fresh)
+
+    precision = resolve_precision(experiment, options.cpu)
+    choose_kernels(training.deterministic)
+    accelerator = build_accelerator(experiment, precision)
+    console = make_console(accelerator.is_main_process)
+    accumulation = accumulation_steps(training, accelerator.num_processes)
+    if not options.fresh and (summary := finished(output_dir, experiment)):
+        console.print(f"{output_dir} is complete already")
+        return show_result(console, summary)
+
+    with accelerator.main_process_first():  # so that what is fetched is fetched once
+        check_model(experiment.model, tokenization.max_length)
+        sources = load_sources(experiment.data.medquad, experiment.data.afrimedqa)
+    rows = [row for source in sources for row in source.rows]
+    splits = split_rows(rows, experiment.data.split, experiment.data.split_seed, tuple(experiment.data.fractions))
+    tokenizer = load_tokenizer(experiment.model.base, tokenization.pad_token)
+    examples = {split: tokenize(getattr(splits, split), tokenizer, tokenization) for split in SPLITS}
+    stream = Stream(examples["train"], seed, training.global_batch_size)
+
+    with accelerator.main_process_first():
+        base = load_base(experiment.model, precision, accelerator.device, len(tokenizer), seed)
+    adapted = add_lora(base.model, experiment.lora, seed)
+    bare_optimizer = build_optimizer(adapted, experiment.optimizer)
+    scheduler = build_scheduler(bare_optimizer, experiment.scheduler, training.max_steps)
+    model, optimizer = accelerator.prepare(adapted, bare_optimizer)
+    trained = Trained(adapted, optimizer, scheduler, accelerator.scaler)
+
+    leg = start_run(output_dir, options.fresh, accelerator)
+    state = resume(output_dir, trained, splits.fingerprint)
+    clock = functools.partial(elapsed, state.elapsed_s - started)
+    changes = in_effect(precision, experiment.model.quantization, base)
+    if accelerator.is_main_process:
+        write_config(output_dir, experiment, accumulation, changes)
+        write_reports(output_dir, sources, splits, examples, stream, tokenization, training.per_device_batch_size)
+    plan = make_plan(experiment, stream, examples, adapted, changes, accelerator, accumulation, tokenizer.decode)
+    show_plan(console, f"{name} in {output_dir}", plan)
+    console.print(start_wandb(accelerator, experiment, output_dir, leg.run_id, changes))
+    tracker = Tracker(accelerator, MetricsFile(output_dir / "metrics.jsonl"))
+    tracker.resume(state.step if state.baseline else -1, training.max_steps)
+
+    evaluator = Evaluator(model, accelerator, tokenization, tokenizer.pad_token_id, training.per_device_batch_size)
+    validation = examples["validation"]
+    subset = fixed_subset(validation, experiment.evaluation.rows, seed)
+    fixed_rows = [validation[i] for i in subset]
+    if not state.baseline:
+        losses = evaluator.row_losses(validation)
+        state.baseline = summarize(losses, validation).record()
+        state.best_loss = summarize(losses[subset], fixed_rows).loss
+        tracker.log({"step": 0, "split": "eval", "elapsed_s": clock(), **state.baseline})
+    reset_peak(accelerator.device)
+
+    with ProgressLine(console, state.step, training.max_steps, training.log_steps) as progress:
+        train(
+            accelerator,
+            model,
+            optimizer,
+            scheduler,
+            stream,
+            experiment,
+            tokenizer.pad_token_id,
+            state,
+            validate=functools.partial(evaluator.measure, fixed_rows),
+            save=functools.partial(save_checkpoint, output_dir, trained, state, accelerator, training.keep_checkpoints),
+            tracker=tracker,
+            interrupts=interrupts,
+            progress=progress.update,
+            clock=clock,
+        )
+
+    losses = evaluator.row_losses(validation)
+    final, test = summarize(losses, validation), evaluator.measure(examples["test"])
+    state.note_best(state.step, summarize(losses[subset], fixed_rows).loss)
+    tracker.log({"step": state.step, "split": "eval", "elapsed_s": clock(), **final.record()})
+    tracker.log({"step": state.step, "split": "test", "elapsed_s": clock(), **test.record()})
+    if accelerator.is_main_process:
+        summary = make_summary(
+            name, experiment, state, final, test, adapted, accelerator, base, accumulation, leg, clock()
+        )
+        save_final_adapter(output_dir / ADAPTER_DIR, adapted, tokenizer, summary, experiment)
+        samples = validation[: experiment.evaluation.samples]
+        if experiment.tracking.log_samples is not False:
+            log_samples(
+                accelerator, sample_answers(adapted, tokenizer, samples, state.step, max_new_tokens=SAMPLE_TOKENS)
+            )
+        log_adapter(accelerator, experiment.tracking, output_dir / ADAPTER_DIR, leg.run_id)
+        write_json(summary, output_dir / "summary.json")
+        show_result(console, summary)
+    accelerator.end_training()
+
+
+def elapsed(offset: float) -> float:
+    """Seconds of the run: since this leg began, plus those of the legs before."""
+    return time.perf_counter() + offset
+
+
+if __name__ == "__main__":
+    sys.exit(main())
