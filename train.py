@@ -22,7 +22,7 @@ from medqa.model.precision import resolve_precision
 from medqa.options import parse_options, refuse_not_yet
 from medqa.training.artifacts import make_summary, save_final_adapter
 from medqa.training.checkpoint import Trained, resume, save_checkpoint
-from medqa.training.console import ProgressLine, make_console, show_plan, show_result
+from medqa.training.console import ProgressLine, make_console, quiet_libraries, show_plan, show_result
 from medqa.training.interrupts import Interrupts
 from medqa.training.loop import train
 from medqa.training.memory import reset_peak
@@ -45,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, interrupts: Interrupts) -> None:
-    """The run. Until the model is loaded nothing is written, so a mistake changes nothing."""
+    """The run. Nothing is written until all is loaded, so a mistake changes nothing."""
     started = time.perf_counter()
+    quiet_libraries()
     refuse_not_yet(options)
     experiment = load_experiment(options.exp, tiny=options.tiny, locations=options.locations, sets=options.set)
     name = find_experiment(options.exp).stem
@@ -80,8 +81,8 @@ def run(options: argparse.Namespace, interrupts: Interrupts) -> None:
     model, optimizer = accelerator.prepare(adapted, bare_optimizer)
     trained = Trained(adapted, optimizer, scheduler, accelerator.scaler)
 
-    leg = start_run(output_dir, options.fresh, accelerator)
-    state = resume(output_dir, trained, splits.fingerprint)
+    state = resume(output_dir, trained, splits.fingerprint, options.fresh)
+    leg = start_run(output_dir, options.fresh, accelerator)  # from here on files are written
     clock = functools.partial(elapsed, state.elapsed_s - started)
     changes = in_effect(precision, experiment.model.quantization, base)
     if accelerator.is_main_process:
@@ -132,7 +133,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts) -> None:
             name, experiment, state, final, test, adapted, accelerator, base, accumulation, leg, clock()
         )
         save_final_adapter(output_dir / ADAPTER_DIR, adapted, tokenizer, summary, experiment)
-        samples = validation[: experiment.evaluation.samples]
+        samples = [example.row for example in validation[: experiment.evaluation.samples]]
         if experiment.tracking.log_samples is not False:
             log_samples(
                 accelerator, sample_answers(adapted, tokenizer, samples, state.step, max_new_tokens=SAMPLE_TOKENS)

@@ -1,4 +1,4 @@
-"""The experiment: what a run computes, as frozen typed sections. It owns every number; options only say where things are.
+"""The experiment: what a run computes, as frozen typed sections. It owns every number; options say where things are.
 
 Reading it from a file, with `--tiny` and `--set` laid over it, is in `experiment_file.py`. Key names are PEFT's and
 the field's. Every key has a default, so a file may be silent; `config.yaml` of a run has them all written out.
@@ -99,7 +99,7 @@ class Scheduler(Section):
 
 
 class Training(Section):
-    """Updates, batches, precision and intervals. `global_batch_size` examples make one update on any number of processes."""
+    """Updates, batches, precision. `global_batch_size` examples make an update, on however many processes."""
 
     max_steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None

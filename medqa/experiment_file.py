@@ -25,8 +25,8 @@ TINY = {
     "model.base": str(BASE_DIR),
     "data.medquad": str(MEDQUAD_CSV),
     "data.afrimedqa": str(AFRIMEDQA_CSV),
-    "optimizer.learning_rate": 8e-3,
-    "tokenization.max_length": 256,
+    "optimizer.learning_rate": 1e-2,
+    "tokenization.max_length": 160,
     "training.max_steps": 40,
     "training.log_steps": 1,
     "training.save_steps": 10,
@@ -283,7 +283,7 @@ def _impossible(experiment: Experiment) -> Iterator[tuple[list[str], str]]:
     if {model.dtype, training.mixed_precision} in ({"float16", "bf16"}, {"bfloat16", "fp16"}):
         yield (
             ["model.dtype", "training.mixed_precision"],
-            f"model.dtype = {model.dtype} and training.mixed_precision = {training.mixed_precision} do not go together: "
+            f"model.dtype = {model.dtype}, training.mixed_precision = {training.mixed_precision}: do not go together: "
             "bfloat16 with bf16, float16 with fp16",
         )
     if abs(sum(data.fractions) - 1) > 1e-6 or 0 in data.fractions:

@@ -4,11 +4,14 @@ The stream is an endless sequence of epoch permutations, each a pure function of
 positions [u*B, (u+1)*B) of it, B the global batch, straight across epoch ends. Nothing here has a state to save.
 """
 
+import bisect
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -16,22 +19,23 @@ from medqa.config import Tokenization
 from medqa.data.sources import Row
 from medqa.prompts import prompt
 
+CHUNK = 1000  # rows that one call of the tokenizer gets
 IGNORED = -100  # a label that is no target, as in torch's cross_entropy
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as ids: BOS, prompt, answer, EOS. `answer_start` is the index of the answer's first token."""
+    """One row as ids (int32): BOS, prompt, answer, EOS. `answer_start` is the index of the answer's first token."""
 
     row: Row
-    input_ids: list[int]
+    input_ids: np.ndarray
     answer_start: int
     truncated: bool
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One forward and backward. Tensors are (examples, length) on the CPU; `position` is its first example's in the stream."""
+    """One forward and backward. Tensors are (examples, length), on the CPU; `position` is the first example's."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -51,8 +55,12 @@ def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, tokenizati
     BOS and EOS are put in by id: a special token spelled in the text (`</s>` on a web page) stays text, and EOS is
     never cut off by accident nor there twice. A row that does not fit with its EOS is cut and has none.
     """
-    if not rows:
-        return []
+    chunks = (rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK))
+    return [example for chunk in chunks for example in _tokenize(chunk, tokenizer, tokenization)]
+
+
+def _tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> Iterator[Example]:
+    """One call of the tokenizer. Offsets take far more memory than ids, so not all rows are in one."""
     prompts = [prompt(row.question) for row in rows]
     encoded = tokenizer(
         [head + row.answer for head, row in zip(prompts, rows, strict=True)],
@@ -64,15 +72,13 @@ def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, tokenizati
     )
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     eos = [tokenizer.eos_token_id] if tokenization.append_eos else []
-    examples = []
     for row, head, ids, offsets in zip(rows, prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         # A token that began in the prompt and ends in the answer predicts answer text: it counts as answer.
-        answer_start = len(bos) + sum(end <= len(head) for _, end in offsets)
+        answer_start = len(bos) + bisect.bisect_right(offsets, len(head), key=itemgetter(1))
         whole = bos + ids + eos
         fits = len(whole) <= tokenization.max_length
         cut = whole if fits else (bos + ids)[: tokenization.max_length]
-        examples.append(Example(row, cut, min(answer_start, len(cut)), not fits))
-    return examples
+        yield Example(row, np.array(cut, dtype=np.int32), min(answer_start, len(cut)), not fits)
 
 
 def collate(
@@ -97,7 +103,7 @@ def collate(
     for i, example in enumerate(examples):
         n = len(example.input_ids)
         first_label = example.answer_start if (loss_on or tokenization.loss_on) == "answer" else 0
-        input_ids[i, :n] = torch.tensor(example.input_ids)
+        input_ids[i, :n] = torch.from_numpy(example.input_ids)
         attention_mask[i, :n] = 1
         labels[i, first_label:n] = input_ids[i, first_label:n]
     return MicroBatch(input_ids, attention_mask, labels, position, tuple(example.row.id for example in examples))

@@ -1,4 +1,4 @@
-"""`data_report.json`: what was read, dropped and kept, how long the rows are, and what held-out rows share with training."""
+"""`data_report.json`: what was read, dropped and kept, how long rows are, what held-out rows share with training."""
 
 import json
 import os

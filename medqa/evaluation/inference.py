@@ -49,7 +49,7 @@ def generate_answers(
 def sample_answers(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], step: int, *, max_new_tokens: int
 ) -> list[list[str | int | bool]]:
-    """Each row as (step, source, question, reference, base answer, tuned answer, whether the tuned one ended by itself)."""
+    """Each row as (step, source, question, reference, base answer, tuned answer, whether that one ended by itself)."""
     questions = [row.question for row in rows]
     tuned = generate_answers(model, tokenizer, questions, max_new_tokens=max_new_tokens, batch_size=len(rows) or 1)
     with model.disable_adapter():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
@@ -94,9 +94,7 @@ def load_base(model: config.Model, precision: Precision, device: torch.device, v
     if quantization == "4bit" and device.type == "cpu":
         _keep_unpacked(loaded)
     if vocabulary > loaded.get_input_embeddings().num_embeddings:
-        # A new row is the mean of the others: it is never a target, and the adapter is saved without it.
-        loaded.resize_token_embeddings(vocabulary)
-        loaded.requires_grad_(False)
+        _add_tokens(loaded, vocabulary)
     loaded.config.use_cache = False
     if model.gradient_checkpointing:
         loaded.activation_checkpointing_enable({"use_reentrant": False})
@@ -154,9 +152,7 @@ def load_adapter_weights(model: PeftModel, directory: Path, what: str) -> None:
 
 
 def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's weights by PEFT's names, on the CPU, and nothing of the base model (a grown vocabulary included)."""
-    from peft import get_peft_model_state_dict
-
+    """The adapter's weights by PEFT's names, on the CPU; nothing of the base model, even with a grown vocabulary."""
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
@@ -213,6 +209,21 @@ def _from_pretrained(
             f"model.base = {model.base}: weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}, ..."
         )
     return loaded
+
+
+def _add_tokens(model: torch.nn.Module, vocabulary: int) -> None:
+    """Grow the embeddings to `vocabulary` tokens; the new ones can be read but are never predicted.
+
+    As one more class of the softmax a new token would shift every loss, and the adapter, which is saved without it,
+    would give another loss on the untouched base. A bias of minus infinity takes its class away, at no cost.
+    """
+    known = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(vocabulary)
+    head = model.get_output_embeddings()
+    bias = torch.zeros(head.weight.shape[0], dtype=head.weight.dtype, device=head.weight.device)
+    bias[known:] = -torch.inf
+    head.bias = torch.nn.Parameter(bias)
+    model.requires_grad_(False)
 
 
 def _keep_unpacked(model: torch.nn.Module) -> None:

@@ -59,7 +59,7 @@ def usable_gpu() -> bool:
             return False
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         raise UserError(
-            f"an NVIDIA GPU is present, but torch {torch.__version__} ({build}) cannot use it (wheel or driver): {advice}"
+            f"an NVIDIA GPU is present, but torch {torch.__version__}, {build}, cannot use it: {advice}"
         )
     try:
         (torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")).sum().item()

@@ -70,9 +70,7 @@ def save_checkpoint(output_dir: Path, trained: Trained, state: RunState, acceler
             try:
                 _write(place, trained, state)
             except OSError as error:
-                raise UserError(
-                    f"{place}: the checkpoint cannot be written: {error}; free space and start again"
-                ) from error
+                raise UserError(f"{place}: cannot be written: {error}; free space and start again") from error
         for old in checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -84,16 +82,16 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found) if path.is_dir() and not path.is_symlink()]
 
 
-def resume(output_dir: Path, trained: Trained, data_fingerprint: str) -> RunState:
-    """Continue from the newest checkpoint, or begin where there is none.
+def resume(output_dir: Path, trained: Trained, data_fingerprint: str, fresh: bool) -> RunState:
+    """Continue from the newest checkpoint, or begin where there is none or a `fresh` start is wanted.
 
     Raises:
         UserError: as `load_checkpoint`.
     """
     found = checkpoints(output_dir)
-    return (
-        load_checkpoint(found[-1], trained, data_fingerprint) if found else RunState(data_fingerprint=data_fingerprint)
-    )
+    if fresh or not found:
+        return RunState(data_fingerprint=data_fingerprint)
+    return load_checkpoint(found[-1], trained, data_fingerprint)
 
 
 def load_checkpoint(place: Path, trained: Trained, data_fingerprint: str) -> RunState:

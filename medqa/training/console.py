@@ -4,7 +4,9 @@ On a terminal that is rich's display; elsewhere, notebooks included (Colab's `!`
 redrawn there floods the page), plain lines.
 """
 
+import logging
 import os
+import warnings
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -18,6 +20,13 @@ from medqa.training.plan import Plan
 
 NOTEBOOK_VARIABLES = ("COLAB_RELEASE_TAG", "COLAB_GPU", "JPY_PARENT_PID", "KAGGLE_KERNEL_RUN_TYPE")
 PLAIN_WIDTH = 160
+
+
+def quiet_libraries() -> None:
+    """Keep messages off the terminal that a user can do nothing about."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def make_console(is_main_process: bool) -> Console:

@@ -18,7 +18,7 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Interrupts:
-    """Holds the stopping signals while a run is on; `received` is the one to stop for, None as long as there is none."""
+    """Holds the stopping signals while a run is on. `received` is the one to stop for, None while there is none."""
 
     def __init__(self) -> None:
         self.received: int | None = None

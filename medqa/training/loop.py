@@ -1,4 +1,4 @@
-"""The loop: `train`, then `train_step`, then the small things they use. This is all of it; no `Trainer` is behind it."""
+"""The loop: `train`, then `train_step`, then the small things they use. That is all; no `Trainer` is behind it."""
 
 import contextlib
 import itertools
@@ -151,7 +151,7 @@ def train_step(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     counts = accelerator.reduce(token_counts(micro_batches).to(accelerator.device), "sum")
     targets = counts[0].clamp(min=1)  # of the whole update: the one denominator
-    for overflows in itertools.count():
+    for overflows in itertools.count():  # noqa: B007 (it ends by break, and the count is part of the result)
         optimizer.zero_grad()
         losses = []
         for i, micro_batch in enumerate(micro_batches):

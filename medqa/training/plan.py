@@ -121,7 +121,8 @@ def device_line(device: torch.device, num_processes: int) -> str:
     visible = torch.cuda.device_count()
     line = torch.cuda.get_device_name(device)
     if visible > num_processes:
-        line += f"; {visible} GPUs are visible, {num_processes} used: accelerate launch --multi_gpu --num_processes {visible} ..."
+        launch = f"accelerate launch --multi_gpu --num_processes {visible} train.py ..."
+        line += f"; {visible} GPUs are visible, {num_processes} used; all of them: {launch}"
     return line
 
 
@@ -144,4 +145,4 @@ def loss_segments(example: Example, loss_on: str, decode: Callable[[Sequence[int
     """The example's text in runs that count in the loss or do not. The first token is never a target."""
     first = max(1, example.answer_start) if loss_on == "answer" else 1
     parts = [(False, example.input_ids[:first]), (True, example.input_ids[first:])]
-    return [(counts, decode(ids)) for counts, ids in parts if ids]
+    return [(counts, decode(ids)) for counts, ids in parts if len(ids)]

@@ -15,7 +15,7 @@ from medqa.training.wandb_run import wandb_mode
 
 
 def build_accelerator(experiment: Experiment, precision: Precision) -> Accelerator:
-    """The accelerator for this experiment: precision comes from the experiment, processes and devices from the launcher.
+    """The accelerator for this experiment: precision is the experiment's, processes and devices the launcher's.
 
     Accumulation and schedule are the loop's own business, so Accelerate is told of neither: it would divide the loss
     by the accumulation steps and step a prepared scheduler once per process.
@@ -37,8 +37,8 @@ def build_accelerator(experiment: Experiment, precision: Precision) -> Accelerat
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(
-            f"{launched} processes were launched, but this one knows of {accelerator.num_processes}: each would train alone "
-            "in the same directory; launch with `torchrun --nproc_per_node N train.py ...` or "
+            f"{launched} processes were launched, but this one knows of {accelerator.num_processes}: each would train "
+            "alone in the same directory; launch with `torchrun --nproc_per_node N train.py ...` or "
             "`accelerate launch --multi_gpu --num_processes N train.py ...`"
         )
     return accelerator
