@@ -12,3 +12,8 @@ are the parts they use, in five wings, each of which may import only from those 
 Shared by all: `config.py` (the experiment), `prompts.py` (the one prompt), `errors.py`, `hub.py`.
 Libraries that only some runs need (bitsandbytes, wandb, kagglehub) are imported where they are used.
 """
+
+import logging
+
+# At import it tells of a kernel package that nothing here needs.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

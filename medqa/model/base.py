@@ -12,7 +12,6 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from medqa import config
 from medqa.errors import UserError
@@ -188,7 +187,6 @@ def _from_pretrained(
     model: config.Model, precision: Precision, device: torch.device, quantization: str
 ) -> torch.nn.Module:
     """Transformers' model, every weight read from the file."""
-    transformers_logging.disable_progress_bar()
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             _location(model.base),

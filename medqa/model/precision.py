@@ -58,9 +58,7 @@ def usable_gpu() -> bool:
         if not _nvidia_device_present():
             return False
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        raise UserError(
-            f"an NVIDIA GPU is present, but torch {torch.__version__}, {build}, cannot use it: {advice}"
-        )
+        raise UserError(f"an NVIDIA GPU is present, but torch {torch.__version__}, {build}, cannot use it: {advice}")
     try:
         (torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")).sum().item()
     except RuntimeError as error:  # "no kernel image is available": a wheel without code for this GPU

@@ -4,7 +4,6 @@ On a terminal that is rich's display; elsewhere, notebooks included (Colab's `!`
 redrawn there floods the page), plain lines.
 """
 
-import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from medqa.training.plan import Plan
 
@@ -26,7 +26,8 @@ def quiet_libraries() -> None:
     """Keep messages off the terminal that a user can do nothing about."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def make_console(is_main_process: bool) -> Console:

@@ -1,0 +1,47 @@
+# Everything from a fresh machine with Python >= 3.11 and make. `make demo`, `make test`; the rest below.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# accelerate launch would set one thread; two or more cores would idle.
+export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
+# Another wheel index for torch, a CPU one say: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: demo test test-all lint gpu-check figure clean
+
+demo: $(VENV)/.run
+	$(BIN)/accelerate launch --config_file accelerate_config.yaml train.py --exp exp_002 --tiny
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Needs a GPU: the three recipes at TinyLlama's true size, bf16 and fp16, with a stop and continuation.
+gpu-check: $(VENV)/.run
+	$(BIN)/python -m benchmarks.gpu_check
+
+# The README's figure: our losses on HF Trainer's.
+figure: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.parity_figure
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python >= 3.11 is needed: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: requirements.txt | $(VENV)/bin/python
+	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.txt))
+	$(PIP) -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt requirements.txt $(VENV)/.run
+	$(PIP) -r requirements-dev.txt
+	touch $@
