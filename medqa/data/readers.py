@@ -1,4 +1,4 @@
-"""From a place or a file format to records: CSV, JSONL, parquet, MedQuAD's XML, Kaggle and the Hugging Face Hub.
+"""From a file to records: CSV, JSONL, parquet, and MedQuAD's XML.
 
 Nothing here knows what a question is. Whatever is broken is refused with the file and, where there is one, the line:
 a file that is read half, or shifted by a column, would train a model on nonsense without a word.
@@ -7,26 +7,17 @@ a file that is read half, or shifted by a column, would train a model on nonsens
 import csv
 import io
 import json
-import os
-import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from medqa.errors import UserError
-from medqa.hub import CONNECT_SECONDS, hub_reachable
 
-if TYPE_CHECKING:  # imported where they are used: a run reads one format, from one place
+if TYPE_CHECKING:  # imported where it is used: a run reads one format
     from xml.etree.ElementTree import Element
 
-    from datasets import DatasetDict
-
 Record = dict[str, object]
-
-KAGGLE_HOST = "api.kaggle.com"
-OPEN_COPIES = {"intronhealth/afrimedqa_v2": "afrimedqa/afrimedqa_v2"}  # gated dataset -> the same rows, ungated
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +46,7 @@ def read_file(path: Path, wanted: frozenset[str]) -> Table:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _matching(columns: Iterable[str], wanted: frozenset[str], where: Path | str) -> dict[str, str]:
+def matching_columns(columns: Iterable[str], wanted: frozenset[str], where: Path | str) -> dict[str, str]:
     """Of `columns`, the wanted ones: lower-case name to the name as it is spelled."""
     found: dict[str, str] = {}
     for column in columns:
@@ -90,7 +81,7 @@ def _read_csv(path: Path, wanted: frozenset[str]) -> Table:
     try:
         lines = _csv_lines(reader, path)
         _, header = next(lines, (0, []))
-        spelled = _matching(header, wanted, path)
+        spelled = matching_columns(header, wanted, path)
         places = {name: header.index(column) for name, column in spelled.items()}
         records: list[Record] = []
         for line, fields in lines:
@@ -132,7 +123,7 @@ def _read_jsonl(path: Path, wanted: frozenset[str]) -> Table:
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number}: a JSON {type(record).__name__}; {rule}")
         columns |= dict.fromkeys(record)
-        spelled = _matching(record, wanted, f"{path}, line {number}")
+        spelled = matching_columns(record, wanted, f"{path}, line {number}")
         records.append({name: record[column] for name, column in spelled.items()})
     return Table(tuple(columns), records)
 
@@ -144,12 +135,12 @@ def _read_parquet(path: Path, wanted: frozenset[str]) -> Table:
     try:
         with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            spelled = _matching(columns, wanted, path)
+            spelled = matching_columns(columns, wanted, path)
             cells = file.read(columns=list(spelled.values()))
             names = {column: name for name, column in spelled.items()}
             return Table(tuple(columns), cells.rename_columns(names).to_pylist())
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: broken parquet file ({_first_line(error)}); fetch or export it again") from error
+        raise UserError(f"{path}: broken parquet file ({first_line(error)}); fetch or export it again") from error
 
 
 def read_medquad_xml(directory: Path) -> Table:
@@ -171,7 +162,7 @@ def _medquad_pairs(path: Path) -> Iterator[Record]:
     try:
         document = parse(path).getroot()
     except (ParseError, DefusedXmlException, ValueError, LookupError) as error:  # the last two: unusable encodings
-        raise UserError(f"{path}: broken XML ({_first_line(error)}); fetch the file again or remove it") from error
+        raise UserError(f"{path}: broken XML ({first_line(error)}); fetch the file again or remove it") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     if document.tag != "Document":
@@ -186,111 +177,6 @@ def _xml_text(parent: "Element", tag: str) -> str | None:
     return None if found is None else "".join(found.itertext())
 
 
-def read_kaggle(handle: str, wanted: frozenset[str], option: str) -> Table:
-    """The one CSV file of the Kaggle dataset `handle` ("owner/name"), from kagglehub's cache if it is there.
-
-    `option` is the command-line option that an error should point to. Raises UserError.
-    """
-    try:
-        import kagglehub
-        from kagglehub import exceptions
-    except ImportError as error:
-        raise UserError(f"kaggle:{handle}: needs `pip install kagglehub`. {_elsewhere(option)}") from error
-    pinned = _cached_version(handle)
-    if pinned is None and not _connects(KAGGLE_HOST):
-        why = f"not in kagglehub's cache, and {KAGGLE_HOST} cannot be reached within {CONNECT_SECONDS:.0f} s"
-        raise UserError(f"kaggle:{handle}: {why}. {_elsewhere(option)}")
-    refusals = (exceptions.BackendError, exceptions.CredentialError, exceptions.NotFoundError)
-    refusals += (exceptions.DataCorruptionError, exceptions.UnauthenticatedError)
-    try:
-        folder = Path(kagglehub.dataset_download(pinned or handle))
-    except (OSError, ValueError, *refusals) as error:  # requests' errors are OSErrors; ValueError: handle or archive
-        why = f"{type(error).__name__}: {_first_line(error)}"
-        raise UserError(f"kaggle:{handle}: {why}. {_elsewhere(option)}") from error
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".csv")
-    if len(files) != 1:
-        found = ", ".join(path.name for path in files) or "none"
-        raise UserError(f"kaggle:{handle}: one CSV file expected, found {found} in {folder}; give one with {option}")
-    return read_file(files[0], wanted)
-
-
-def _cached_version(handle: str) -> str | None:
-    """`handle` with the newest version that kagglehub holds complete: without a version it always asks the network."""
-    from kagglehub.config import get_cache_folder
-
-    folder = Path(get_cache_folder(), "datasets", handle)
-    versions = [int(marker.stem) for marker in folder.glob("*.complete") if marker.stem.isdigit()]
-    complete = [version for version in versions if (folder / "versions" / str(version)).is_dir()]
-    return f"{handle}/versions/{max(complete)}" if complete else None
-
-
-def _connects(host: str) -> bool:
-    """Whether `host`, or the configured proxy in its place, accepts a connection within `CONNECT_SECONDS`."""
-    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    try:
-        address = urlsplit(proxy or f"https://{host}")
-        socket.create_connection((address.hostname or "", address.port or 443), timeout=CONNECT_SECONDS).close()
-    except (OSError, ValueError):  # ValueError: a proxy whose port is no number
-        return False
-    return True
-
-
-def read_hub(dataset_id: str, wanted: frozenset[str], option: str) -> Table:
-    """All splits, one after the other, of the dataset "owner/name" on the Hugging Face Hub, or in its local cache.
-
-    No code of the dataset is executed. `option` is the command-line option that an error should point to.
-    Raises UserError: at once if the Hub cannot be reached, with the way to get access if it refuses.
-    """
-    reachable = hub_reachable()  # first: it decides whether `datasets` is imported in offline mode
-    import datasets
-    from huggingface_hub.errors import HTTPError  # of the HTTP library that the hub client uses, httpx or its successor
-
-    denied = (datasets.exceptions.DatasetNotFoundError, HTTPError)
-    # ValueError: a malformed id, or several configurations to choose from; RuntimeError: the dataset is a script.
-    refusals = (*denied, datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError)
-    try:
-        return _hub_table(_load_hub_splits(dataset_id), wanted, dataset_id)
-    except refusals as error:
-        why = f"{type(error).__name__}: {_first_line(error)}. "
-        if not reachable:
-            why = "not in the local cache, and the Hugging Face Hub cannot be reached. "
-        elif isinstance(error, denied):
-            why += _access(dataset_id, option)
-        raise UserError(f"hub dataset {dataset_id}: {why}{_elsewhere(option)}") from error
-
-
-def _load_hub_splits(dataset_id: str) -> "DatasetDict":
-    from datasets import load_dataset
-
-    try:  # of a CSV file the words "NA" and "None" would otherwise become missing values; other formats refuse this
-        return load_dataset(dataset_id, keep_default_na=False)
-    except ValueError as error:
-        if "keep_default_na" not in str(error):
-            raise
-    return load_dataset(dataset_id)
-
-
-def _access(dataset_id: str, option: str) -> str:
-    """How to get at a dataset that the Hub refuses to show."""
-    steps = f"Accept its terms at https://huggingface.co/datasets/{dataset_id}, then run `hf auth login`. "
-    copy = OPEN_COPIES.get(dataset_id)
-    return steps + (f"Or use the open copy: {option} {copy}. " if copy else "")
-
-
-def _hub_table(splits: "DatasetDict", wanted: frozenset[str], where: str) -> Table:
-    columns: dict[str, None] = {}
-    records: list[Record] = []
-    for split in splits.values():
-        columns |= dict.fromkeys(split.column_names)
-        spelled = _matching(split.column_names, wanted, where)
-        for record in split.select_columns(list(spelled.values())):  # the others may be images: not to be decoded
-            records.append({name: record[column] for name, column in spelled.items()})
-    return Table(tuple(columns), records)
-
-
-def _elsewhere(option: str) -> str:
-    return f"Give a local copy with {option} PATH, or {option} none; --tiny needs no data at all"
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The gist of a library's error message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from medqa.data.readers import Record, Table, read_file, read_hub, read_kaggle, read_medquad_xml
+from medqa.data.readers import Record, Table, read_file, read_medquad_xml
+from medqa.data.remote import read_hub, read_kaggle
 from medqa.errors import UserError, listed
 
 NONE = "none"

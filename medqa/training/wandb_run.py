@@ -5,7 +5,6 @@ Nothing here prompts, and nothing delays a start for longer than `NETWORK_SECOND
 
 import netrc
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 from accelerate import Accelerator
 
 from medqa.config import Experiment, Tracking
+from medqa.hub import connects
 from medqa.training.tracking import GLOBAL_STEP
 
 NETWORK_SECONDS = 12
@@ -66,14 +66,11 @@ def wandb_mode(tracking: Tracking) -> tuple[str, str]:
     asked = os.environ.get("WANDB_MODE", tracking.wandb)
     if asked in ("disabled", "offline", "dryrun"):
         return ("disabled" if asked == "disabled" else "offline"), ""
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    if not _has_key(host.hostname or ""):
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    if not _has_key(urlsplit(url).hostname or ""):
         return "offline", " (no API key: run `wandb login` for online)"
-    try:
-        port = host.port or (443 if host.scheme == "https" else 80)
-        socket.create_connection((host.hostname or "", port), timeout=5).close()
-    except OSError as error:
-        return "offline", f" ({host.hostname} does not answer: {error})"
+    if not connects(url):
+        return "offline", f" ({url} does not answer)"
     return "online", ""
 
 
