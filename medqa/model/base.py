@@ -96,7 +96,8 @@ def load_base(model: config.Model, precision: Precision, device: torch.device, v
         _add_tokens(loaded, vocabulary)
     loaded.config.use_cache = False
     if model.gradient_checkpointing:
-        loaded.activation_checkpointing_enable({"use_reentrant": False})
+        # Its newer name, activation_checkpointing_enable, is not in transformers 5.17 yet.
+        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Base(loaded, quantization, reason)
 
 

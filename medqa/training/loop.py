@@ -67,15 +67,18 @@ def train(
             accelerator.num_processes,
         )
         started = time.perf_counter()
-        result = train_step(
-            model,
-            optimizer,
-            scheduler,
-            micro_batches,
-            accelerator=accelerator,
-            seed=settings.seed,
-            max_grad_norm=experiment.optimizer.max_grad_norm,
-        )
+        try:
+            result = train_step(
+                model,
+                optimizer,
+                scheduler,
+                micro_batches,
+                accelerator=accelerator,
+                seed=settings.seed,
+                max_grad_norm=experiment.optimizer.max_grad_norm,
+            )
+        except (TrainingStopped, torch.OutOfMemoryError) as error:
+            raise TrainingStopped(f"update {state.step + 1}: {error}; the newest checkpoint stands") from error
         update_s = time.perf_counter() - started
         if state.step == first_update:
             require_adapter_gradients(model)
@@ -87,6 +90,7 @@ def train(
             accelerator, interrupts.received or 0, minutes_due(clock() - saved_at, settings.save_minutes)
         )
 
+        memory = peak_memory(accelerator.device)
         record = {
             "step": state.step,
             "split": "train",
@@ -101,8 +105,8 @@ def train(
             "update_s": update_s,
             "tokens_per_s": result.tokens / update_s,
             "padding_share": result.padding_share,
-            "peak_memory_bytes": peak_memory(accelerator.device).allocated,
-            "peak_reserved_bytes": peak_memory(accelerator.device).reserved,
+            "peak_memory_bytes": memory.allocated,
+            "peak_reserved_bytes": memory.reserved,
         }
         progress(record)
         if due(state.step, settings.log_steps) or last:
@@ -113,7 +117,7 @@ def train(
             tracker.log({"step": state.step, "split": "eval", "elapsed_s": clock(), **loss.record()})
         if due(state.step, settings.save_steps) or last or save_due or stop:
             state.elapsed_s = saved_at = clock()
-            state.peak_memory = max(state.peak_memory, peak_memory(accelerator.device).allocated)
+            state.peak_memory = max(state.peak_memory, memory.allocated)
             save()
             tracker.saved(state.step, clock() - saved_at)
         if stop:
