@@ -55,8 +55,8 @@ def run(options: argparse.Namespace, interrupts: Interrupts) -> None:
     seed, tokenization, training = experiment.training.seed, experiment.tokenization, experiment.training
     check_run_dir(output_dir, experiment, options.fresh)
 
-    precision = resolve_precision(experiment, options.cpu)
     choose_kernels(training.deterministic)
+    precision = resolve_precision(experiment, options.cpu)
     accelerator = build_accelerator(experiment, precision)
     console = make_console(accelerator.is_main_process)
     accumulation = accumulation_steps(training, accelerator.num_processes)
@@ -133,7 +133,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts) -> None:
             name, experiment, state, final, test, adapted, accelerator, base, accumulation, leg, clock()
         )
         save_final_adapter(output_dir / ADAPTER_DIR, adapted, tokenizer, summary, experiment)
-        samples = [example.row for example in validation[: experiment.evaluation.samples]]
+        samples = [validation[i].row for i in fixed_subset(validation, experiment.evaluation.samples, seed)]
         if experiment.tracking.log_samples is not False:
             log_samples(
                 accelerator, sample_answers(adapted, tokenizer, samples, state.step, max_new_tokens=SAMPLE_TOKENS)

@@ -11,9 +11,7 @@ NOT_YET = ("plan", "evaluate", "ask", "compare", "export", "verify-resume")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m medqa", description="Not in this version yet."
-    )
+    parser = argparse.ArgumentParser(prog="python -m medqa", description="Not in this version yet.")
     parser.add_argument("command", choices=NOT_YET)
     options, _ = parser.parse_known_args(argv)
     return exit_code(lambda: _refuse(options.command))

@@ -187,7 +187,9 @@ def _four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
 def _from_pretrained(
     model: config.Model, precision: Precision, device: torch.device, quantization: str
 ) -> torch.nn.Module:
-    """Transformers' model, every weight read from the file."""
+    """The model as transformers loads it, every weight read from the file."""
+    if device.type == "cuda":  # by number, as Accelerate compares it
+        device = torch.device("cuda", torch.cuda.current_device())
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             _location(model.base),

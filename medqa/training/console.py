@@ -41,13 +41,17 @@ def make_console(is_main_process: bool) -> Console:
 
 def show_plan(console: Console, title: str, plan: Plan) -> None:
     """The plan, and one training example with what of it counts in the loss."""
-    console.rule(title) if console.is_terminal else console.print(title)
-    grid = Table.grid(padding=(0, 2))
-    for label, text in plan.lines:
-        grid.add_row(f"[bold]{label}[/bold]", escape(text))
+    rows = [(label, text, "none") for label, text in plan.lines]
     for counts, text in plan.example:
-        label, style = ("in the loss", "green") if counts else ("not in the loss", "dim")
-        grid.add_row(f"[bold]{label}[/bold]", f"[{style}]{escape(_shortened(text))}[/{style}]")
+        rows.append(("in the loss" if counts else "not in the loss", _shortened(text), "green" if counts else "dim"))
+    if not console.is_terminal:
+        for label, text, _ in [("run", title, ""), *rows]:
+            console.print(f"{label:<16} {text}", markup=False, soft_wrap=True)
+        return
+    console.rule(title)
+    grid = Table.grid(padding=(0, 2))
+    for label, text, style in rows:
+        grid.add_row(f"[bold]{label}[/bold]", f"[{style}]{escape(text)}[/{style}]")
     console.print(grid)
 
 

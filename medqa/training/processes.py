@@ -50,6 +50,6 @@ def choose_kernels(deterministic: bool) -> None:
     Only warned about, not refused, is an operation that has no deterministic kernel: the run goes on.
     """
     if torch.cuda.is_available() and deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, before anything is computed there
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False

@@ -16,7 +16,7 @@ from medqa.config import Experiment, Tracking
 from medqa.hub import connects
 from medqa.training.tracking import GLOBAL_STEP
 
-NETWORK_SECONDS = 12
+NETWORK_SECONDS = 9
 SAMPLE_COLUMNS = ["step", "source", "question", "reference", "base answer", "tuned answer", "stopped by itself"]
 
 
