@@ -6,7 +6,7 @@ the field's. Every key has a default, so a file may be silent; `config.yaml` of 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -16,6 +16,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 def _brackets(value: Any) -> Any:
     """On a command line `[PAD]` is a YAML list of one word; the token was meant."""
     return "[PAD]" if value == ["PAD"] else value
+
+
+def _none_word(value: str) -> str:
+    """`None` and `NONE` are `none`."""
+    return "none" if value.strip().lower() == "none" else value
 
 
 def _constant(value: Any) -> Any:
@@ -62,8 +67,10 @@ class Lora(Section):
 class Data(Section):
     """Sources (see `data/sources.py`) and the split into train, validation and test."""
 
-    medquad: str = "kaggle:pythonafroz/medquad-medical-question-answer-for-ai-research"
-    afrimedqa: str = "intronhealth/afrimedqa_v2"
+    medquad: Annotated[str, AfterValidator(_none_word)] = (
+        "kaggle:pythonafroz/medquad-medical-question-answer-for-ai-research"
+    )
+    afrimedqa: Annotated[str, AfterValidator(_none_word)] = "intronhealth/afrimedqa_v2"
     files: dict[str, str] = {}
     split: Literal["grouped", "topic", "random"] = "grouped"
     split_seed: Count = 42
@@ -106,7 +113,7 @@ class Training(Section):
     global_batch_size: Positive = 32
     per_device_batch_size: Positive = 4
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
-    seed: Count = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42  # what torch takes
     deterministic: bool = True
     padding_free: bool = False
     micro_batch_tokens: Positive | None = None
@@ -114,7 +121,7 @@ class Training(Section):
     save_steps: Positive = 50
     save_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     keep_checkpoints: Positive = 3
-    process_timeout_s: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 600.0
+    process_timeout_s: Annotated[float, Field(ge=1, le=1e9, allow_inf_nan=False)] = 600.0
 
 
 class Evaluation(Section):
@@ -132,11 +139,11 @@ class Tracking(Section):
     """
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    project: str = "medqa"
+    project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")] = "medqa"
     entity: str | None = None
     group: str | None = None
     run_name: str | None = None
-    tags: list[str] = []
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
     log_samples: bool | None = None
     log_model: bool = True
 

@@ -3,11 +3,15 @@
 Everything else that escapes is a defect of ours: it keeps its traceback and exits with 1.
 """
 
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
 
+import torch
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 EXIT_USER_ERROR = 2
 EXIT_TRAINING_STOPPED = 3
 
@@ -37,6 +41,14 @@ def exit_code(body: Callable[[], None]) -> int:
         body()
     except UserError as error:
         return _say(f"error: {error}", EXIT_USER_ERROR)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        where = error.filename or "the output directory"
+        return _say(f"error: {where}: {error.strerror}; free space, then start again", EXIT_USER_ERROR)
+    except torch.OutOfMemoryError as error:
+        advice = "lower training.per_device_batch_size or tokenization.max_length, or use model.quantization=4bit"
+        return _say(f"training stopped: {str(error).splitlines()[0]}; {advice}", EXIT_TRAINING_STOPPED)
     except TrainingStopped as error:
         return _say(f"training stopped: {error}", EXIT_TRAINING_STOPPED)
     except Interrupted as error:

@@ -5,6 +5,7 @@ Order: file < `--tiny` < `--model`, `--medquad`, `--afrimedqa` < `--set`.
 
 import difflib
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -172,13 +173,13 @@ def find_experiment(name: str) -> Path:
     Raises:
         UserError: there is none; lists the known names.
     """
-    if name.endswith((".yaml", ".yml")) or "/" in name:
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise UserError(f"--exp {name}: no such file")
-        return path
-    path = EXPERIMENTS_DIR / f"{name}.yaml"
     known = sorted(p.stem for p in EXPERIMENTS_DIR.glob("*.yaml"))
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = os.path.expanduser(name)  # with isfile it never raises, unlike pathlib's: too long, no such user
+        if not os.path.isfile(path):
+            raise UserError(f"--exp {name}: no such file; known experiments: {', '.join(known)}")
+        return Path(path)
+    path = EXPERIMENTS_DIR / f"{name}.yaml"
     if name not in known:
         raise UserError(f"--exp {name}: no such experiment; known: {', '.join(known)} (or the path of a YAML file)")
     return path
@@ -288,6 +289,12 @@ def _impossible(experiment: Experiment) -> Iterator[tuple[list[str], str]]:
         )
     if abs(sum(data.fractions) - 1) > 1e-6 or 0 in data.fractions:
         yield ["data.fractions"], f"data.fractions = {data.fractions}: train, validation and test, each above 0, sum 1"
+    if experiment.tokenization.pad_token == "[PAD]" and "lm_head" in experiment.lora.target_modules:
+        yield (
+            ["tokenization.pad_token", "lora.target_modules"],
+            "tokenization.pad_token = [PAD], lora.target_modules with lm_head: [PAD] makes lm_head larger than that of "
+            "the base model, which the adapter would not fit; use pad_token: eos, or leave lm_head out",
+        )
     if data.medquad == data.afrimedqa == "none" and not data.files:
         yield ["data.medquad", "data.afrimedqa"], "data.medquad and data.afrimedqa are both none: no data"
 

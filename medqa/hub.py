@@ -1,30 +1,39 @@
 """Is a host there? Asked once, with a short limit, so that no mistake costs a minute of retries."""
 
 import functools
+import http.client
 import os
-import socket
+import ssl
 import sys
 import threading
-from urllib.parse import urlsplit
+import urllib.error
+import urllib.request
 
 from huggingface_hub import constants
 
 CONNECT_SECONDS = 5.0
+GATEWAY_FAILURES = (407, 502, 503, 504)  # what a proxy answers in place of a host that it cannot or may not reach
 
 
 def connects(url: str) -> bool:
-    """Whether the host of `url`, or the configured proxy in its place, accepts a connection within `CONNECT_SECONDS`.
+    """Whether the host of `url` answers a request, over the configured proxy if any, within `CONNECT_SECONDS`.
 
+    A connection alone says little: firewalls and proxies accept one and then keep silent, and libraries wait minutes.
     In a thread, because a name server that does not answer keeps a look-up waiting far longer than any socket's limit.
     """
     answered = []
 
     def attempt() -> None:
         try:
-            address = urlsplit(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or url)
-            port = address.port or (443 if address.scheme == "https" else 80)
-            socket.create_connection((address.hostname or "", port), timeout=CONNECT_SECONDS).close()
-        except (OSError, ValueError):  # refused, timed out, no such name; ValueError: a port that is no number
+            request = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(request, timeout=CONNECT_SECONDS).close()
+        except urllib.error.HTTPError as error:
+            if error.code in GATEWAY_FAILURES:
+                return
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ssl.SSLError):  # it answers; the libraries have certificates of their own
+                return
+        except (OSError, ValueError, http.client.HTTPException):  # timed out, cut off; ValueError: a malformed address
             return
         answered.append(True)
 
@@ -36,7 +45,7 @@ def connects(url: str) -> bool:
 
 @functools.cache
 def hub_reachable() -> bool:
-    """Whether the Hugging Face Hub accepts a connection.
+    """Whether the Hugging Face Hub answers.
 
     Where it does not, the Hugging Face libraries are switched to their offline mode, in which they answer from their
     caches or fail at once; left alone they retry for up to 47 s.

@@ -52,7 +52,8 @@ def load_yaml(text: str, where: str) -> Any:
     loader.Resolver = CoreResolver
     try:
         return loader.load(text)
-    except (YAMLError, ValueError, RecursionError) as error:
+    # The last three: a tag such as `!!bool` on something else, which ruamel does not check.
+    except (YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)

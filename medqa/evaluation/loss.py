@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from medqa.config import Tokenization
 from medqa.data.batches import IGNORED, Example, collate, epoch_permutation
-from medqa.errors import TrainingStopped
+from medqa.errors import TrainingStopped, UserError
 from medqa.model.loss import token_losses
 
 COLUMNS = ("loss", "tokens", "answer_loss", "answer_tokens")
@@ -107,6 +107,7 @@ def summarize(table: np.ndarray, examples: Sequence[Example]) -> SplitLoss:
 
     Raises:
         TrainingStopped: the loss is not finite.
+        UserError: no row has a target token.
     """
     loss_sum, tokens, answer_sum, answer_tokens = table.sum(axis=0)
     if not (math.isfinite(loss_sum) and math.isfinite(answer_sum)):
@@ -118,7 +119,10 @@ def summarize(table: np.ndarray, examples: Sequence[Example]) -> SplitLoss:
         by_source[source] = _mean(chosen[2], chosen[3])
     loss, answer_loss = _mean(loss_sum, tokens), _mean(answer_sum, answer_tokens)
     if loss is None:
-        raise TrainingStopped("no held-out row has a target token: tokenization.max_length leaves none")
+        raise UserError(
+            "no held-out row has a target token: tokenization.max_length cuts off every answer; raise it, "
+            "or use --set tokenization.loss_on=all"
+        )
     return SplitLoss(
         loss=loss,
         perplexity=perplexity(loss),

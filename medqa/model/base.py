@@ -3,11 +3,13 @@
 Only safetensors are read and no code that comes with a model is ever run.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,9 +19,11 @@ from medqa import config
 from medqa.errors import UserError
 from medqa.hub import hub_reachable
 from medqa.model.precision import Precision
+from medqa.prompts import chat_template
 
 # What loading a damaged, hostile or unknown model directory raises, out-of-memory excepted.
-LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError, RuntimeError)
+LOAD_ERRORS += (StrictDataclassError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ def check_model(model: config.Model, max_length: int) -> Any:
         UserError: not on disk nor reachable, not a causal language model transformers knows, or too short for
             `max_length`.
     """
-    if not Path(model.base).expanduser().is_dir():
+    if not _is_directory(model.base):
         if model.base.startswith((".", "/", "~")) or model.base.count("/") > 1:
             raise UserError(f"model.base = {model.base}: no such directory; give another with --model, or use --tiny")
         hub_reachable()  # where it is not, what follows fails at once instead of after a minute of retries
@@ -59,11 +63,15 @@ def load_tokenizer(base: str, pad_token: str) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, padding on the right, with EOS or a new `[PAD]` as its pad token.
 
     Raises:
-        UserError: it cannot be loaded, has no EOS, or is not a fast one.
+        UserError: it cannot be loaded, has no EOS, is not a fast one, or cannot express the prompt as a chat template.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(_location(base), trust_remote_code=False)
     except LOAD_ERRORS as error:
+        raise _cannot_load(base, error) from error
+    except Exception as error:
+        if type(error) is not Exception:  # over a damaged tokenizer.json, tokenizers raises the base class itself
+            raise
         raise _cannot_load(base, error) from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(f"model.base = {base}: its tokenizer has no EOS or is not a fast one; choose another --model")
@@ -73,6 +81,7 @@ def load_tokenizer(base: str, pad_token: str) -> PreTrainedTokenizerBase:
     else:
         # By flag, not "if absent": TinyLlama-Chat's tokenizer comes with a pad token already.
         tokenizer.add_special_tokens({"pad_token": pad_token})
+    chat_template(tokenizer)  # saved after training: that there is none is better known before
     return tokenizer
 
 
@@ -107,13 +116,12 @@ def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int) -> PeftModel:
     Raises:
         UserError: a target module that the model does not have, or `init_from` does not fit.
     """
-    names = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
-    unknown = [name for name in lora.target_modules if name not in names]
+    linear = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    unknown = [name for name in lora.target_modules if name not in linear]
     if unknown:
-        linear = sorted(n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear))
         raise UserError(
-            f"lora.target_modules: {', '.join(unknown)}: no such module in the base model; it has "
-            f"{', '.join(dict.fromkeys(linear))}"
+            f"lora.target_modules: {', '.join(map(repr, unknown))}: no such linear layer in the base model; it has "
+            f"{', '.join(sorted(linear))}"
         )
     torch.manual_seed(seed)
     model = get_peft_model(
@@ -128,7 +136,7 @@ def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int) -> PeftModel:
         ),
     )
     if lora.init_from is not None:
-        load_adapter_weights(model, Path(lora.init_from).expanduser(), "lora.init_from")
+        load_adapter_weights(model, Path(os.path.expanduser(lora.init_from)), "lora.init_from")
     return model
 
 
@@ -141,7 +149,9 @@ def load_adapter_weights(model: PeftModel, directory: Path, what: str) -> None:
     try:
         weights = load_file(directory / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{what} = {directory}: no readable adapter_model.safetensors: {error}") from error
+        raise UserError(
+            f"{what} = {directory}: no readable adapter_model.safetensors: {error}; give a directory with a whole one"
+        ) from error
     expected = {name: tensor.shape for name, tensor in adapter_weights(model).items()}
     if {name: tensor.shape for name, tensor in weights.items()} != expected:
         raise UserError(
@@ -203,11 +213,12 @@ def _from_pretrained(
         )
     except torch.OutOfMemoryError:
         raise
-    except (*LOAD_ERRORS, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         raise _cannot_load(model.base, error) from error
     if info["missing_keys"]:
         raise UserError(
-            f"model.base = {model.base}: weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}, ..."
+            f"model.base = {model.base}: weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}, ...; "
+            "fetch the model again, or give another with --model"
         )
     return loaded
 
@@ -241,15 +252,22 @@ def _keep_unpacked(model: torch.nn.Module) -> None:
 
 def _location(base: str) -> str:
     """A local directory with `~` resolved, else the hub id as it is."""
-    local = Path(base).expanduser()
-    return str(local) if local.is_dir() else base
+    return os.path.expanduser(base) if _is_directory(base) else base
+
+
+def _is_directory(base: str) -> bool:
+    """Whether it is a local directory. By `os.path`, which, unlike pathlib, does not raise on odd names."""
+    return os.path.isdir(os.path.expanduser(base))
 
 
 def _cannot_load(base: str, error: Exception) -> UserError:
     """What the user is told when a base model cannot be loaded."""
-    if Path(base).expanduser().is_dir():
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return UserError(f"model.base = {base}: cannot be loaded from this directory: {reason}")
+    if _is_directory(base):
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        return UserError(
+            f"model.base = {base}: cannot be loaded from this directory: {reason}; "
+            "fetch the model again (config.json, model.safetensors, tokenizer.json), or give another with --model"
+        )
     why = "the Hugging Face Hub does not answer and it is not in the cache" if not hub_reachable() else str(error)
     return UserError(
         f"model.base = {base}: neither on disk nor to be had from the hub ({why}); "

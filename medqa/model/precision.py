@@ -15,6 +15,7 @@ from medqa.config import Experiment
 from medqa.errors import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DEVICES = Path("/dev")
 BF16_CAPABILITY = (8, 0)  # a T4 (7.5) only emulates bfloat16, slowly, though torch says that it is supported
 
 
@@ -71,7 +72,9 @@ def usable_gpu() -> bool:
 
 def _nvidia_device_present() -> bool:
     """Whether the kernel shows an NVIDIA GPU, whatever torch says (WSL shows /dev/dxg and the driver's library)."""
-    return Path("/dev/nvidia0").exists() or (Path("/dev/dxg").exists() and Path("/usr/lib/wsl/lib/libcuda.so").exists())
+    # Any number: a container may be given the machine's third GPU alone, as /dev/nvidia2.
+    in_wsl = Path("/dev/dxg").exists() and Path("/usr/lib/wsl/lib/libcuda.so").exists()
+    return in_wsl or any(DEVICES.glob("nvidia[0-9]*"))
 
 
 def _adapted(experiment: Experiment, device_type: str, mixed_precision: str, dtype: str, reason: str) -> Precision:

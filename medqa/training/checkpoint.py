@@ -5,6 +5,7 @@ A checkpoint is written beside its place, flushed, and renamed into it, so it is
 """
 
 import copy
+import io
 import json
 import os
 import pickle
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from medqa.errors import UserError
 from medqa.model.base import adapter_weights, load_adapter_weights
@@ -117,7 +118,8 @@ def load_checkpoint(place: Path, trained: Trained, data_fingerprint: str) -> Run
 
 def save_adapter(model: PeftModel, directory: Path) -> None:
     """The adapter in PEFT's format: LoRA weights alone, even where the vocabulary grew by `[PAD]`."""
-    save_file(adapter_weights(model), directory / ADAPTER_FILES[0], metadata={"format": "pt"})
+    # Python writes the files: where there is no space, that is an OSError, and not one of each library's own errors.
+    (directory / ADAPTER_FILES[0]).write_bytes(save(adapter_weights(model), metadata={"format": "pt"}))
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     config.save_pretrained(directory)
@@ -139,14 +141,16 @@ def _write(place: Path, trained: Trained, state: RunState) -> None:
         shutil.rmtree(unfinished)
     unfinished.mkdir()
     save_adapter(trained.model, unfinished)
+    content = io.BytesIO()
     torch.save(
         {
             "optimizer": trained.optimizer.state_dict(),
             "scheduler": trained.scheduler.state_dict(),
             "scaler": trained.scaler.state_dict() if trained.scaler else None,
         },
-        unfinished / TRAINING_FILE,
+        content,
     )
+    (unfinished / TRAINING_FILE).write_bytes(content.getbuffer())
     (unfinished / STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
     for path in (*unfinished.iterdir(), unfinished):
         flush(path)

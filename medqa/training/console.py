@@ -90,7 +90,8 @@ class ProgressLine:
         self._bar.update(self._task, completed=step, figures=figures)
         if not self._console.is_terminal and (step % self._log_steps == 0 or step == self._max_steps):
             left = (self._max_steps - step) * record["update_s"]
-            self._console.print(f"update {step}/{self._max_steps}  {figures}  about {left / 60:.0f} min left")
+            left = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
+            self._console.print(f"update {step}/{self._max_steps}  {figures}  about {left} left", soft_wrap=True)
 
 
 def show_result(console: Console, summary: Mapping[str, Any]) -> None:

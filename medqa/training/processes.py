@@ -11,7 +11,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from medqa.config import Experiment
 from medqa.errors import UserError
 from medqa.model.precision import Precision
-from medqa.training.wandb_run import wandb_mode
+from medqa.training.wandb_run import wandb_wanted
 
 
 def build_accelerator(experiment: Experiment, precision: Precision) -> Accelerator:
@@ -23,7 +23,7 @@ def build_accelerator(experiment: Experiment, precision: Precision) -> Accelerat
     Raises:
         UserError: several processes were launched that do not know of each other.
     """
-    tracked = wandb_mode(experiment.tracking)[0] != "disabled" and importlib.util.find_spec("wandb") is not None
+    tracked = wandb_wanted(experiment.tracking) and importlib.util.find_spec("wandb") is not None
     timeout = timedelta(seconds=experiment.training.process_timeout_s)
     accelerator = Accelerator(
         cpu=precision.device_type == "cpu",

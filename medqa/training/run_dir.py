@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from medqa.config import Experiment, flat, may_change_on_resume
 from medqa.data.report import write_json
 from medqa.errors import UserError, listed
-from medqa.training.checkpoint import ADAPTER_FILES, NAME, STATE_FILE, TRAINING_FILE
+from medqa.training.checkpoint import ADAPTER_FILES, NAME, STATE_FILE, TRAINING_FILE, checkpoints
 from medqa.yaml_core import dump_yaml, load_yaml
 
 CONFIG = "config.yaml"
 RUN_FILE = "run.json"
 ADAPTER_DIR = "lora_adapters"
-FILES = (CONFIG, RUN_FILE, "data_report.json", "splits.csv", "metrics.jsonl", "summary.json")
+FILES = (CONFIG, "data_report.json", "splits.csv", "metrics.jsonl", "summary.json")
 # Files of a tokenizer and a model card, beside those of the adapter.
 ADAPTER_DIR_FILES = {*ADAPTER_FILES, "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 CHECKPOINT_FILES = {*ADAPTER_FILES, TRAINING_FILE, STATE_FILE}
@@ -30,15 +30,23 @@ def check_run_dir(output_dir: Path, experiment: Experiment, fresh: bool) -> None
     """See whether this experiment can run in this directory, changing nothing.
 
     Raises:
-        UserError: not writable, or holding another experiment's run, with the differences.
+        UserError: not writable, or holding another experiment's run, with the differences, or files that no run wrote.
     """
-    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    try:
+        existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    except OSError as error:
+        raise UserError(f"--output-dir {output_dir}: {error.strerror}; choose another") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--output-dir {output_dir}: {existing} is not a directory one can write to; choose another")
     if fresh:
         _refuse_foreign(output_dir)
     elif (output_dir / CONFIG).is_file():
         _check_same(output_dir / CONFIG, experiment)
+    elif not checkpoints(output_dir) and (foreign := _without_a_run(output_dir)):
+        raise UserError(
+            f"--output-dir {output_dir} holds what no run wrote and this one would write over: "
+            f"{', '.join(path.name for path in foreign)}; choose another"
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,8 @@ def finished(output_dir: Path, experiment: Experiment) -> dict[str, Any] | None:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return summary if isinstance(summary, dict) and summary.get("updates") == experiment.training.max_steps else None
+    whole = isinstance(summary, dict) and {"experiment", "baseline", "final", "test"} <= summary.keys()
+    return summary if whole and summary.get("updates") == experiment.training.max_steps else None
 
 
 def write_config(output_dir: Path, experiment: Experiment, accumulation: int, changes: dict[str, Any]) -> None:
@@ -108,13 +117,14 @@ def clear(output_dir: Path) -> None:
     for folder in _folders(output_dir):
         if folder.is_dir():
             shutil.rmtree(folder)
-    for name in FILES:
+    for name in (*FILES, RUN_FILE):  # that one last: it says whose the others are
         (output_dir / name).unlink(missing_ok=True)
 
 
 def _refuse_foreign(output_dir: Path) -> None:
     """Refuse to clear a directory in which a link, or a foreign file in one of the run's folders, would be lost."""
-    foreign = [path for path in (output_dir / name for name in FILES) if path.is_symlink() or path.is_dir()]
+    files = [output_dir / name for name in (*FILES, RUN_FILE)]
+    foreign = [path for path in files if path.is_symlink() or path.is_dir()] or _without_a_run(output_dir)
     for folder, names in _folders(output_dir).items():
         if folder.is_symlink() or folder.is_file():
             foreign.append(folder)
@@ -129,6 +139,13 @@ def _refuse_foreign(output_dir: Path) -> None:
         )
 
 
+def _without_a_run(output_dir: Path) -> list[Path]:
+    """What has the name of a run's file or folder in a directory that no run has begun in."""
+    if (output_dir / RUN_FILE).exists():
+        return []
+    return [path for path in (*(output_dir / name for name in FILES), *_folders(output_dir)) if path.exists()]
+
+
 def _folders(output_dir: Path) -> dict[Path, set[str]]:
     """The folders that a run writes here, and the names of the files it writes into each."""
     found = [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name.removesuffix(".tmp"))]
@@ -141,9 +158,14 @@ def _check_same(config: Path, experiment: Experiment) -> None:
     Raises:
         UserError: lists the differences.
     """
-    saved = load_yaml(config.read_text(encoding="utf-8", errors="replace"), str(config))
-    if not isinstance(saved, dict):
-        raise UserError(f"{config}: damaged; --fresh starts over")
+    try:
+        saved = load_yaml(config.read_text(encoding="utf-8", errors="replace"), str(config))
+    except (OSError, UserError) as error:
+        raise UserError(f"{error}; --fresh starts over, or choose another --output-dir") from error
+    if not isinstance(saved, dict) or not saved.keys() & Experiment.model_fields.keys():
+        raise UserError(
+            f"{config}: not a run's, or damaged; --fresh starts over if it is a run's, or choose another --output-dir"
+        )
     before = {f"{s}.{k}": v for s, keys in saved.items() if isinstance(keys, dict) for k, v in keys.items()}
     differences = [
         f"{key}: {before.get(key)!r} there, {value!r} now"

@@ -52,20 +52,21 @@ class MetricsFile:
                 self._last_train = (file.tell(), record)
             file.write(_line(record))
 
-    def amend_train(self, step: int, **more: float) -> None:
-        """Add fields to the newest `train` line if it is that of `step`.
+    def amend_train(self, step: int, **more: float) -> bool:
+        """Add fields to the newest `train` line if it is that of `step`; says whether it is.
 
         The line was written before what is added was known, so that a kill in between loses nothing. It and the lines
         after it are written over in one write; they only get longer.
         """
         if self._last_train is None or self._last_train[1]["step"] != step:
-            return
+            return False
         start, record = self._last_train
         content = self.path.read_bytes()
         after = content[start:].split(b"\n", 1)[1]
         with self.path.open("r+b", buffering=0) as file:
             file.seek(start)
             file.write(_line({**record, **more}).encode() + after)
+        return True
 
 
 def read_metrics(path: Path) -> Iterator[Record]:
@@ -99,9 +100,8 @@ class Tracker:
             self._accelerator.log(wandb_names(record), step=record["step"])
 
     def saved(self, step: int, save_s: float) -> None:
-        """Record how long the checkpoint of `step` held up training, in seconds."""
-        if self._accelerator.is_main_process:
-            self._metrics.amend_train(step, save_s=save_s)
+        """Record how long the checkpoint of `step` held up training, in seconds, if the update itself is recorded."""
+        if self._accelerator.is_main_process and self._metrics.amend_train(step, save_s=save_s):
             self._accelerator.log({PERFORMANCE_NAMES["save_s"]: save_s, GLOBAL_STEP: step}, step=step)
 
 

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from accelerate import Accelerator
 
 from medqa.config import Experiment, Tracking
+from medqa.errors import UserError
 from medqa.hub import connects
 from medqa.training.tracking import GLOBAL_STEP
 
@@ -29,16 +30,19 @@ def start_wandb(
     """
     tracking = experiment.tracking
     config = {**experiment.model_dump(), "in_effect": dict(in_effect)}
+    if not wandb_wanted(tracking) or not accelerator.is_main_process:
+        return "W&B: off"
+    try:
+        import wandb
+    except ImportError as error:
+        return f"W&B: off ({error}); metrics.jsonl has it all"
     mode, why = wandb_mode(tracking)
-    if mode == "disabled" or not accelerator.is_main_process:
-        return "W&B: off" + why
-    import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
     arguments = {
         "entity": None if "WANDB_ENTITY" in os.environ else tracking.entity,
         "group": None if "WANDB_RUN_GROUP" in os.environ else tracking.group,
-        "name": None if "WANDB_NAME" in os.environ else tracking.run_name or output_dir.name,
+        "name": None if "WANDB_NAME" in os.environ else tracking.run_name or output_dir.absolute().name,
         "tags": None if "WANDB_TAGS" in os.environ else tracking.tags,
         "id": os.environ.get("WANDB_RUN_ID", run_id),
         "dir": os.environ.get("WANDB_DIR", str(output_dir)),
@@ -46,14 +50,20 @@ def start_wandb(
         "settings": wandb.Settings(init_timeout=NETWORK_SECONDS, console="off"),
     }
     project = os.environ.get("WANDB_PROJECT", tracking.project)
+    unusable = (wandb.errors.CommError, wandb.errors.UsageError, ValueError)  # ValueError: a key or setting of odd form
+    if mode == "online":
+        try:
+            accelerator.init_trackers(project, config, {"wandb": {**arguments, "mode": mode}})
+        except unusable as error:
+            mode, why = "offline", f" ({_gist(error)})"
+            accelerator.trackers.clear()
+            wandb.teardown()  # else its service still holds the id: "run ID is in use"
     try:
-        accelerator.init_trackers(project, config, {"wandb": {**arguments, "mode": mode}})
-    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
         if mode == "offline":
-            raise
-        mode, why = "offline", f" ({str(error).splitlines()[0]})"
-        accelerator.trackers.clear()
-        accelerator.init_trackers(project, config, {"wandb": {**arguments, "mode": mode}})
+            accelerator.init_trackers(project, config, {"wandb": {**arguments, "mode": mode}})
+    except unusable as error:
+        advice = "mend `tracking` or the WANDB_* variables, or use --set tracking.wandb=disabled"
+        raise UserError(f"W&B: {_gist(error)}; {advice}") from error
     run = accelerator.get_tracker("wandb", unwrap=True)
     run.define_metric(GLOBAL_STEP)
     run.define_metric("*", step_metric=GLOBAL_STEP)
@@ -61,11 +71,15 @@ def start_wandb(
     return f"W&B: {mode}{why}, {where}"
 
 
+def wandb_wanted(tracking: Tracking) -> bool:
+    """Whether there is to be a W&B run at all."""
+    return os.environ.get("WANDB_MODE", tracking.wandb) != "disabled"
+
+
 def wandb_mode(tracking: Tracking) -> tuple[str, str]:
-    """`online`, `offline` or `disabled`, and why where it is not what was asked."""
-    asked = os.environ.get("WANDB_MODE", tracking.wandb)
-    if asked in ("disabled", "offline", "dryrun"):
-        return ("disabled" if asked == "disabled" else "offline"), ""
+    """`online` or `offline`, and why where it is not what was asked. May take as long as `connects`."""
+    if os.environ.get("WANDB_MODE", tracking.wandb) in ("offline", "dryrun"):
+        return "offline", ""
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     if not _has_key(urlsplit(url).hostname or ""):
         return "offline", " (no API key: run `wandb login` for online)"
@@ -89,6 +103,11 @@ def log_adapter(accelerator: Accelerator, tracking: Tracking, directory: Path, n
         artifact = wandb.Artifact(name, type="model")
         artifact.add_dir(str(directory))
         accelerator.get_tracker("wandb", unwrap=True).log_artifact(artifact)
+
+
+def _gist(error: Exception) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())[:300]
 
 
 def _has_key(host: str) -> bool:
