@@ -13,7 +13,7 @@ from medqa.data.batches import Stream, tokenize
 from medqa.data.report import write_json, write_reports
 from medqa.data.sources import load_sources
 from medqa.data.splits import SPLITS, split_rows
-from medqa.errors import exit_code
+from medqa.errors import exit_code, together
 from medqa.evaluation.inference import sample_answers
 from medqa.evaluation.loss import Evaluator, fixed_subset, summarize
 from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
@@ -65,8 +65,10 @@ def run(options: argparse.Namespace, interrupts: Interrupts) -> None:
         return show_result(console, summary)
 
     with accelerator.main_process_first():  # so that what is fetched is fetched once
-        check_model(experiment.model, tokenization.max_length)
-        sources = load_sources(experiment.data.medquad, experiment.data.afrimedqa)
+        _, sources = together(
+            lambda: check_model(experiment.model, tokenization.max_length),
+            lambda: load_sources(experiment.data.medquad, experiment.data.afrimedqa),
+        )
     rows = [row for source in sources for row in source.rows]
     splits = split_rows(rows, experiment.data.split, experiment.data.split_seed, tuple(experiment.data.fractions))
     tokenizer = load_tokenizer(experiment.model.base, tokenization.pad_token)

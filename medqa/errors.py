@@ -7,7 +7,8 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -19,8 +20,12 @@ EXIT_TRAINING_STOPPED = 3
 class UserError(Exception):
     """Something the user can mend: a bad option, key, file or row, missing data, no space.
 
-    The message is the whole of what the user sees, so it says what is wrong, where, and what to do.
+    Its arguments are the problems, one message each, and the whole of what the user sees: what is wrong, where, and
+    what to do.
     """
+
+    def __str__(self) -> str:
+        return listed(self.args)
 
 
 class TrainingStopped(Exception):
@@ -63,6 +68,23 @@ def _say(message: str, code: int) -> int:
     return code
 
 
-def listed(problems: list[str]) -> str:
+def together(*steps: Callable[[], Any]) -> list[Any]:
+    """The results of all steps, each tried even if one before it failed.
+
+    Raises:
+        UserError: with the problems of all that failed, so that they can be mended in one go.
+    """
+    results, problems = [], []
+    for step in steps:
+        try:
+            results.append(step())
+        except UserError as error:
+            problems += error.args
+    if problems:
+        raise UserError(*problems)
+    return results
+
+
+def listed(problems: Sequence[str]) -> str:
     """Several problems as one message: one alone as it is, more as an indented list."""
     return problems[0] if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)

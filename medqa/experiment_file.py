@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from medqa.config import Experiment, flat, may_change_on_resume
-from medqa.errors import UserError, listed
+from medqa.errors import UserError
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
 from medqa.yaml_core import load_yaml
 
@@ -163,7 +163,7 @@ def load_experiment(
     experiment, bad_values = _validate(values, origins)
     problems += bad_words + bad_values
     if problems:
-        raise UserError(listed(problems))
+        raise UserError(*problems)
     return experiment
 
 
@@ -220,8 +220,9 @@ def _sections(raw: Any, where: str) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(raw, dict):
         return {}, [f"{where}: an experiment file has sections ({', '.join(Experiment.model_fields)})"]
     values, problems = {}, []
+    is_a_runs = all(key in raw for key in WRITTEN_BY_RUNS)
     for section, keys in raw.items():
-        if section in WRITTEN_BY_RUNS:
+        if is_a_runs and section in WRITTEN_BY_RUNS:
             continue
         if section not in Experiment.model_fields:
             problems.append(f"{where}: {section}: no such section{_meant(str(section))}")
@@ -306,7 +307,10 @@ def _meant(key: str) -> str:
     if last in OTHER_TOOLS_NAMES:
         return f"; did you mean {OTHER_TOOLS_NAMES[last]}?"
     same_name = [name for name in known if name.split(".")[1] == last]
-    close = same_name or difflib.get_close_matches(key, known, 1) or _close_by_last(last, known)
+    neighbours = [name for name in known if name.startswith(key.split(".")[0] + ".")]
+    sections = [] if "." in key else difflib.get_close_matches(key, Experiment.model_fields, 1)
+    close = same_name or sections or _close_by_last(last, neighbours) or _close_by_last(last, known)
+    close = close or difflib.get_close_matches(key, known, 1)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -60,6 +60,20 @@ def load_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}{line}: not valid YAML: {problem}") from error
 
 
+class Dumper(pyyaml.SafeDumper):
+    """Writes what YAML 1.1 and 1.2 readers see alike: PyYAML itself quotes 'no' and writes 5.0e-05."""
+
+
+def _text(dumper: Dumper, text: str) -> pyyaml.ScalarNode:
+    """Quoted if the core schema takes it for something else; PyYAML, of YAML 1.1, would write the word 5e-5 plainly."""
+    plain = any(re.fullmatch(pattern, text) for _, pattern, _ in CORE_SCHEMA)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if plain else None)
+
+
+Dumper.add_representer(str, _text)
+
+
 def dump_yaml(value: Any, path: Path) -> None:
-    """Write `value` so that YAML 1.1 and 1.2 readers see the same: PyYAML quotes 'no' and writes 5.0e-05."""
-    path.write_text(pyyaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
+    """Write `value` so that YAML 1.1 and 1.2 readers see the same."""
+    text = pyyaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+    path.write_text(text, encoding="utf-8")

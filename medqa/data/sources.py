@@ -14,7 +14,7 @@ from pathlib import Path
 
 from medqa.data.readers import Record, Table, read_file, read_medquad_xml
 from medqa.data.remote import read_hub, read_kaggle
-from medqa.errors import UserError, listed
+from medqa.errors import UserError
 
 NONE = "none"
 KAGGLE = "kaggle:"
@@ -82,7 +82,7 @@ def load_sources(medquad: str, afrimedqa: str) -> list[Source]:
         except UserError as error:
             problems.append(f"{name}: {error}")
     if problems:
-        raise UserError(f"cannot use the data: {listed(problems)}")
+        raise UserError(*problems)
     return sources
 
 

@@ -1,0 +1,365 @@
+"""From YAML, options and `--set` words to an experiment, or to one message with every problem."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml as pyyaml
+from ruamel.yaml import YAML
+
+from medqa.config import Experiment, flat, may_change_on_resume
+from medqa.errors import UserError
+from medqa.experiment_file import OTHER_TOOLS_NAMES, default_output_dir, load_experiment, parse_sets
+from medqa.options import parse_options
+from medqa.tiny import BASE_DIR, MEDQUAD_CSV
+from medqa.training.run_dir import write_config
+from medqa.yaml_core import dump_yaml, load_yaml
+
+
+def loaded(*sets: str, exp: str = "exp_001", **more) -> dict:
+    return flat(load_experiment(exp, sets=sets, **more))
+
+
+def refusal(*sets: str, exp: str = "exp_001", **more) -> str:
+    with pytest.raises(UserError) as caught:
+        load_experiment(exp, sets=sets, **more)
+    return str(caught.value)
+
+
+# --- YAML
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("5e-5", 5e-5),
+        ("1e-4", 1e-4),
+        ("1E3", 1000.0),
+        (".5", 0.5),
+        ("-3", -3),
+        ("+3", 3),
+        ("0x1F", 31),
+        ("0o17", 15),
+        ("010", 10),
+        ("no", "no"),
+        ("yes", "yes"),
+        ("off", "off"),
+        ("on", "on"),
+        ("y", "y"),
+        ("true", True),
+        ("False", False),
+        ("tRue", "tRue"),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("1_000", "1_000"),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("0b11", "0b11"),
+        ("e5", "e5"),
+        ('"5"', "5"),
+        (".inf", float("inf")),
+        ("[PAD]", ["PAD"]),
+        ("[0.8, 1e-1, 0]", [0.8, 0.1, 0]),
+    ],
+)
+def test_scalars_by_the_core_schema(text, value):
+    found = load_yaml(text, "here")
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: 1\na: 2", "a: [1", "a: b: c", "\ta: 1", "- a\nb: 1", "!!bool maybe", "!!int ''", "!!python/object:os.system x",
+     "*x", "a: 1\n---\nb: 2", "{{a: 1}: 2}", "\x00", "9" * 5000],
+)  # fmt: skip
+def test_what_is_no_yaml_is_refused_with_its_place(text):
+    with pytest.raises(UserError, match=r"^here(, line \d+)?: not valid YAML: ."):
+        load_yaml(text, "here")
+
+
+def test_a_dump_reads_alike_in_yaml_1_1_and_1_2(tmp_path):
+    path = tmp_path / "config.yaml"
+    value = {"a": {"no": "no", "yes": "on", "rate": 5e-5, "big": 1e16, "small": 1e-8, "null": None, "true": True}}
+    value["a"] |= {"text": "1:30", "number": "5e-5", "underscore": "1_000", "date": "2024-01-01", "octal": "010"}
+    value["a"] |= {"list": [0.8, 0.1], "words": ["null", "~", ""], "odd": "é: #\n\t'\"", "long": "x " * 200}
+    value["a"] |= {"float": 600.0, "empty": [], "mapping": {}, "hex": "0x1F", "o": "0o17", "exp": "1e5", "inf": ".inf"}
+    dump_yaml(value, path)
+    text = path.read_text(encoding="utf-8")
+    assert load_yaml(text, "here") == value
+    assert pyyaml.safe_load(text) == value
+    assert YAML(typ="safe", pure=True).load(text) == value
+
+
+# --- order and parsing
+
+
+def test_set_values_are_yaml_and_validated():
+    values = loaded("optimizer.learning_rate=5e-5", "training.mixed_precision=no", "lora.r=4", "evaluation.rows=null")
+    assert values["optimizer.learning_rate"] == 5e-5
+    assert values["training.mixed_precision"] == "no"
+    assert values["lora.r"] == 4
+    assert values["evaluation.rows"] is None
+    assert loaded("optimizer.max_grad_norm=2")["optimizer.max_grad_norm"] == 2
+    assert loaded("tracking.run_name=a=b")["tracking.run_name"] == "a=b"
+    assert loaded("data.medquad=None")["data.medquad"] == "none"
+
+
+@pytest.mark.parametrize("word", ["[PAD]", '"[PAD]"', "'[PAD]'"])
+def test_pad_token_as_a_shell_would_pass_it(word):
+    assert loaded(f"tokenization.pad_token={word}")["tokenization.pad_token"] == "[PAD]"
+
+
+def test_constant_is_none():
+    assert loaded("scheduler.name=constant")["scheduler.name"] == "none"
+
+
+def test_several_after_one_set_and_repeated():
+    options = parse_options(
+        ["--exp", "exp_001", "--set", "lora.r=4", "lora.lora_alpha=8", "--tiny", "--set", "lora.r=2"]
+    )
+    values = loaded(*options.set)
+    assert (values["lora.r"], values["lora.lora_alpha"]) == (2, 8), "the last one counts"
+
+
+def test_the_order_is_file_tiny_options_set(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {base: from-file}\ntraining: {max_steps: 7, seed: 5}\ndata: {medquad: file.csv}\n")
+    assert loaded(exp=str(file))["model.base"] == "from-file"
+    tiny = loaded(exp=str(file), tiny=True)
+    assert tiny["model.base"] == str(BASE_DIR)
+    assert tiny["data.medquad"] == str(MEDQUAD_CSV)
+    assert tiny["training.seed"] == 5, "what --tiny does not set stays the file's"
+    locations = {"model.base": "from-option", "data.medquad": "option.csv", "data.afrimedqa": None}
+    option = loaded(exp=str(file), tiny=True, locations=locations)
+    assert (option["model.base"], option["data.medquad"]) == ("from-option", "option.csv")
+    last = loaded("model.base=from-set", exp=str(file), tiny=True, locations=locations)
+    assert (last["model.base"], last["data.medquad"]) == ("from-set", "option.csv")
+
+
+def test_options_become_locations():
+    options = parse_options(["--exp", "x", "--model", "m", "--medquad", "a", "--afrimedqa", "none"])
+    assert options.locations == {"model.base": "m", "data.medquad": "a", "data.afrimedqa": "none"}
+
+
+def test_tiny_keeps_the_recipe():
+    for name in ("exp_001", "exp_002", "exp_003"):
+        full, tiny = loaded(exp=name), loaded(exp=name, tiny=True)
+        changed = {key for key in full if full[key] != tiny[key]}
+        assert changed <= {
+            "model.base", "data.medquad", "data.afrimedqa", "optimizer.learning_rate", "scheduler.warmup_steps",
+            "tokenization.max_length", "training.max_steps", "training.log_steps", "training.save_steps",
+            "evaluation.steps",
+        }  # fmt: skip
+        assert bool(full["scheduler.warmup_steps"]) == bool(tiny["scheduler.warmup_steps"])
+
+
+def test_defaults_where_a_file_is_silent(tmp_path):
+    file = tmp_path / "short.yaml"
+    file.write_text("training: {max_steps: 3}\n")
+    values = loaded(exp=str(file))
+    assert [values[key] for key in ("training.log_steps", "evaluation.steps", "training.save_steps")] == [10, 100, 50]
+    assert values["training.keep_checkpoints"] == 3
+
+
+# --- problems
+
+
+def test_all_problems_stand_in_one_message_with_file_key_value_and_suggestion(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "model: {bse: x, quantization: 8bit, dtype: float16}\n"
+        "lora: 5\n"
+        "optimiser: {lr: 1}\n"
+        "optimizer: {learning_rate: fast, betas: [0.9]}\n"
+        "training: {max_steps: 10, epochs: 3, global_batch_size: 1.5, mixed_precision: bf16}\n"
+        "scheduler: {warmup_steps: 11}\n"
+        "data: {fractions: [0.5, 0.2, 0.2]}\n"
+    )
+    message = refusal("lora.rank=3", "nonsense", "a.b=[", exp=str(file))
+    lines = message.strip("\n").splitlines()
+    assert all(line.startswith("  - ") for line in lines)
+
+    def line(start: str) -> str:
+        found = [line for line in lines if start in line]
+        assert len(found) == 1, (start, message)
+        return found[0]
+
+    assert f"{file}: model.bse = 'x': no such key; did you mean model.base?" in line("bse")
+    assert "one of 'none' or '4bit'" in line("'8bit'")
+    assert f"{file}: lora = 5" in line("lora = 5")
+    assert "optimiser: no such section; did you mean optimizer?" in line("optimiser")
+    assert "optimizer.learning_rate = 'fast': a number is wanted" in line("learning_rate")
+    assert "at least 2" in line("optimizer.betas")
+    assert "training.global_batch_size = 1.5" in line("global_batch_size")
+    assert "give one of the two" in line("give one")
+    assert "warmup_steps = 11 is more than training.max_steps = 10" in line("warmup")
+    assert "sum 1" in line("data.fractions")
+    assert "do not go together" in line("mixed_precision")
+    assert "--set: lora.rank = 3: no such key; did you mean lora.r?" in line("lora.rank")
+    assert "--set nonsense: write section.key=value" in line("nonsense")
+    assert "--set a.b=[, line 1: not valid YAML" in line("a.b")
+    assert len(lines) == 15, "training.epochs is refused as not there yet, too"
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("lr", "optimizer.learning_rate"),
+        ("optim", "optimizer.name"),
+        ("num_train_epochs", "training.epochs"),
+        ("num_epochs", "training.epochs"),
+        ("load_in_4bit", "model.quantization"),
+        ("quantization_bit", "model.quantization"),
+        ("cutoff_len", "tokenization.max_length"),
+        ("sequence_len", "tokenization.max_length"),
+        ("max_seq_length", "tokenization.max_length"),
+        ("lr_scheduler_type", "scheduler.name"),
+        ("warmup_ratio", "scheduler.warmup_steps"),
+        ("per_device_train_batch_size", "training.per_device_batch_size"),
+        ("micro_batch_size", "training.per_device_batch_size"),
+        ("gradient_accumulation_steps", "training.global_batch_size"),
+        ("bf16", "training.mixed_precision"),
+        ("logging_steps", "training.log_steps"),
+        ("save_total_limit", "training.keep_checkpoints"),
+        ("eval_steps", "evaluation.steps"),
+        ("model_name_or_path", "model.base"),
+        ("base_model", "model.base"),
+        ("torch_dtype", "model.dtype"),
+        ("lora_rank", "lora.r"),
+        ("lora_target", "lora.target_modules"),
+        ("lora_target_modules", "lora.target_modules"),
+        ("train_on_inputs", "tokenization.loss_on"),
+        ("sample_packing", "training.padding_free"),
+        ("report_to", "tracking.wandb"),
+        ("gradient_checkpointing", "model.gradient_checkpointing"),
+        ("max_grad_norm", "optimizer.max_grad_norm"),
+        ("seed", "training.seed"),
+        ("learning_rte", "optimizer.learning_rate"),
+    ],
+)
+def test_other_tools_names_suggest_the_key(name, meant, tmp_path):
+    if f"training.{name}" not in flat(Experiment()):
+        assert f"{name} = 1: no such key; did you mean {meant}?" in refusal(f"training.{name}=1")
+    assert f"did you mean {meant}?" in refusal(f"{name}=1")
+    file = tmp_path / "flat.yaml"  # as those tools write it, without sections
+    file.write_text(f"{name}: 1\ntraining: {{max_steps: 3}}\n")
+    assert f"{file}: {name}: no such section; did you mean {meant}?" in refusal(exp=str(file))
+
+
+def test_every_suggestion_is_a_key():
+    assert len(OTHER_TOOLS_NAMES) >= 60
+    assert set(OTHER_TOOLS_NAMES.values()) <= set(flat(Experiment()))
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "optimizer.learning_rate=true", "optimizer.learning_rate='1e-4'", "optimizer.learning_rate=-1",
+        "optimizer.learning_rate=.inf", "optimizer.eps=.nan", "training.max_steps=0", "training.max_steps=2.0",
+        "training.max_steps=yes", "model.gradient_checkpointing=yes", "model.gradient_checkpointing=1",
+        "lora.target_modules=q_proj", "lora.target_modules=[]", "lora.target_modules=[1]", "lora.lora_dropout=1",
+        "tokenization.max_length=7", "training.seed=-1", "training.seed=99999999999999999999", "data.medquad=null",
+        "training.process_timeout_s=1e300", "tracking.tags=['']", "tracking.project=a/b", "model.base=''",
+    ],
+)  # fmt: skip
+def test_wrong_values_are_refused_with_key_and_value(word):
+    key, _, text = word.partition("=")
+    message = refusal(word)
+    assert message.startswith(f"--set: {key} = {load_yaml(text, '')!r}: ")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["training.padding_free=true"], "training.padding_free = True: not in this version yet"),
+        (["training.micro_batch_tokens=4096"], "training.micro_batch_tokens = 4096: not in this version yet"),
+        (["model.dequantize=auto"], "model.dequantize = 'auto': not in this version yet"),
+        (["data.files={mine: a.csv}"], "data.files = {'mine': 'a.csv'}: not in this version yet"),
+        (["data.split=topic"], "data.split = 'topic': not in this version yet"),
+        (["training.epochs=2", "training.max_steps=null"], "training.epochs = 2.0: not in this version yet"),
+        (["model.dtype=float16"], "do not go together"),
+        (["training.mixed_precision=fp16"], "do not go together"),
+        (["data.medquad=none", "data.afrimedqa=NONE"], "no data"),
+        (["data.fractions=[1, 0, 0]"], "data.fractions"),
+        (["training.max_steps=null"], "training.max_steps is missing"),
+        (["scheduler.warmup_steps=909"], "scheduler.warmup_steps = 909 is more than training.max_steps = 908"),
+        (["lora.target_modules=[q_proj, lm_head]", "tokenization.pad_token=[PAD]"], "leave lm_head out"),
+    ],
+)
+def test_impossible_or_later(words, told):
+    assert told in refusal(*words)
+
+
+# --- names and files of runs
+
+
+@pytest.mark.parametrize(
+    "sets, tiny, name",
+    [
+        ([], False, "exp_001"),
+        ([], True, "exp_001-tiny"),
+        (["optimizer.learning_rate=1e-4"], False, "exp_001,optimizer.learning_rate=1e-4"),
+        (["optimizer.learning_rate=1e-4"], True, "exp_001-tiny,optimizer.learning_rate=1e-4"),
+        (["optimizer.eps=1e-6", "lora.r=4"], False, "exp_001,lora.r=4,optimizer.eps=1e-6"),
+        (["lora.r=4", "optimizer.eps=1e-6"], False, "exp_001,lora.r=4,optimizer.eps=1e-6"),
+        (["tokenization.pad_token=[PAD]"], False, "exp_001,tokenization.pad_token=-PAD-"),
+        (["lora.r=4", "lora.r=2"], False, "exp_001,lora.r=2"),
+        (["training.max_steps=5", "training.save_steps=3", "tracking.wandb=disabled"], False, "exp_001"),
+        (["scheduler.name=cosine", "training.max_steps=5"], False, "exp_001,scheduler.name=cosine,training.max_steps=5"),
+    ],
+)  # fmt: skip
+def test_default_output_dir(sets, tiny, name):
+    assert default_output_dir("exp_001", tiny, sets, load_experiment("exp_001", tiny=tiny, sets=sets)) == Path(
+        "outputs", name
+    )
+
+
+def test_a_long_name_gets_a_hash_that_still_tells_runs_apart():
+    names = []
+    for r in (3, 4):
+        sets = ["lora.target_modules=[q_proj, k_proj, v_proj, o_proj]", f"lora.r={r}", "optimizer.weight_decay=0.01"]
+        assert len(",".join(sets)) > 80
+        names.append(default_output_dir("exp_001", False, sets, load_experiment("exp_001", sets=sets)).name)
+        assert names[-1] == default_output_dir("exp_001", False, sets[::-1], load_experiment("exp_001", sets=sets)).name
+        assert re.fullmatch(r"exp_001,[0-9a-f]{16}", names[-1])
+    assert names[0] != names[1]
+
+
+def test_the_experiment_at_a_path_gives_its_own_name(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("training: {max_steps: 3}\n")
+    assert default_output_dir(str(file), False, [], load_experiment(str(file))) == Path("outputs/mine")
+
+
+def test_what_may_change_on_resume():
+    constant, cosine = load_experiment("exp_001"), load_experiment("exp_002")
+    assert may_change_on_resume("training.max_steps", constant)
+    assert not may_change_on_resume("training.max_steps", cosine)
+    free = {key for key in flat(cosine) if may_change_on_resume(key, cosine)}
+    assert {key for key in free if not key.startswith("tracking.")} == {
+        "training.log_steps", "training.save_steps", "training.save_minutes", "training.keep_checkpoints",
+        "training.process_timeout_s", "evaluation.steps", "evaluation.rows", "evaluation.samples",
+    }  # fmt: skip
+    assert free >= {key for key in flat(cosine) if key.startswith("tracking.")}
+
+
+@pytest.mark.parametrize("name", ["exp_001", "exp_002", "exp_003"])
+def test_a_runs_config_is_an_experiment_file(name, tmp_path):
+    experiment = load_experiment(name, tiny=True, sets=["lora.r=4"])
+    write_config(tmp_path, experiment, 8, {"model.dtype": ("bfloat16", "float32", "on a CPU")})
+    again = load_experiment(str(tmp_path / "config.yaml"))
+    assert again == experiment
+    written = pyyaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
+    assert written["gradient_accumulation_steps"] == 8
+    assert written["in_effect"] == {"model.dtype": {"asked": "bfloat16", "used": "float32", "reason": "on a CPU"}}
+    assert written["optimizer"]["learning_rate"] == 1e-2
+    assert written["training"]["mixed_precision"] == "bf16"
+
+
+def test_parse_sets_reports_each_bad_word():
+    overrides, problems = parse_sets(["a", "b.c=1", "d.e=["])
+    assert list(overrides) == ["b.c"]
+    assert len(problems) == 2
