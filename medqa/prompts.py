@@ -36,7 +36,8 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         if all(_templated_ids(tokenizer, template, probe) == prompt_ids(probe, tokenizer) for probe in PROBES):
             return template
     raise UserError(
-        "the base model's tokenizer cannot express the training prompt as a chat template; choose another --model"
+        f"model.base = {tokenizer.name_or_path}: its tokenizer cannot express the training prompt as a chat template; "
+        "choose another --model"
     )
 
 

@@ -308,7 +308,9 @@ def test_impossible_or_later(words, told):
         (["tokenization.pad_token=[PAD]"], False, "exp_001,tokenization.pad_token=-PAD-"),
         (["lora.r=4", "lora.r=2"], False, "exp_001,lora.r=2"),
         (["training.max_steps=5", "training.save_steps=3", "tracking.wandb=disabled"], False, "exp_001"),
-        (["scheduler.name=cosine", "training.max_steps=5"], False, "exp_001,scheduler.name=cosine,training.max_steps=5"),
+        (["training.max_steps=5", "scheduler.name=linear"],
+         False,
+         "exp_001,scheduler.name=linear,training.max_steps=5"),
     ],
 )  # fmt: skip
 def test_default_output_dir(sets, tiny, name):

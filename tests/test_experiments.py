@@ -79,7 +79,7 @@ def test_a_file_is_complete_and_says_how_to_launch_it(path):
     text = path.read_text(encoding="utf-8")
     written = {f"{s}.{k}" for s, keys in load_yaml(text, str(path)).items() for k in keys}
     assert written == set(flat(Experiment())), "every key of every section is written out"
-    header = [line for line in text.split("\n\n")[0].splitlines()]
+    header = text.split("\n\n")[0].splitlines()
     assert all(line.startswith("#") for line in header)
     assert header[0].startswith(f"# {path.stem}: ")
     assert f"#   accelerate launch train.py --exp {path.stem}" in header

@@ -60,7 +60,10 @@ def check_model(model: config.Model, max_length: int) -> Any:
 
 
 def load_tokenizer(base: str, pad_token: str) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, padding on the right, with EOS or a new `[PAD]` as its pad token.
+    """The base model's tokenizer, padding on the right, its chat template the training prompt.
+
+    Args:
+        pad_token: `eos`, or the token to add.
 
     Raises:
         UserError: it cannot be loaded, has no EOS, is not a fast one, or cannot express the prompt as a chat template.
@@ -81,7 +84,8 @@ def load_tokenizer(base: str, pad_token: str) -> PreTrainedTokenizerBase:
     else:
         # By flag, not "if absent": TinyLlama-Chat's tokenizer comes with a pad token already.
         tokenizer.add_special_tokens({"pad_token": pad_token})
-    chat_template(tokenizer)  # saved after training: that there is none is better known before
+    # The base's own template (TinyLlama's says `<|user|>`) would have every server send a prompt it was not trained on.
+    tokenizer.chat_template = chat_template(tokenizer)
     return tokenizer
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from medqa.config import Experiment
 from medqa.evaluation.loss import SplitLoss
 from medqa.model.base import Base
-from medqa.prompts import chat_template, prompt
+from medqa.prompts import prompt
 from medqa.training.checkpoint import RunState, save_adapter
 from medqa.training.plan import parameter_counts
 from medqa.training.run_dir import Leg
@@ -81,14 +81,9 @@ def save_final_adapter(
     summary: Mapping[str, Any],
     experiment: Experiment,
 ) -> None:
-    """Adapter, tokenizer and model card in `directory`. The tokenizer's chat template is the training prompt.
-
-    The base model's own template (TinyLlama's says `<|user|>`) would make every server send a prompt that the adapter
-    was not trained on.
-    """
+    """Adapter, tokenizer and model card in `directory`."""
     directory.mkdir(exist_ok=True)
     save_adapter(model, directory)
-    tokenizer.chat_template = chat_template(tokenizer)
     tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(model_card(summary, experiment), encoding="utf-8")
 

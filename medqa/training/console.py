@@ -11,9 +11,9 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from medqa.training.plan import Plan
@@ -33,7 +33,12 @@ def quiet_libraries() -> None:
 def make_console(is_main_process: bool) -> Console:
     """The run's console: quiet on the other processes, without control codes where they would not be drawn."""
     in_notebook = any(name in os.environ for name in NOTEBOOK_VARIABLES)
-    console = Console(quiet=not is_main_process, highlight=False, force_terminal=False if in_notebook else None)
+    console = Console(
+        quiet=not is_main_process,
+        highlight=False,
+        markup=False,  # a path may have brackets
+        force_terminal=False if in_notebook else None,
+    )
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     return console
@@ -51,7 +56,7 @@ def show_plan(console: Console, title: str, plan: Plan) -> None:
     console.rule(title)
     grid = Table.grid(padding=(0, 2))
     for label, text, style in rows:
-        grid.add_row(f"[bold]{label}[/bold]", f"[{style}]{escape(text)}[/{style}]")
+        grid.add_row(Text(label, style="bold"), Text(text, style=style))
     console.print(grid)
 
 
@@ -62,13 +67,13 @@ class ProgressLine:
         self._console = console
         self._max_steps, self._log_steps = max_steps, log_steps
         self._bar = Progress(
-            TextColumn("update"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            # Of 80 columns the bar alone gives way.
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}", markup=False),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             console=console,
+            expand=True,
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=max_steps, completed=first_step, figures="")

@@ -1,0 +1,32 @@
+"""What several test files share: experiments at the embedded model's size. Parts of a run: `benchmarks.hf_trainer`."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:  # for a bare `pytest`, which, unlike `python -m pytest`, leaves it out
+    sys.path.insert(0, str(ROOT))
+
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+
+from medqa.config import Experiment  # noqa: E402
+from medqa.experiment_file import load_experiment  # noqa: E402
+
+QUIET = ("tracking.wandb=disabled", "evaluation.steps=100000", "training.save_steps=100000")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Experiment]:
+    """`tiny("exp_001", "lora.lora_dropout=0.0", ...)`: an experiment on the embedded model; later words win."""
+    return lambda name, *sets: load_experiment(name, tiny=True, sets=[*QUIET, *sets])
+
+
+@pytest.fixture
+def own_accelerator() -> Iterator[None]:
+    """Accelerate's state is global to the process: a test that makes an unusual one leaves none behind."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -1,0 +1,157 @@
+"""What the hardware decides. The hardware cannot be had here, so torch's facts about it are put in its place."""
+
+import pytest
+import torch
+
+from medqa.errors import UserError
+from medqa.experiment_file import load_experiment
+from medqa.model import precision
+from medqa.model.base import four_bit_unavailable
+from medqa.model.precision import resolve_precision, usable_gpu
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch, tmp_path):
+    """A machine without a GPU: no device files, and torch sees none."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(precision, "DEVICES", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return tmp_path
+
+
+def gpu(monkeypatch, name: str, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(precision, "usable_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+
+
+def resolved(*sets: str, cpu: bool = False):
+    return resolve_precision(load_experiment("exp_001", sets=sets), cpu)
+
+
+def test_a_cpu_computes_in_float32_and_says_why():
+    found = resolved()
+    assert (found.device_type, found.mixed_precision, found.dtype) == ("cpu", "no", torch.float32)
+    why = "on a CPU everything is float32"
+    assert found.reasons == {
+        "training.mixed_precision": ("bf16", "no", why),
+        "model.dtype": ("bfloat16", "float32", why),
+    }
+    assert resolved("training.mixed_precision=no", "model.dtype=float32").reasons == {}
+
+
+@pytest.mark.parametrize("name, capability", [("Tesla T4", (7, 5)), ("Tesla V100", (7, 0)), ("GTX 1080", (6, 1))])
+def test_an_older_gpu_gets_float16_whatever_torch_claims(name, capability, monkeypatch):
+    gpu(monkeypatch, name, capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)  # by emulation
+    found = resolved()
+    assert (found.device_type, found.mixed_precision, found.dtype) == ("cuda", "fp16", torch.float16)
+    assert found.reasons.keys() == {"training.mixed_precision", "model.dtype"}
+    for asked, used, why in found.reasons.values():
+        assert (asked, used) in {("bf16", "fp16"), ("bfloat16", "float16")}
+        assert why == f"{name} has compute capability {capability[0]}.{capability[1]}: bfloat16 needs 8.0"
+
+
+@pytest.mark.parametrize("sets", [("training.mixed_precision=no",), ("model.dtype=float32",)])
+def test_both_move_together_where_either_is_bfloat16(sets, monkeypatch):
+    gpu(monkeypatch, "Tesla T4", (7, 5))
+    found = resolved(*sets)
+    assert (found.mixed_precision, found.dtype) == ("fp16", torch.float16)
+
+
+@pytest.mark.parametrize(
+    "name, capability", [("A100", (8, 0)), ("RTX 3090", (8, 6)), ("H100", (9, 0)), ("B200", (10, 0))]
+)
+def test_a_newer_gpu_gets_what_is_asked(name, capability, monkeypatch):
+    gpu(monkeypatch, name, capability)
+    found = resolved()
+    assert (found.device_type, found.mixed_precision, found.dtype) == ("cuda", "bf16", torch.bfloat16)
+    assert found.reasons == {}
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+@pytest.mark.parametrize(
+    "mixed, dtype, expected", [("fp16", "float16", torch.float16), ("no", "float32", torch.float32)]
+)
+def test_what_asks_for_no_bfloat16_stays(mixed, dtype, expected, capability, monkeypatch):
+    gpu(monkeypatch, "some GPU", capability)
+    found = resolved(f"training.mixed_precision={mixed}", f"model.dtype={dtype}")
+    assert (found.mixed_precision, found.dtype, found.reasons) == (mixed, expected, {})
+
+
+def test_cpu_insists_whatever_there_is(monkeypatch):
+    gpu(monkeypatch, "A100", (8, 0))
+    assert resolved(cpu=True).device_type == "cpu"
+
+
+@pytest.mark.parametrize("device", ["nvidia0", "nvidia3"])
+def test_a_gpu_that_torch_cannot_see_is_an_error_that_says_what_to_install(device, machine, monkeypatch):
+    assert not usable_gpu()
+    (machine / device).touch()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(
+        UserError, match=r"an NVIDIA GPU is present, but torch .*, built without CUDA, cannot"
+    ) as caught:
+        resolved()
+    assert "--cpu" in str(caught.value)
+    assert "https://pytorch.org" in str(caught.value)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(UserError, match=r"built for CUDA 13.0, cannot use it"):  # a driver that is too old
+        resolved()
+    assert resolved(cpu=True).device_type == "cpu"
+
+
+def test_device_files_that_are_no_gpu_do_not_count(machine):
+    for name in ("nvidiactl", "nvidia-uvm", "nvidia-modeset"):
+        (machine / name).touch()
+    assert not usable_gpu()
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_a_gpu_hidden_on_purpose_means_cpu(hidden, machine, monkeypatch):
+    (machine / "nvidia0").touch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolved().device_type == "cpu"
+
+
+def test_a_wheel_without_code_for_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "GTX 680")
+
+    def no_kernel(*arguments, **named):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    with pytest.raises(UserError, match=r"GTX 680 cannot be used by torch .*: CUDA error: no kernel image .*; install"):
+        usable_gpu()
+
+
+def test_4_bit_can_be_had_on_a_cpu():
+    assert four_bit_unavailable(torch.device("cpu"), torch.float32) is None
+
+
+@pytest.mark.parametrize("error", [ImportError("no bitsandbytes"), RuntimeError("None of the available devices\nx")])
+def test_why_4_bit_cannot_be_had(error, monkeypatch):
+    import bitsandbytes as bnb
+
+    def fail(*arguments, **named):
+        raise error
+
+    monkeypatch.setattr(bnb.nn, "Linear4bit", fail)
+    told = four_bit_unavailable(torch.device("cpu"), torch.float32)
+    assert told == f"4-bit cannot be had here: {type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+def test_out_of_memory_and_defects_are_no_reason_to_fall_back(monkeypatch):
+    import bitsandbytes as bnb
+
+    for error in (torch.OutOfMemoryError("full"), OSError("missing")):
+
+        def fail(*arguments, error=error, **named):
+            raise error
+
+        monkeypatch.setattr(bnb.nn, "Linear4bit", fail)
+        with pytest.raises(type(error)):
+            four_bit_unavailable(torch.device("cpu"), torch.float32)
