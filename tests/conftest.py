@@ -1,4 +1,7 @@
-"""What several test files share: experiments at the embedded model's size. Parts of a run: `benchmarks.hf_trainer`."""
+"""What several test files share: experiments at the embedded model's size. Parts of a run: `benchmarks.hf_trainer`.
+
+Nothing heavy is imported here, so that a file that needs no model starts at once.
+"""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -9,8 +12,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:  # for a bare `pytest`, which, unlike `python -m pytest`, leaves it out
     sys.path.insert(0, str(ROOT))
-
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
 from medqa.config import Experiment  # noqa: E402
 from medqa.experiment_file import load_experiment  # noqa: E402
@@ -28,5 +29,7 @@ def tiny() -> Callable[..., Experiment]:
 def own_accelerator() -> Iterator[None]:
     """Accelerate's state is global to the process: a test that makes an unusual one leaves none behind."""
     yield
+    from accelerate.state import AcceleratorState, GradientState
+
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
