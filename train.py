@@ -28,7 +28,7 @@ from medqa.training.loop import train
 from medqa.training.memory import reset_peak
 from medqa.training.optimizer import build_optimizer
 from medqa.training.plan import accumulation_steps, in_effect, make_plan
-from medqa.training.processes import build_accelerator, choose_kernels
+from medqa.training.processes import build_accelerator, choose_kernels, leave
 from medqa.training.run_dir import ADAPTER_DIR, check_run_dir, finished, start_run, write_config
 from medqa.training.scheduler import build_scheduler
 from medqa.training.tracking import MetricsFile, Tracker
@@ -143,7 +143,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts) -> None:
         log_adapter(accelerator, experiment.tracking, output_dir / ADAPTER_DIR, leg.run_id)
         write_json(summary, output_dir / "summary.json")
         show_result(console, summary)
-    accelerator.end_training()
+    leave(accelerator)
 
 
 def elapsed(offset: float) -> float:

@@ -4,6 +4,8 @@ The same rows in the same order, the same initial adapter, dropout 0, a pre-trai
 real 8-bit optimizer. `Trainer` batches, masks, normalizes, clips, steps and schedules in its own way.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from benchmarks.hf_trainer import FIGURES, Curve, build, relative_differences, t
 from medqa.model.base import adapter_weights
 from medqa.model.loss import summed_loss, target_count
 
+STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 UPDATES = 8
 FIGURES_WITHIN = 1e-6  # relative
 WEIGHTS_WITHIN = 1e-5  # of the largest value in the tensor
@@ -86,6 +89,16 @@ def test_training_was_worth_comparing(recipe, ours):
 def test_both_sides_have_8_bit_optimizer_state(recipe, ours, theirs):
     types = [{tensor.dtype for tensor in curve.optimizer_tensors} for curve in (ours, theirs)]
     assert all((torch.uint8 in found) == (recipe == "exp_002") for found in types)
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason=f"no other pre-trained base in {STORIES}")
+def test_parity_on_another_base(short, tmp_path):
+    """Another architecture's sizes, another tokenizer; a linear schedule, which no experiment has."""
+    schedule = ("training.max_steps=4", "scheduler.name=linear", "scheduler.warmup_steps=1")
+    experiment = short("exp_003", f"model.base={STORIES}", *schedule)
+    ours, theirs = train_ours(experiment, tmp_path), train_theirs(experiment, tmp_path)
+    assert all(largest_difference(ours, theirs, name) <= FIGURES_WITHIN for name in FIGURES)
+    assert weights_difference(ours.weights, theirs.weights) <= WEIGHTS_WITHIN
 
 
 def test_a_mean_over_micro_batches_would_be_noticed(short, tmp_path):

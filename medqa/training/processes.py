@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import time
 from datetime import timedelta
 
 import torch
@@ -53,3 +54,15 @@ def choose_kernels(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, before anything is computed there
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
+
+
+def leave(accelerator: Accelerator) -> None:
+    """Finish the trackers and leave the process group.
+
+    A group that is freed under Python's global lock joins its threads, and one of gloo's may still be waiting for that
+    very lock to let go of the last collective's tensors: a deadlock at the end of a finished run, seen on a busy machine
+    with torch 2.13. The pause gives the lock up for once.
+    """
+    if accelerator.num_processes > 1:
+        time.sleep(0.5)
+    accelerator.end_training()
