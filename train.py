@@ -136,7 +136,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts) -> None:
         )
         save_final_adapter(output_dir / ADAPTER_DIR, adapted, tokenizer, summary, experiment)
         samples = [validation[i].row for i in fixed_subset(validation, experiment.evaluation.samples, seed)]
-        if experiment.tracking.log_samples is not False:
+        if accelerator.trackers and experiment.tracking.log_samples is not False:
             log_samples(
                 accelerator, sample_answers(adapted, tokenizer, samples, state.step, max_new_tokens=SAMPLE_TOKENS)
             )

@@ -38,13 +38,13 @@ def start(launcher: list[str], output_dir: Path, *words: str) -> subprocess.Pope
     )
 
 
-def finish(process: subprocess.Popen[str], output_dir: Path) -> int:
+def finish(process: subprocess.Popen[str], output_dir: Path, seconds: float = SECONDS) -> int:
     """Wait for the end; the exit code. Its output is in the assertion if it takes too long."""
     try:
-        return process.wait(SECONDS)
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"still running after {SECONDS} s:\n{output(output_dir)}") from None
+        raise AssertionError(f"still running after {seconds} s:\n{output(output_dir)}") from None
 
 
 def output(output_dir: Path) -> str:

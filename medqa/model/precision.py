@@ -62,6 +62,8 @@ def usable_gpu() -> bool:
         raise UserError(f"an NVIDIA GPU is present, but torch {torch.__version__}, {build}, cannot use it: {advice}")
     try:
         (torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")).sum().item()
+    except torch.OutOfMemoryError:  # usable, only full: said where memory is really asked for
+        return True
     except RuntimeError as error:  # "no kernel image is available": a wheel without code for this GPU
         reason = str(error).splitlines()[0]
         raise UserError(

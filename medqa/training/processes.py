@@ -50,18 +50,17 @@ def choose_kernels(deterministic: bool) -> None:
 
     Only warned about, not refused, is an operation that has no deterministic kernel: the run goes on.
     """
-    if torch.cuda.is_available() and deterministic:
+    if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, before anything is computed there
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
 def leave(accelerator: Accelerator) -> None:
     """Finish the trackers and leave the process group.
 
     A group that is freed under Python's global lock joins its threads, and one of gloo's may still be waiting for that
-    very lock to let go of the last collective's tensors: a deadlock at the end of a finished run, seen on a busy machine
-    with torch 2.13. The pause gives the lock up for once.
+    very lock, to let go of the last collective's tensors: a deadlock at the end of a finished run, seen on a busy
+    machine with torch 2.13. The pause gives the lock up for once.
     """
     if accelerator.num_processes > 1:
         time.sleep(0.5)

@@ -17,7 +17,7 @@ from medqa.errors import UserError
 from medqa.hub import connects
 from medqa.training.tracking import GLOBAL_STEP
 
-NETWORK_SECONDS = 9
+NETWORK_SECONDS = 8
 SAMPLE_COLUMNS = ["step", "source", "question", "reference", "base answer", "tuned answer", "stopped by itself"]
 
 
