@@ -9,7 +9,8 @@ from ruamel.yaml import YAML
 
 from medqa.config import Experiment, flat, may_change_on_resume
 from medqa.errors import UserError
-from medqa.experiment_file import OTHER_TOOLS_NAMES, default_output_dir, load_experiment, parse_sets
+from medqa.experiment_file import default_output_dir, load_experiment, parse_sets
+from medqa.key_advice import OTHER_TOOLS_NAMES
 from medqa.options import parse_options
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
 from medqa.training.run_dir import write_config
