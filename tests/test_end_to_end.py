@@ -190,7 +190,8 @@ def test_real_data_on_a_real_small_model(tmp_path):
     run = tmp_path / "run"
     words = ("--model", str(SHARED / "models" / "stories260k"), "--medquad", str(medquad))
     words += ("--afrimedqa", str(afrimedqa))
-    sets = ("training.max_steps=8", "training.log_steps=1", "optimizer.learning_rate=2e-3", "tracking.wandb=disabled")
+    sets = ("training.max_steps=6", "training.global_batch_size=16", "optimizer.learning_rate=5e-3")
+    sets += ("training.log_steps=1", "tracking.wandb=disabled")
     process = start(LAUNCH, run, "--exp", "exp_001", *words, "--set", *sets)
     assert finish(process, run) == 0, output(run)
     told = summary(run)

@@ -74,6 +74,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypa
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.slow
 def test_a_batch_that_two_processes_cannot_share_is_refused(tmp_path):
     directory = tmp_path / "run"
     process = start(torchrun(2), directory, *WORDS, "training.global_batch_size=4")

@@ -109,10 +109,3 @@ def test_legs_are_counted_and_time_adds_up(straight, interrupted):
     assert summary(interrupted)["resumes"] == 4
     for part in ("baseline", "final", "test", "best_step", "updates"):
         assert summary(interrupted)[part] == summary(straight)[part]
-
-
-def test_again_is_complete_already(straight):
-    before = (straight / "summary.json").read_bytes()
-    assert finish(start(PYTHON, straight, *WORDS), straight) == 0
-    assert "complete already" in output(straight)
-    assert (straight / "summary.json").read_bytes() == before
