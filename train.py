@@ -1,6 +1,6 @@
 """One run, from top to bottom: `accelerate launch train.py --exp exp_002`.
 
-No logic is here: each line makes one part of the run and gives it a name. The loop is `medqa/training/loop.py`.
+Hardly any logic is here: each line makes one part of the run and gives it a name. The loop is `medqa/training/loop.py`.
 """
 
 import argparse
@@ -91,7 +91,8 @@ def run(options: argparse.Namespace, interrupts: Interrupts) -> None:
         write_config(output_dir, experiment, accumulation, changes)
         write_reports(output_dir, sources, splits, examples, stream, tokenization, training.per_device_batch_size)
     plan = make_plan(experiment, stream, examples, adapted, changes, accelerator, accumulation, tokenizer.decode)
-    show_plan(console, f"{name} in {output_dir}", plan)
+    going_on = f", going on after update {state.step}" if state.step else ""
+    show_plan(console, f"{name} in {output_dir}{going_on}", plan)
     console.print(start_wandb(accelerator, experiment, output_dir, leg.run_id, changes))
     tracker = Tracker(accelerator, MetricsFile(output_dir / "metrics.jsonl"))
     tracker.resume(state.step if state.baseline else -1, training.max_steps)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+LAUNCHER_DIED = signal.SIGUSR1  # asked of the kernel in `training/interrupts.py`
 EXIT_USER_ERROR = 2
 EXIT_TRAINING_STOPPED = 3
 
@@ -36,7 +37,8 @@ class Interrupted(BaseException):
     """Stopped by a signal. No `Exception`, so that nothing on the way takes it for a failure of its own."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
+        name = signal.Signals(signum).name
+        super().__init__("the launcher's end" if signum == LAUNCHER_DIED else name)
         self.signum = signum
 
 

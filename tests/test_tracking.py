@@ -558,3 +558,10 @@ def test_a_key_but_no_network_is_offline_within_15_seconds(unusable_url, acceler
     (found,) = [run for run in runs if run.history]
     assert found.id == "abcd1234"
     assert found.history[3]["train/loss"] == 1.0
+
+
+def test_a_complete_run_of_other_data_is_not_complete(run, capsys):
+    before = (run / "summary.json").read_bytes()
+    assert main(command(run, "--afrimedqa", "none")) == 2
+    assert "trained on other data" in capsys.readouterr().err
+    assert (run / "summary.json").read_bytes() == before

@@ -10,10 +10,9 @@ import signal
 import sys
 from types import FrameType, TracebackType
 
-from medqa.errors import Interrupted
+from medqa.errors import LAUNCHER_DIED, Interrupted
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-LAUNCHER_DIED = signal.SIGUSR1
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, LAUNCHER_DIED)
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 

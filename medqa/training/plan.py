@@ -73,7 +73,10 @@ def make_plan(
     mean_length = sum(len(e.input_ids) for e in stream.examples) / len(stream.examples)
     warmup = f", {scheduler.warmup_steps} updates of warmup (rate 0 at the first)" if scheduler.warmup_steps else ""
     trainable, total = parameter_counts(model)
+    quantization = changes.get("model.quantization", ("", experiment.model.quantization, ""))[1]
+    checkpointing = ", gradient checkpointing" if experiment.model.gradient_checkpointing else ""
     lines = [
+        ("recipe", f"quantization {quantization}, {experiment.optimizer.name}{checkpointing}"),
         ("data", ", ".join(f"{name} {count:,}" for name, count in rows.items()) + " rows"),
         (
             "updates",

@@ -88,8 +88,14 @@ def _note_leg(output_dir: Path, fresh: bool) -> Leg:
 
 
 def finished(output_dir: Path, experiment: Experiment) -> dict[str, Any] | None:
-    """The summary of a run that is complete already, None of one that is not."""
+    """The summary of a run that is complete already, None of one that is not.
+
+    Where data are read from another place than before, nothing is said to be complete: whether they are the same data
+    shows when they are read.
+    """
     path = output_dir / "summary.json"
+    if _reads_elsewhere(output_dir / CONFIG, experiment):
+        return None
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -150,6 +156,14 @@ def _folders(output_dir: Path) -> dict[Path, set[str]]:
     """The folders that a run writes here, and the names of the files it writes into each."""
     found = [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name.removesuffix(".tmp"))]
     return dict.fromkeys(found, CHECKPOINT_FILES) | {output_dir / ADAPTER_DIR: ADAPTER_DIR_FILES}
+
+
+def _reads_elsewhere(config: Path, experiment: Experiment) -> bool:
+    """Whether the run in this directory read its data from other places than the experiment names."""
+    if not config.is_file():
+        return False
+    saved = load_yaml(config.read_text(encoding="utf-8", errors="replace"), str(config))["data"]
+    return any(saved.get(key.split(".")[1]) != flat(experiment)[key] for key in LOCATIONS)
 
 
 def _check_same(config: Path, experiment: Experiment) -> None:
