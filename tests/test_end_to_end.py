@@ -213,6 +213,7 @@ def test_the_whole_of_the_real_data(tmp_path, name):
     words = ("--model", str(SHARED / "models" / "stories260k"), "--medquad", str(data / "medquad.csv"))
     words += ("--afrimedqa", str(data / "afrimedqa_v2.csv"), "--set", "training.max_steps=10")
     words += ("training.log_steps=1", "tracking.wandb=disabled")
+    words += ("scheduler.warmup_steps=2",) if name == "exp_002" else ()
     process = start(LAUNCH, run, "--exp", name, *words)
     assert finish(process, run, 1200) == 0, output(run)
     report = json.loads((run / "data_report.json").read_text())
