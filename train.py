@@ -4,6 +4,7 @@ Hardly any logic is here: each line makes one part of the run and gives it a nam
 """
 
 import argparse
+import contextlib
 import functools
 import sys
 import time
@@ -13,7 +14,7 @@ from medqa.data.batches import Stream, tokenize
 from medqa.data.report import write_json, write_reports
 from medqa.data.sources import load_sources
 from medqa.data.splits import SPLITS, split_rows
-from medqa.errors import exit_code, together
+from medqa.errors import StoppedInTime, exit_code, together, writing
 from medqa.evaluation.inference import sample_answers
 from medqa.evaluation.loss import Evaluator, fixed_subset, summarize
 from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
@@ -21,15 +22,26 @@ from medqa.model.base import add_lora, check_model, load_base, load_tokenizer
 from medqa.model.precision import resolve_precision
 from medqa.options import parse_options, refuse_not_yet
 from medqa.training.artifacts import make_summary, save_final_adapter
-from medqa.training.checkpoint import Trained, resume, save_checkpoint
+from medqa.training.checkpoint import RunState, Trained, save_checkpoint
 from medqa.training.console import ProgressLine, make_console, quiet_libraries, show_plan, show_result
-from medqa.training.interrupts import Interrupts
+from medqa.training.interrupts import Deadline, Interrupts
+from medqa.training.lock import RunLock
 from medqa.training.loop import train
 from medqa.training.memory import reset_peak
 from medqa.training.optimizer import build_optimizer
+from medqa.training.persist import Copies, space_needed
 from medqa.training.plan import accumulation_steps, in_effect, make_plan
-from medqa.training.processes import build_accelerator, choose_kernels, leave
-from medqa.training.run_dir import ADAPTER_DIR, check_run_dir, finished, start_run, write_config
+from medqa.training.processes import build_accelerator, choose_kernels, is_first_process, leave, on_main
+from medqa.training.run_dir import (
+    ADAPTER_DIR,
+    check_run_dir,
+    find_checkpoint,
+    finished,
+    note_saved,
+    start_run,
+    write_config,
+)
+from medqa.training.same_run import go_on, identify, told_of
 from medqa.training.scheduler import build_scheduler
 from medqa.training.tracking import MetricsFile, Tracker
 from medqa.training.wandb_run import log_adapter, log_samples, start_wandb
@@ -39,24 +51,36 @@ SAMPLE_TOKENS = 128  # where a sample answer is cut
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these options; the exit code says how it ended (`medqa/errors.py`)."""
-    options = parse_options(argv)
-    with Interrupts() as interrupts:
-        return exit_code(lambda: run(options, interrupts))
+    return exit_code(lambda: guarded(parse_options(argv)))
 
 
-def run(options: argparse.Namespace, interrupts: Interrupts) -> None:
+def guarded(options: argparse.Namespace) -> None:
+    """The run, with what must be let go of however it ends."""
+    with Interrupts() as interrupts, contextlib.ExitStack() as leaving:
+        run(options, interrupts, leaving)
+
+
+def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib.ExitStack) -> None:
     """The run. Nothing is written until all is loaded, so a mistake changes nothing."""
-    started = time.perf_counter()
+    started, deadline = time.perf_counter(), Deadline(options.stop_after)
     quiet_libraries()
     refuse_not_yet(options)
     experiment = load_experiment(options.exp, tiny=options.tiny, locations=options.locations, sets=options.set)
     name = find_experiment(options.exp).stem
     output_dir = options.output_dir or default_output_dir(options.exp, options.tiny, options.set, experiment)
     seed, tokenization, training = experiment.training.seed, experiment.tokenization, experiment.training
+    leaving.enter_context(writing(output_dir))
+    lock = leaving.enter_context(RunLock(output_dir))
+    copies = leaving.enter_context(Copies(options.persist_to, output_dir))
     check_run_dir(output_dir, experiment, options.fresh)
+    if is_first_process():
+        lock.take_if_there()
+    copies.check(experiment, options.fresh)
+    found = None if options.fresh else find_checkpoint(output_dir, options.persist_to, experiment)
+    kept = found.identity.environment.settings if found else None
 
     choose_kernels(training.deterministic)
-    precision = resolve_precision(experiment, options.cpu)
+    precision = resolve_precision(experiment, options.cpu, kept)
     accelerator = build_accelerator(experiment, precision)
     console = make_console(accelerator.is_main_process)
     accumulation = accumulation_steps(training, accelerator.num_processes)
@@ -76,37 +100,51 @@ def run(options: argparse.Namespace, interrupts: Interrupts) -> None:
     stream = Stream(examples["train"], seed, training.global_batch_size)
 
     with accelerator.main_process_first():
-        base = load_base(experiment.model, precision, accelerator.device, len(tokenizer), seed)
+        base = load_base(
+            experiment.model, precision, accelerator.device, len(tokenizer), seed, kept.quantization if kept else None
+        )
+    identity = identify(experiment, splits, examples, tokenizer, base, precision, accelerator)
     adapted = add_lora(base.model, experiment.lora, seed)
     bare_optimizer = build_optimizer(adapted, experiment.optimizer)
     scheduler = build_scheduler(bare_optimizer, experiment.scheduler, training.max_steps)
     model, optimizer = accelerator.prepare(adapted, bare_optimizer)
     trained = Trained(adapted, optimizer, scheduler, accelerator.scaler)
 
-    state = resume(output_dir, trained, splits.fingerprint, options.fresh)
-    leg = start_run(output_dir, options.fresh, accelerator)  # from here on files are written
-    clock = functools.partial(elapsed, state.elapsed_s - started)
+    state = go_on(found, trained, identity) if found else RunState()
+    leg = start_run(output_dir, options.fresh, found, lock, accelerator)  # from here on files are written
+    tracker = Tracker(accelerator, MetricsFile(output_dir / "metrics.jsonl"))
+    spent = tracker.resume(state.step if state.baseline else -1, training.max_steps)
+    state.peak_memory = max(state.peak_memory, spent.peak_memory)
+    clock = functools.partial(elapsed, max(state.elapsed_s, spent.elapsed_s) - started)
     changes = in_effect(precision, experiment.model.quantization, base)
     if accelerator.is_main_process:
         write_config(output_dir, experiment, accumulation, changes)
         write_reports(output_dir, sources, splits, examples, stream, tokenization, training.per_device_batch_size)
+        copies.start(training.keep_checkpoints, options.fresh, console.print)
     plan = make_plan(experiment, stream, examples, adapted, changes, accelerator, accumulation, tokenizer.decode)
+    plan.lines.extend(told_of(found, state) + space_needed(options.persist_to, experiment, adapted, state.step))
     going_on = f", going on after update {state.step}" if state.step else ""
     show_plan(console, f"{name} in {output_dir}{going_on}", plan)
     console.print(start_wandb(accelerator, experiment, output_dir, leg.run_id, changes))
-    tracker = Tracker(accelerator, MetricsFile(output_dir / "metrics.jsonl"))
-    tracker.resume(state.step if state.baseline else -1, training.max_steps)
 
     evaluator = Evaluator(model, accelerator, tokenization, tokenizer.pad_token_id, training.per_device_batch_size)
     validation = examples["validation"]
     subset = fixed_subset(validation, experiment.evaluation.rows, seed)
     fixed_rows = [validation[i] for i in subset]
     if not state.baseline:
+        began = clock()
         losses = evaluator.row_losses(validation)
+        state.evaluation_s = clock() - began
         state.baseline = summarize(losses, validation).record()
         state.best_loss = summarize(losses[subset], fixed_rows).loss
         tracker.log({"step": 0, "split": "eval", "elapsed_s": clock(), **state.baseline})
     reset_peak(accelerator.device)
+
+    def save() -> None:
+        save_checkpoint(output_dir, trained, state, identity, accelerator, training.keep_checkpoints)
+        if accelerator.is_main_process:
+            note_saved(output_dir)
+            copies.wake({state.step, state.best_step})
 
     with ProgressLine(console, state.step, training.max_steps, training.log_steps) as progress:
         train(
@@ -119,13 +157,17 @@ def run(options: argparse.Namespace, interrupts: Interrupts) -> None:
             tokenizer.pad_token_id,
             state,
             validate=functools.partial(evaluator.measure, fixed_rows),
-            save=functools.partial(save_checkpoint, output_dir, trained, state, accelerator, training.keep_checkpoints),
+            save=save,
             tracker=tracker,
             interrupts=interrupts,
+            deadline=deadline,
             progress=progress.update,
+            say=console.print,
             clock=clock,
         )
 
+    if on_main(accelerator, lambda: deadline.within(3 * state.evaluation_s)):  # validation, test, and a margin
+        raise StoppedInTime(f"stopped in time after update {state.step}, the last, before the closing evaluation")
     losses = evaluator.row_losses(validation)
     final, test = summarize(losses, validation), evaluator.measure(examples["test"])
     state.note_best(state.step, summarize(losses[subset], fixed_rows).loss)
@@ -133,7 +175,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts) -> None:
     tracker.log({"step": state.step, "split": "test", "elapsed_s": clock(), **test.record()})
     if accelerator.is_main_process:
         summary = make_summary(
-            name, experiment, state, final, test, adapted, accelerator, base, accumulation, leg, clock()
+            name, experiment, state, final, test, adapted, accelerator, base, accumulation, leg, identity, clock()
         )
         save_final_adapter(output_dir / ADAPTER_DIR, adapted, tokenizer, summary, experiment)
         samples = [validation[i].row for i in fixed_subset(validation, experiment.evaluation.samples, seed)]

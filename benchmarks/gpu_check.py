@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from medqa.tiny import BASE_DIR
-from medqa.training.artifacts import versions
+from medqa.training.environment import versions
 from medqa.training.tracking import read_metrics
 
 RECIPES = ("exp_001", "exp_002", "exp_003")

@@ -15,14 +15,15 @@ from accelerate.state import AcceleratorState, GradientState
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from medqa.config import Data, Experiment
+from medqa.config import Data, Experiment, flat
 from medqa.data.batches import IGNORED, Example, MicroBatch, Stream, tokenize
 from medqa.data.sources import load_sources
 from medqa.data.splits import Splits, split_rows
 from medqa.model.base import Base, adapter_weights, add_lora, load_base, load_tokenizer
 from medqa.model.precision import resolve_precision
-from medqa.training.checkpoint import RunState, Trained
-from medqa.training.interrupts import Interrupts
+from medqa.training.checkpoint import Fingerprints, Identity, RunState, Trained
+from medqa.training.environment import environment
+from medqa.training.interrupts import Deadline, Interrupts
 from medqa.training.loop import StepResult, train, train_step
 from medqa.training.optimizer import build_optimizer
 from medqa.training.plan import accumulation_steps
@@ -59,6 +60,16 @@ class Parts:
     def trained(self) -> Trained:
         """What a checkpoint keeps."""
         return Trained(self.adapted, self.optimizer, self.scheduler, self.accelerator.scaler)
+
+    @property
+    def identity(self) -> Identity:
+        """Whose a checkpoint is; the data's fingerprint is a made-up one."""
+        precision = resolve_precision(self.experiment, True)
+        return Identity(
+            experiment=flat(self.experiment),
+            fingerprints=Fingerprints(data="data", tokenizer="ids", base="base"),
+            environment=environment(self.accelerator, precision, self.base),
+        )
 
     def micro_batches(self, update: int) -> list[MicroBatch]:
         """The update's micro-batches (from 0)."""
@@ -135,12 +146,15 @@ def run_train(
     save: Callable[[], None] = lambda: None,
     interrupts: Interrupts | None = None,
     progress: Callable[[dict], None] = lambda record: None,
+    say: Callable[[str], None] = lambda message: None,
 ) -> list[dict]:
     """`medqa.training.loop.train` without validation; the records it wrote into `directory`/metrics.jsonl.
 
     What stops it early is raised, as by `train`.
     """
     metrics = directory / "metrics.jsonl"
+    tracker = Tracker(parts.accelerator, MetricsFile(metrics))
+    tracker.resume(state.step, parts.experiment.training.max_steps)
     train(
         parts.accelerator,
         parts.model,
@@ -152,9 +166,11 @@ def run_train(
         state,
         validate=_no_validation,
         save=save,
-        tracker=Tracker(parts.accelerator, MetricsFile(metrics)),
+        tracker=tracker,
         interrupts=interrupts or Interrupts(),
+        deadline=Deadline(None),
         progress=progress,
+        say=say,
         clock=lambda: 0.0,
     )
     return list(read_metrics(metrics))

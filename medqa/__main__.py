@@ -1,20 +1,79 @@
-"""`python -m medqa COMMAND ...`: what is done before and after a run. No command is in this version yet."""
+"""`python -m medqa COMMAND ...`: what is done before and after a run. Each command has `--help`."""
 
 import argparse
+import functools
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
 
 from medqa.errors import UserError, exit_code
+from medqa.experiment_file import default_output_dir, load_experiment
+from medqa.options import add_run_options, locations, run_words
 
-NOT_YET = ("plan", "evaluate", "ask", "compare", "export", "verify-resume")
+NOT_YET = ("plan", "evaluate", "ask", "compare", "export")
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m medqa", description="Not in this version yet.")
-    parser.add_argument("command", choices=NOT_YET)
-    options, _ = parser.parse_known_args(argv)
-    return exit_code(lambda: _refuse(options.command))
+    parser = argparse.ArgumentParser(prog="python -m medqa", description=__doc__.split(":")[1].strip())
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in NOT_YET:
+        commands.add_parser(name, help="not in this version yet", add_help=False)
+    verify = commands.add_parser(
+        "verify-resume",
+        help="kill a run again and again, and see that it ends bit for bit as if it had been left alone",
+        description="Runs the experiment straight, then again, killed at random moments and resumed each time; "
+        "compares adapter, optimizer, schedule, data order and every metric, and prints a certificate.",
+        allow_abbrev=False,
+    )
+    add_run_options(verify)
+    verify.add_argument("--kills", type=int, default=6, metavar="N", help="how many times (default 6)")
+    verify.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    verify.add_argument("--output-dir", type=Path, metavar="DIR", help="default: outputs/verify-resume/<run>")
+    options, rest = parser.parse_known_args(argv)
+    if options.command in NOT_YET:
+        return exit_code(functools.partial(_refuse, options.command))
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return exit_code(lambda: verify_resume(options))
+
+
+def verify_resume(options: argparse.Namespace) -> None:
+    """The `verify-resume` command: exit code 0 only if everything is equal.
+
+    Raises:
+        UserError: the run itself does not work.
+        SystemExit: with 1 where something differs: a defect of ours.
+    """
+    from medqa.training import verify
+
+    if options.kills < 1:
+        raise UserError(f"--kills {options.kills}: at least 1")
+    experiment = load_experiment(options.exp, tiny=options.tiny, locations=locations(options), sets=options.set)
+    name = default_output_dir(options.exp, options.tiny, options.set, experiment).name
+    directory = options.output_dir or Path("outputs") / "verify-resume" / name
+    console = Console(highlight=False, markup=False)
+    found = verify.verify_resume(
+        run_words(options), directory, options.kills, options.seed, start_train, functools.partial(console.print)
+    )
+    (directory / "certificate.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    verify.show_certificate(console, found)
+    print(json.dumps(found))
+    if not found["bitwise_equal"]:
+        raise SystemExit(1)
+
+
+def start_train(words: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """`train.py` as a process of its own."""
+    with log.open("ab") as output:
+        environment = {**os.environ, "WANDB_MODE": "disabled"}
+        return subprocess.Popen([sys.executable, str(TRAIN), *words], stdout=output, stderr=output, env=environment)
 
 
 def _refuse(command: str) -> None:

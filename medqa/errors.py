@@ -3,16 +3,24 @@
 Everything else that escapes is a defect of ours: it keeps its traceback and exits with 1.
 """
 
+import contextlib
 import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# Of a place that has gone, or that has never been writable.
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV)
+LOST = (
+    "another process of this run has died or has not answered for training.process_timeout_s; stopped, the newest "
+    "checkpoint stands, and the same command goes on from it"
+)
 LAUNCHER_DIED = signal.SIGUSR1  # asked of the kernel in `training/interrupts.py`
 EXIT_USER_ERROR = 2
 EXIT_TRAINING_STOPPED = 3
@@ -31,6 +39,10 @@ class UserError(Exception):
 
 class TrainingStopped(Exception):
     """Training stopped itself: a non-finite loss or gradient, or out of memory. The last checkpoint stands."""
+
+
+class StoppedInTime(Exception):
+    """`--stop-after` was reached: all is saved, and the run goes on another time."""
 
 
 class Interrupted(BaseException):
@@ -56,11 +68,47 @@ def exit_code(body: Callable[[], None]) -> int:
     except torch.OutOfMemoryError as error:
         advice = "lower training.per_device_batch_size or tokenization.max_length, or use model.quantization=4bit"
         return _say(f"training stopped: {str(error).splitlines()[0]}; {advice}", EXIT_TRAINING_STOPPED)
+    except RuntimeError as error:
+        if not _lost_a_process(error):
+            raise
+        print(f"process {os.environ.get('RANK')}: {LOST}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        return EXIT_TRAINING_STOPPED
     except TrainingStopped as error:
         return _say(f"training stopped: {error}", EXIT_TRAINING_STOPPED)
+    except StoppedInTime as error:
+        return _say(f"{error}; the same command goes on from the newest checkpoint", 0)
     except Interrupted as error:
         return _say(f"stopped by {error}; the same command goes on from the newest checkpoint", 128 + error.signum)
     return 0
+
+
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turn the system's refusal to write in a directory into what the user is told; what is there stays.
+
+    Raises:
+        UserError: no space, no permission, or the directory has gone.
+    """
+    try:
+        yield
+    except OSError as error:
+        inside = error.filename is not None and Path(str(error.filename)).absolute().is_relative_to(
+            directory.absolute()
+        )
+        if error.errno not in NO_SPACE and not (error.errno in GONE and (inside or not os.path.isdir(directory))):
+            raise
+        what = "has been removed" if not os.path.isdir(directory) else f"cannot be written: {error.strerror}"
+        where = error.filename if inside else directory
+        raise UserError(
+            f"{where}: {what}; the newest checkpoint stands where it is still there: make room or permission, then "
+            "start again"
+        ) from error
+
+
+def _lost_a_process(error: RuntimeError) -> bool:
+    """Whether it says that another process of the run has died or does not answer. gloo's is a plain RuntimeError."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error))
 
 
 def _say(message: str, code: int) -> int:

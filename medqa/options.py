@@ -1,12 +1,14 @@
 """The options of `train.py`: where things are and how to start. The experiment file owns every number."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from medqa.errors import UserError
 
-NOT_YET = ("--stop-after", "--persist-to", "--data")
+NOT_YET = ("--data",)
+DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
 def option_parser() -> argparse.ArgumentParser:
@@ -16,6 +18,24 @@ def option_parser() -> argparse.ArgumentParser:
         description="Fine-tune a language model on medical questions and answers with LoRA. Run it again to go on.",
         allow_abbrev=False,
     )
+    add_run_options(parser)
+    add = parser.add_argument
+    add("--output-dir", type=Path, metavar="DIR", help="default: outputs/<exp>, with what --set changed in the name")
+    add("--fresh", action="store_true", help="start over in the output directory instead of resuming")
+    add(
+        "--stop-after",
+        type=duration,
+        metavar="90m",
+        help="save and stop in time (1h30m, 45s); the same command goes on",
+    )
+    add("--persist-to", type=Path, metavar="DIR", help="copy checkpoints and results there too, verified")
+    for name in NOT_YET:
+        add(name, help=argparse.SUPPRESS)
+    return parser
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is run, for every command that runs an experiment."""
     add = parser.add_argument
     add("--exp", required=True, metavar="NAME", help="runs experiments/NAME.yaml; the path of a YAML file works too")
     add("--tiny", action="store_true", help="the same recipe on the embedded model and data: offline, about a minute")
@@ -23,7 +43,6 @@ def option_parser() -> argparse.ArgumentParser:
     source = "instead of the file's: a local file, kaggle:OWNER/NAME, a hub dataset id, or none"
     add("--medquad", metavar="SOURCE", help=f"MedQuAD {source}; a directory of its XML files works too")
     add("--afrimedqa", metavar="SOURCE", help=f"AfriMed-QA {source}")
-    add("--output-dir", type=Path, metavar="DIR", help="default: outputs/<exp>, with what --set changed in the name")
     add(
         "--set",
         nargs="+",
@@ -32,21 +51,41 @@ def option_parser() -> argparse.ArgumentParser:
         metavar="section.key=value",
         help="overrides the experiment file",
     )
-    add("--fresh", action="store_true", help="start over in the output directory instead of resuming")
     add("--cpu", action="store_true", help="train on the CPU although there is a GPU")
-    for name in NOT_YET:
-        add(name, help=argparse.SUPPRESS)
-    return parser
+
+
+def run_words(options: argparse.Namespace) -> list[str]:
+    """The options of `add_run_options` as words again."""
+    words = ["--exp", options.exp, *(["--tiny"] if options.tiny else []), *(["--cpu"] if options.cpu else [])]
+    for name in ("model", "medquad", "afrimedqa"):
+        if (value := getattr(options, name)) is not None:
+            words += [f"--{name}", value]
+    return words + (["--set", *options.set] if options.set else [])
+
+
+def locations(options: argparse.Namespace) -> dict[str, str | None]:
+    """`section.key` to what `--model`, `--medquad` and `--afrimedqa` say."""
+    return {"model.base": options.model, "data.medquad": options.medquad, "data.afrimedqa": options.afrimedqa}
+
+
+def duration(text: str) -> float:
+    """`90m`, `1h30m` or `45s` in seconds.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none, or nothing at all.
+    """
+    found = DURATION.fullmatch(text)
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if not 0 < total < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r}: write 90m, 1h30m or 45s")
+    return float(total)
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, with `locations`: `section.key` to what `--model`, `--medquad` and `--afrimedqa` say."""
     options = option_parser().parse_args(argv)
-    options.locations = {
-        "model.base": options.model,
-        "data.medquad": options.medquad,
-        "data.afrimedqa": options.afrimedqa,
-    }
+    options.locations = locations(options)
     return options
 
 

@@ -17,9 +17,10 @@ from medqa.errors import Interrupted
 from medqa.evaluation.loss import row_losses, summarize
 from medqa.model.base import adapter_weights, load_adapter_weights
 from medqa.model.loss import target_count, token_losses
-from medqa.training.checkpoint import RunState, checkpoints, resume, save_adapter, save_checkpoint
+from medqa.training.checkpoint import RunState, checkpoints, newest_whole, save_adapter, save_checkpoint
 from medqa.training.interrupts import Interrupts
 from medqa.training.loop import StepResult
+from medqa.training.same_run import go_on
 
 GRADIENTS_WITHIN = 1e-5  # of the largest value in the tensor, in float32 (1e-6 was measured)
 LOSSES_WITHIN = 1e-6  # relative
@@ -231,7 +232,7 @@ def test_continued_is_uninterrupted_bit_for_bit(tiny, tmp_path, name, quantizati
     straight = build(experiment)
     straight_records = run_train(straight, RunState(), directory(tmp_path, "straight"))
 
-    first, state, interrupts = build(experiment), RunState(data_fingerprint="data"), Interrupts()
+    first, state, interrupts = build(experiment), RunState(), Interrupts()
     place = directory(tmp_path, "continued")
 
     def signal_in_the_third_update(record: dict) -> None:
@@ -242,7 +243,7 @@ def test_continued_is_uninterrupted_bit_for_bit(tiny, tmp_path, name, quantizati
             first,
             state,
             place,
-            save=lambda: save_checkpoint(place, first.trained, state, first.accelerator, keep=3),
+            save=lambda: save_checkpoint(place, first.trained, state, first.identity, first.accelerator, keep=3),
             interrupts=interrupts,
             progress=signal_in_the_third_update,
         )
@@ -252,7 +253,9 @@ def test_continued_is_uninterrupted_bit_for_bit(tiny, tmp_path, name, quantizati
     second = build(experiment)
     move_b(second)
     torch.rand(17)
-    state = resume(place, second.trained, "data", fresh=False)
+    found = newest_whole([place])
+    state = go_on(found, second.trained, second.identity)
+    assert not state.not_bitwise
     assert state.step == 3
     records = run_train(second, state, place)
 

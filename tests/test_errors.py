@@ -137,8 +137,14 @@ OPTIONS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "target module that is no layer": (lambda d: argv(sets=("lora.target_modules=[mlp]",)), ["'mlp'", "down_proj"]),
     "init_from missing": (lambda d: argv(sets=("lora.init_from=nowhere",)), ["init_from = nowhere", "adapter_model"]),
     "seed out of range": (lambda d: argv(sets=(f"training.seed={2**64}",)), ["training.seed"]),
-    "stop-after": (lambda d: argv("--stop-after", "90m"), ["--stop-after", "not in this version yet"]),
-    "persist-to": (lambda d: argv("--persist-to", "x"), ["--persist-to", "not in this version yet"]),
+    "persist-to where nothing is mounted": (
+        lambda d: argv("--persist-to", str(d / "drive" / "run")),
+        ["--persist-to", "drive does not exist; is it mounted?"],
+    ),
+    "persist-to the output directory": (
+        lambda d: argv("--persist-to", str(d / "run"), "--output-dir", str(d / "run")),
+        ["--persist-to", "the output directory itself"],
+    ),
     "data": (lambda d: argv("--data", "mine=x.csv"), ["--data", "not in this version yet"]),
     "padding_free": (lambda d: argv(sets=("training.padding_free=true",)), ["padding_free", "not in this version yet"]),
     "output under a file": (

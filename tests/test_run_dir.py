@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from medqa.errors import UserError
 from medqa.experiment_file import load_experiment
 from medqa.training.checkpoint import checkpoints
+from medqa.training.lock import RunLock
 from medqa.training.run_dir import check_run_dir, clear, finished, start_run, write_config
 
 MARK = "a run's"
@@ -25,9 +26,15 @@ def experiment(*sets: str, exp: str = "exp_001"):
     return load_experiment(exp, tiny=True, sets=sets)
 
 
+def begin(directory: Path, accelerator: Accelerator, fresh: bool = False):
+    """As `train.py` does, and let go of the lock."""
+    with RunLock(directory) as lock:
+        return start_run(directory, fresh, None, lock, accelerator)
+
+
 def run_dir(directory: Path, accelerator: Accelerator, *sets: str, exp: str = "exp_001") -> Path:
     """A directory as a run leaves it, with small files."""
-    start_run(directory, False, accelerator)
+    begin(directory, accelerator)
     write_config(directory, experiment(*sets, exp=exp), 8, {})
     for name in ("data_report.json", "splits.csv", "metrics.jsonl", "summary.json"):
         (directory / name).write_text(MARK)
@@ -63,7 +70,7 @@ def test_a_new_directory_and_the_same_experiment_are_fine(accelerator, tmp_path)
 @pytest.mark.parametrize(
     "change",
     ["lora.r=4", "training.seed=1", "optimizer.learning_rate=1e-3", "tokenization.padding=max_length",
-     "data.split=random", "training.global_batch_size=16", "training.per_device_batch_size=2", "model.base=other",
+     "data.split=random", "training.global_batch_size=16", "training.per_device_batch_size=2",
      "training.deterministic=false", "training.mixed_precision=no"],
 )  # fmt: skip
 def test_another_experiment_is_refused_with_the_difference(change, accelerator, tmp_path):
@@ -111,17 +118,17 @@ def test_under_a_cosine_the_number_of_updates_stays(steps, accelerator, tmp_path
 
 
 def test_legs_keep_the_id_and_are_counted(accelerator, tmp_path):
-    legs = [start_run(tmp_path / "run", False, accelerator) for _ in range(3)]
+    legs = [begin(tmp_path / "run", accelerator) for _ in range(3)]
     assert [leg.resumes for leg in legs] == [0, 1, 2]
     assert len({leg.run_id for leg in legs}) == 1
-    fresh = start_run(tmp_path / "run", True, accelerator)
+    fresh = begin(tmp_path / "run", accelerator, fresh=True)
     assert fresh.run_id != legs[0].run_id
     assert fresh.resumes == 0
 
 
 def test_clear_removes_what_runs_write_and_nothing_else(accelerator, tmp_path):
     run = run_dir(tmp_path / "run", accelerator)
-    kept = {"notes.txt", "wandb", "wandb/x", "checkpoint-best", "checkpoint-best/x", "checkpoint-3.bak"}
+    kept = {"run.lock", "notes.txt", "wandb", "wandb/x", "checkpoint-best", "checkpoint-best/x", "checkpoint-3.bak"}
     for name in sorted(kept):
         if name in ("wandb", "checkpoint-best"):
             (run / name).mkdir()

@@ -18,6 +18,7 @@ from medqa.model.loss import target_count, token_losses
 from medqa.prompts import prompt
 from medqa.training.checkpoint import RunState
 from medqa.training.loop import agreed, due, minutes_due, require_adapter_gradients
+from medqa.training.tracking import read_metrics
 
 PLAIN = ("model.quantization=none", "lora.lora_dropout=0.0", "training.global_batch_size=8")
 
@@ -188,7 +189,8 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(parts, which, val
     with pytest.raises(TrainingStopped, match="the loss is nan") as stopped:
         parts.step(micro_batches)
     assert row in micro_batches[which].row_ids
-    assert str(stopped.value).endswith(f"of rows {', '.join(micro_batches[which].row_ids)}")
+    rows = ", ".join(micro_batches[which].row_ids)
+    assert str(stopped.value) == f"the loss is nan in micro-batch {which + 1} (rows {rows})"
     assert_untouched(parts, before)
 
 
@@ -200,7 +202,8 @@ def test_training_says_in_which_update_it_stopped(parts, tmp_path):
         parts.base.model.get_input_embeddings().weight[token] = math.nan
     state = RunState()
     with pytest.raises(
-        TrainingStopped, match=r"^update 2: the loss is nan .*; the newest checkpoint stands$"
+        TrainingStopped,
+        match=r"^update 2: the loss is nan in micro-batch \d \(rows .*\); the newest check\w+ stands$",
     ) as stopped:
         run_train(parts, state, tmp_path, save=lambda: saved.append(1), progress=lambda r: reached.append(r["step"]))
     assert row in str(stopped.value)
@@ -268,6 +271,19 @@ def test_overflows_are_counted_over_the_run(tiny, own_accelerator, tmp_path):
     run_train(parts, state, tmp_path)
     assert state.overflows >= 2
     assert parts.accelerator.scaler.get_scale() == HIGH_SCALE / 2**state.overflows
+    assert [record["overflows"] for record in read_metrics(tmp_path / "metrics.jsonl")][-1] == state.overflows
+
+
+def test_an_overflow_starts_the_scalers_count_of_good_updates_anew(tiny, own_accelerator):
+    parts = build(tiny("exp_001", "training.global_batch_size=8", "tokenization.max_length=48"), fp16(HIGH_SCALE))
+    scaler = parts.accelerator.scaler
+    assert parts.step(parts.micro_batches(0)).overflows
+    after_overflow = scaler.state_dict()["_growth_tracker"]
+    for update in (1, 2):
+        parts.step(parts.micro_batches(update))
+    scaler.load_state_dict({**scaler.state_dict(), "scale": HIGH_SCALE})
+    assert parts.step(parts.micro_batches(3)).overflows
+    assert scaler.state_dict()["_growth_tracker"] == after_overflow
 
 
 def test_an_overflow_even_without_scale_is_a_fault(tiny, own_accelerator):
@@ -280,7 +296,7 @@ def test_an_overflow_even_without_scale_is_a_fault(tiny, own_accelerator):
     with pytest.raises(TrainingStopped, match=r"the gradient norm is (inf|nan) at a loss of \d\.\d+"):
         parts.step(parts.micro_batches(0))
     assert_untouched(parts, before)
-    assert parts.accelerator.scaler.get_scale() == 0.5  # 4, 2, 1 and 0.5 were tried
+    assert parts.accelerator.scaler.get_scale() == 1.0  # 4, 2 and 1 were tried; below 1 it does not go
 
 
 def test_a_loss_that_is_not_finite_is_no_overflow(tiny, own_accelerator):
@@ -472,5 +488,5 @@ def test_minutes_due():
 
 
 def test_one_process_agrees_with_itself(parts):
-    assert agreed(parts.accelerator, 15, False) == (15, False)
-    assert agreed(parts.accelerator, 0, True) == (0, True)
+    assert agreed(parts.accelerator, 15, False, True) == (15, False, True)
+    assert agreed(parts.accelerator, 0, True, False) == (0, True, False)

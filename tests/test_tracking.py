@@ -112,6 +112,7 @@ EVENTS = [(0, "eval"), (1, "train"), (2, "train"), (2, "eval"), (3, "train"), (4
 @pytest.fixture
 def file(tmp_path) -> MetricsFile:
     found = MetricsFile(tmp_path / "metrics.jsonl")
+    found.resume(-1, 4)
     for step, split in EVENTS:
         found.append(line(step, split))
     return found
@@ -427,6 +428,7 @@ def test_saves_between_logged_updates_leave_file_and_wandb_alike(tmp_path):
             logged.append((step, values))
 
     tracker = Tracker(Recorder(), MetricsFile(tmp_path / "metrics.jsonl"))
+    tracker.resume(-1, 20)
     tracker.log(line(10, "train", loss=1.0))
     tracker.saved(10, 0.5)
     tracker.saved(15, 0.5)  # no line of its own

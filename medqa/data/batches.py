@@ -7,7 +7,7 @@ positions [u*B, (u+1)*B) of it, B the global batch, straight across epoch ends. 
 import bisect
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -42,6 +42,11 @@ class MicroBatch:
     labels: torch.Tensor
     position: int
     row_ids: tuple[str, ...]
+
+    @property
+    def order(self) -> int:
+        """A number that follows from which rows stand at which stream positions, however an update is cut."""
+        return sum(stable_hash(self.position + i, row_id) >> 31 for i, row_id in enumerate(self.row_ids))
 
     @property
     def tokens(self) -> int:
@@ -109,6 +114,16 @@ def collate(
     return MicroBatch(input_ids, attention_mask, labels, position, tuple(example.row.id for example in examples))
 
 
+def ids_fingerprint(examples: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of all that a tokenizer makes of the data: two tokenizers that give the same ids are the same."""
+    digest = hashlib.sha256(repr((len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)).encode())
+    for name, split in sorted(examples.items()):
+        for example in split:
+            digest.update(f"{name} {example.answer_start} {len(example.input_ids)} ".encode())
+            digest.update(example.input_ids.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
 @functools.lru_cache(maxsize=4)
 def epoch_permutation(seed: int, epoch: int, size: int) -> list[int]:
     """The order of `size` examples in an epoch: a function of seed and epoch alone."""
@@ -146,17 +161,22 @@ class Stream:
         pad_token_id: int,
         process_index: int = 0,
         num_processes: int = 1,
+        most_rows: int | None = None,
     ) -> list[MicroBatch]:
         """This process's micro-batches of an update (from 0): every `num_processes`-th of the update's.
 
         The division of an update into micro-batches is the same on any number of processes, and with it the dropout
         noise of each, which follows from its position.
+
+        Args:
+            most_rows: cut each into pieces of at most so many examples, where memory has no room for more.
         """
+        size = per_device_batch_size
+        piece = min(most_rows or size, size)
         return [
-            collate(
-                [self.at(p) for p in range(start, start + per_device_batch_size)], tokenization, pad_token_id, start
-            )
-            for start in self._starts(update, per_device_batch_size, process_index, num_processes)
+            collate([self.at(p) for p in range(at, min(at + piece, start + size))], tokenization, pad_token_id, at)
+            for start in self._starts(update, size, process_index, num_processes)
+            for at in range(start, start + size, piece)
         ]
 
     def _starts(self, update: int, size: int, process_index: int, num_processes: int) -> Iterator[int]:

@@ -83,5 +83,8 @@ def padding_share(stream: Stream, tokenization: Tokenization, per_device_batch_s
 def write_json(value: Any, path: Path) -> None:
     """A JSON file, whole or as it was before."""
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave the new name with nothing in it
     os.replace(unfinished, path)

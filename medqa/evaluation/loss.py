@@ -86,10 +86,19 @@ def row_losses(
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+        mine = batches[accelerator.process_index :: accelerator.num_processes]
+        while mine:
+            batch = mine.pop(0)
             chosen = [examples[i] for i in batch]
             micro_batch = collate(chosen, unpadded, pad_token_id, loss_on="all")
-            losses = token_losses(model, micro_batch, accelerator.device).cpu().double()
+            try:
+                losses = token_losses(model, micro_batch, accelerator.device).cpu().double()
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                half = len(batch) // 2  # how rows are batched makes no difference to their losses
+                mine[:0] = [batch[:half], batch[half:]]
+                continue
             is_token = micro_batch.labels[:, 1:] != IGNORED
             place = torch.arange(1, micro_batch.labels.shape[1])
             is_answer = is_token & (place >= torch.tensor([[e.answer_start] for e in chosen]))

@@ -3,12 +3,15 @@
 Only safetensors are read and no code that comes with a model is ever run.
 """
 
+import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -18,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from medqa import config
 from medqa.errors import UserError
 from medqa.hub import hub_reachable
-from medqa.model.precision import Precision
+from medqa.model.precision import KEPT, Precision
 from medqa.prompts import chat_template
 
 # What loading a damaged, hostile or unknown model directory raises, out-of-memory excepted.
@@ -89,16 +92,26 @@ def load_tokenizer(base: str, pad_token: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(model: config.Model, precision: Precision, device: torch.device, vocabulary: int, seed: int) -> Base:
+def load_base(
+    model: config.Model,
+    precision: Precision,
+    device: torch.device,
+    vocabulary: int,
+    seed: int,
+    kept_quantization: str | None = None,
+) -> Base:
     """The base model on its device, frozen, in 4-bit where asked and possible, with gradient checkpointing as asked.
 
     Args:
         vocabulary: the tokenizer's size; the embeddings grow where it is larger than the model's.
+        kept_quantization: that of the checkpoint that the run goes on from; kept where the machine can.
 
     Raises:
         UserError: it cannot be loaded, or weights are missing or of another shape.
     """
     reason = four_bit_unavailable(device, precision.dtype) if model.quantization == "4bit" else None
+    if reason is None and kept_quantization not in (None, model.quantization):
+        reason = KEPT
     quantization = "none" if reason else model.quantization
     torch.manual_seed(seed)  # for the rows that growing the embeddings adds
     loaded = _from_pretrained(model, precision, device, quantization)
@@ -112,6 +125,26 @@ def load_base(model: config.Model, precision: Precision, device: torch.device, v
         # Its newer name, activation_checkpointing_enable, is not in transformers 5.17 yet.
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Base(loaded, quantization, reason)
+
+
+def base_fingerprint(base: str) -> str:
+    """sha256 over the configuration and the weights of a base model that is on this machine, file by file.
+
+    What its directory or its id is called does not count.
+    """
+    weights = _file(base, "model.safetensors")
+    if weights is not None:
+        files = [weights]
+    else:  # in several files, listed by an index
+        index = _file(base, "model.safetensors.index.json")
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index else ()
+        files = [_file(base, name) for name in sorted(set(names))]
+    digest = hashlib.sha256()
+    for path in (_file(base, "config.json"), *files):
+        if path is not None:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int) -> PeftModel:
@@ -252,6 +285,15 @@ def _keep_unpacked(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _file(base: str, name: str) -> Path | None:
+    """A file of a base model, from its directory or the hub's cache; None where it has no such file."""
+    if _is_directory(base):
+        path = Path(_location(base), name)
+        return path if path.is_file() else None
+    found = try_to_load_from_cache(base, name)
+    return Path(found) if isinstance(found, str) else None
 
 
 def _location(base: str) -> str:

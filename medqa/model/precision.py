@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -15,8 +16,16 @@ from medqa.config import Experiment
 from medqa.errors import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+KEPT = "as in the checkpoint that the run goes on from"
 DEVICES = Path("/dev")
 BF16_CAPABILITY = (8, 0)  # a T4 (7.5) only emulates bfloat16, slowly, though torch says that it is supported
+
+
+class Kept(Protocol):
+    """Of a checkpoint's settings, those that matter here."""
+
+    mixed_precision: str
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -29,8 +38,11 @@ class Precision:
     reasons: Mapping[str, tuple[str, str, str]]
 
 
-def resolve_precision(experiment: Experiment, force_cpu: bool) -> Precision:
+def resolve_precision(experiment: Experiment, force_cpu: bool, kept: Kept | None = None) -> Precision:
     """The precision for this machine.
+
+    Args:
+        kept: the settings of the checkpoint that the run goes on from; kept where the machine can.
 
     Raises:
         UserError: a GPU is present but the installed torch cannot use it, and `force_cpu` is not set.
@@ -39,11 +51,13 @@ def resolve_precision(experiment: Experiment, force_cpu: bool) -> Precision:
         return _adapted(experiment, "cpu", "no", "float32", "on a CPU everything is float32")
     capability = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()
-    asked = experiment.training.mixed_precision
-    if capability < BF16_CAPABILITY and "bf" in asked + experiment.model.dtype:
+    mixed_precision, dtype = experiment.training.mixed_precision, experiment.model.dtype
+    if kept is not None:
+        mixed_precision, dtype = kept.mixed_precision, kept.dtype
+    if capability < BF16_CAPABILITY and "bf" in mixed_precision + dtype:
         reason = f"{name} has compute capability {capability[0]}.{capability[1]}: bfloat16 needs 8.0"
         return _adapted(experiment, "cuda", "fp16", "float16", reason)
-    return Precision("cuda", asked, DTYPES[experiment.model.dtype], {})
+    return _adapted(experiment, "cuda", mixed_precision, dtype, KEPT)
 
 
 def usable_gpu() -> bool:

@@ -1,9 +1,7 @@
 """What a finished run leaves: the adapter with tokenizer and model card, and `summary.json`."""
 
-import platform
-import subprocess
+import tempfile
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,12 @@ from medqa.config import Experiment
 from medqa.evaluation.loss import SplitLoss
 from medqa.model.base import Base
 from medqa.prompts import prompt
-from medqa.training.checkpoint import RunState, save_adapter
+from medqa.training.checkpoint import Identity, RunState, save_adapter
+from medqa.training.environment import git_commit, versions
 from medqa.training.plan import parameter_counts
-from medqa.training.run_dir import Leg
+from medqa.training.run_dir import Leg, copy_whole
 from medqa.training.tracking import EVAL_NAMES
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "datasets")
 LICENCES = {
     "medquad": "MedQuAD (Ben Abacha and Demner-Fushman, 2019): CC BY 4.0",
     "afrimedqa": "AfriMed-QA v2: CC BY-NC-SA 4.0, non-commercial use only",
@@ -39,6 +37,7 @@ def make_summary(
     base: Base,
     accumulation: int,
     leg: Leg,
+    identity: Identity,
     wall_clock_s: float,
 ) -> dict[str, Any]:
     """`summary.json`."""
@@ -63,7 +62,9 @@ def make_summary(
         "quantization": base.quantization,
         "mixed_precision": accelerator.mixed_precision,
         "scaler_overflows": state.overflows,
-        "data_fingerprint": state.data_fingerprint,
+        "micro_batch_rows": state.micro_batch_rows or experiment.training.per_device_batch_size,
+        "not_bitwise": state.not_bitwise,
+        "data_fingerprint": identity.fingerprints.data,
         "git_commit": git_commit(),
         "versions": versions(),
     }
@@ -82,10 +83,15 @@ def save_final_adapter(
     experiment: Experiment,
 ) -> None:
     """Adapter, tokenizer and model card in `directory`."""
-    directory.mkdir(exist_ok=True)
-    save_adapter(model, directory)
-    tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(model_card(summary, experiment), encoding="utf-8")
+    # Written elsewhere first: tokenizers has errors of its own for a full disk, and each file is replaced whole.
+    with tempfile.TemporaryDirectory() as temporary:
+        elsewhere = Path(temporary)
+        save_adapter(model, elsewhere)
+        tokenizer.save_pretrained(elsewhere)
+        (elsewhere / "README.md").write_text(model_card(summary, experiment), encoding="utf-8")
+        directory.mkdir(exist_ok=True)
+        for path in sorted(elsewhere.iterdir()):
+            copy_whole(path, directory / path.name)
 
 
 def model_card(summary: Mapping[str, Any], experiment: Experiment) -> str:
@@ -145,29 +151,3 @@ The tokenizer beside the adapter carries it as its chat template. Each question 
 def _figure(value: float | None, digits: int) -> str:
     """A number for a table, or a dash."""
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of what computes; a package that is not installed is left out."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit() -> str | None:
-    """The commit of this code (`-dirty` with changes), None where it is not a git checkout."""
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()

@@ -1,16 +1,18 @@
-"""Checkpoints: all that an exact resume needs, and nothing of the base model.
+"""Checkpoints: all that an exact resume needs, and nothing of the base model. Each is whole, or passed over.
 
-A checkpoint is written beside its place, flushed, and renamed into it, so it is whole or absent. It holds the adapter
-(PEFT's file names), optimizer, scheduler, scaler and the state. No random state: order and noise follow from the step.
+A checkpoint is written beside its place, flushed to disk, renamed into it and read back. Its manifest decides whether
+it is whole, and says of which experiment, data, tokenizer and base model it is. No random state is kept: order and
+noise follow from the step.
 """
 
 import copy
+import errno
 import io
 import json
 import os
 import pickle
 import re
-import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,34 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from pydantic import ValidationError
 from safetensors.torch import save
 
 from medqa.errors import UserError
 from medqa.model.base import adapter_weights, load_adapter_weights
+from medqa.training.environment import Environment, Part
+from medqa.training.manifest import MANIFEST, Damaged, read_manifest, verify, write_manifest
+from medqa.training.processes import on_main
 
-NAME = re.compile(r"checkpoint-(\d+)")
+NAME = re.compile(r"checkpoint-(\d{1,12})")
+UNFINISHED = ".tmp"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 TRAINING_FILE = "training_state.pt"
 STATE_FILE = "state.json"
+CONTENT = (*ADAPTER_FILES, TRAINING_FILE, STATE_FILE)
+CHECKPOINT_FILES = {*CONTENT, MANIFEST}
+# What loading a file that somebody made up, checksums included, may raise.
+MADE_UP = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError)
 
 
 @dataclass
 class RunState:
-    """How far a run is. What follows from the step is not kept; `elapsed_s` and `peak_memory` are over all legs."""
+    """How far a run is. What follows from the step is not kept.
+
+    `elapsed_s` and `peak_memory` are over all legs, `evaluation_s` is what the baseline took. `micro_batch_rows` is the
+    most examples that a micro-batch has had room for (None: as many as configured); `not_bitwise` lists the updates
+    after which the machine was another, with what changed.
+    """
 
     step: int = 0
     tokens_seen: int = 0
@@ -39,9 +55,11 @@ class RunState:
     best_loss: float | None = None
     elapsed_s: float = 0.0
     peak_memory: int = 0
-    data_fingerprint: str = ""
+    evaluation_s: float = 0.0
     overflows: int = 0
+    micro_batch_rows: int | None = None
     baseline: dict[str, Any] = field(default_factory=dict)
+    not_bitwise: list[dict[str, Any]] = field(default_factory=list)
 
     def note_best(self, step: int, loss: float) -> None:
         """Remember the lowest loss on the fixed validation rows."""
@@ -59,61 +77,172 @@ class Trained:
     scaler: torch.amp.GradScaler | None
 
 
-def save_checkpoint(output_dir: Path, trained: Trained, state: RunState, accelerator: Accelerator, keep: int) -> None:
-    """Write `checkpoint-<step>` from the main process, then remove all but the newest `keep`.
+class Fingerprints(Part):
+    """sha256 of what a run is made of: the rows and their split, their token ids, the base model's files."""
+
+    data: str
+    tokenizer: str
+    base: str
+
+
+class Identity(Part):
+    """Whose checkpoints these are, as their manifests say it. The experiment is by `section.key`."""
+
+    experiment: dict[str, Any]
+    fingerprints: Fingerprints
+    environment: Environment
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint, whose it is, and why newer ones were passed over."""
+
+    path: Path
+    identity: Identity
+    passed_over: Sequence[str]
+
+
+def save_checkpoint(
+    output_dir: Path, trained: Trained, state: RunState, identity: Identity, accelerator: Accelerator, keep: int
+) -> None:
+    """Write `checkpoint-<step>` from the main process and read it back; then remove what is older than needed.
 
     Raises:
         UserError: it cannot be written (no space, no permission). Checkpoints that are there stay.
     """
-    if accelerator.is_main_process:
-        place = output_dir / f"checkpoint-{state.step}"
-        if not place.exists():
-            try:
-                _write(place, trained, state)
-            except OSError as error:
-                raise UserError(f"{place}: cannot be written: {error}; free space and start again") from error
-        for old in checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: _save(output_dir / f"checkpoint-{state.step}", trained, state, identity, keep))
+
+
+def _save(place: Path, trained: Trained, state: RunState, identity: Identity, keep: int) -> None:
+    """As `save_checkpoint`, on the main process."""
+    try:
+        if not _is_whole(place):
+            _write(place, trained, state, identity)
+            verify(place, CONTENT)
+    except OSError as error:
+        raise UserError(f"{place}: cannot be written: {error}; free space and start again") from error
+    except Damaged as error:
+        raise UserError(f"{place}: reads back differently from what was written: {error}; check the disk") from error
+    prune(place.parent, keep, {state.step, state.best_step})
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The run's checkpoints, by step (numerically: 100 comes after 50), oldest first."""
+    """Everything called like a checkpoint, by step (numerically: 100 comes after 50), oldest first; links too."""
     found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if path.is_dir() and not path.is_symlink()]
+    return [path for _, path in sorted(found) if path.is_dir()]
 
 
-def resume(output_dir: Path, trained: Trained, data_fingerprint: str, fresh: bool) -> RunState:
-    """Continue from the newest checkpoint, or begin where there is none or a `fresh` start is wanted.
+def newest_whole(places: Sequence[Path]) -> Found | None:
+    """The newest whole checkpoint of the first of these directories that has one; None where there is none at all.
 
     Raises:
-        UserError: as `load_checkpoint`.
+        UserError: there are some, and all are damaged; says of each why.
     """
-    found = checkpoints(output_dir)
-    if fresh or not found:
-        return RunState(data_fingerprint=data_fingerprint)
-    return load_checkpoint(found[-1], trained, data_fingerprint)
+    passed_over = []
+    for path in (path for place in places for path in reversed(checkpoints(place))):
+        try:
+            return Found(path, read_identity(path), passed_over)
+        except Damaged as error:
+            passed_over.append(f"{path} is damaged: {error}")
+    if passed_over:
+        raise UserError(
+            f"no whole checkpoint is left: {'; '.join(passed_over)}; "
+            "put back one that is whole, or start over with --fresh"
+        )
+    return None
 
 
-def load_checkpoint(place: Path, trained: Trained, data_fingerprint: str) -> RunState:
+def read_identity(path: Path) -> Identity:
+    """Whose a checkpoint is, once all of it is verified.
+
+    Raises:
+        Damaged: it is not whole, or of another version.
+    """
+    body = verify(path, CONTENT)
+    try:
+        return Identity.model_validate({key: body.get(key) for key in Identity.model_fields})
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise Damaged(f"{MANIFEST} is of another version: {where}") from error
+
+
+def load_checkpoint(found: Found, trained: Trained) -> RunState:
     """Put a checkpoint's content into the model, optimizer, scheduler and scaler, and return its state.
 
     Raises:
-        UserError: damaged, or of other data.
+        UserError: its content does not fit, though it is whole.
     """
     try:
-        state = RunState(**json.loads((place / STATE_FILE).read_text(encoding="utf-8")))
-        saved = torch.load(place / TRAINING_FILE, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{place}: damaged: {error}; remove it to go on from an older one") from error
-    if state.data_fingerprint != data_fingerprint:
-        raise UserError(f"{place}: it was trained on other data; use another --output-dir, or --fresh to start over")
-    load_adapter_weights(trained.model, place, "checkpoint")
-    trained.optimizer.load_state_dict(saved["optimizer"])
-    trained.scheduler.load_state_dict(saved["scheduler"])
-    if trained.scaler is not None and saved["scaler"] is not None:
-        trained.scaler.load_state_dict(saved["scaler"])
+        state = RunState(**json.loads((found.path / STATE_FILE).read_text(encoding="utf-8")))
+        saved = torch.load(found.path / TRAINING_FILE, map_location="cpu", weights_only=True)
+        load_adapter_weights(trained.model, found.path, "checkpoint")
+        trained.optimizer.load_state_dict(saved["optimizer"])
+        trained.scheduler.load_state_dict(saved["scheduler"])
+        if trained.scaler is not None and saved["scaler"] is not None:
+            trained.scaler.load_state_dict(saved["scaler"])
+    except MADE_UP as error:
+        raise UserError(
+            f"{found.path}: whole, but its content does not fit this version ({type(error).__name__}: {error}); "
+            "go on with the version that wrote it, or start over with --fresh"
+        ) from error
     return state
+
+
+def prune(output_dir: Path, keep: int, needed: set[int]) -> None:
+    """Remove all but the newest `keep` whole checkpoints and those at the steps `needed`.
+
+    Damaged ones older than the newest go too. Only directories that hold nothing but a checkpoint's own files are
+    removed: never a link, never one that somebody put something into.
+    """
+    found = checkpoints(output_dir)
+    whole = [path for path in found if _seems_whole(path)]
+    if not whole:
+        return
+    for path in found[: found.index(whole[-1])]:
+        if path not in whole[-keep:] and int(NAME.fullmatch(path.name)[1]) not in needed and is_ours(path):
+            remove(path)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether it is a directory, not a link to one, that holds regular files of a checkpoint's names alone."""
+    return (
+        path.is_dir()
+        and not path.is_symlink()
+        and all(entry.name in CHECKPOINT_FILES and entry.is_file(follow_symlinks=False) for entry in os.scandir(path))
+    )
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint's files, the manifest first: what is left of it after a kill is not whole."""
+    for name in (MANIFEST, *CONTENT):
+        (path / name).unlink(missing_ok=True)
+    path.rmdir()
+
+
+def unfinished(output_dir: Path) -> Iterator[Path]:
+    """What a killed save has left behind."""
+    for path in output_dir.glob(f"checkpoint-*{UNFINISHED}"):
+        if NAME.fullmatch(path.name.removesuffix(UNFINISHED)) and is_ours(path):
+            yield path
+
+
+def put_in_place(beside: Path, place: Path) -> None:
+    """Rename a checkpoint that is whole into its place; where a damaged one lies, its files take those files' places.
+
+    Raises:
+        OSError: it cannot be, or the place is a link.
+    """
+    if place.is_symlink():
+        raise OSError(errno.EEXIST, "a link that no run made leads to a damaged checkpoint; remove it", str(place))
+    if place.exists():  # passed over when the run went on; whatever else lies there stays
+        (place / MANIFEST).unlink(missing_ok=True)
+        for name in (*CONTENT, MANIFEST):  # that one last: until then it is not whole
+            os.replace(beside / name, place / name)
+        beside.rmdir()
+        flush(place)
+    else:
+        beside.rename(place)
+    flush(place.parent)
 
 
 def save_adapter(model: PeftModel, directory: Path) -> None:
@@ -130,17 +259,30 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # some mounts cannot
+            raise
     finally:
         os.close(descriptor)
 
 
-def _write(place: Path, trained: Trained, state: RunState) -> None:
-    """A checkpoint in full, then renamed into its place."""
-    unfinished = place.with_name(place.name + ".tmp")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    unfinished.mkdir()
-    save_adapter(trained.model, unfinished)
+def _write(place: Path, trained: Trained, state: RunState, identity: Identity) -> None:
+    """A checkpoint in full beside its place, then renamed into it; or nothing, if it cannot be written."""
+    beside = place.with_name(place.name + UNFINISHED)
+    if beside.exists():
+        remove(beside)
+    beside.mkdir()
+    try:
+        _fill(beside, trained, state, identity)
+    except OSError:
+        remove(beside)  # half a checkpoint is of no use, and there may be no space
+        raise
+    put_in_place(beside, place)
+
+
+def _fill(directory: Path, trained: Trained, state: RunState, identity: Identity) -> None:
+    """All files of a checkpoint, flushed."""
+    save_adapter(trained.model, directory)
     content = io.BytesIO()
     torch.save(
         {
@@ -150,9 +292,26 @@ def _write(place: Path, trained: Trained, state: RunState) -> None:
         },
         content,
     )
-    (unfinished / TRAINING_FILE).write_bytes(content.getbuffer())
-    (unfinished / STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-    for path in (*unfinished.iterdir(), unfinished):
+    (directory / TRAINING_FILE).write_bytes(content.getbuffer())
+    (directory / STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+    write_manifest(directory, {"step": state.step, **identity.model_dump()})
+    for path in (*directory.iterdir(), directory):
         flush(path)
-    unfinished.rename(place)
-    flush(place.parent)
+
+
+def _is_whole(place: Path) -> bool:
+    """Whether a whole checkpoint is there."""
+    try:
+        verify(place, CONTENT)
+    except Damaged:
+        return False
+    return True
+
+
+def _seems_whole(place: Path) -> bool:
+    """Whether manifest and sizes are right; file contents are not read."""
+    try:
+        files = read_manifest(place)["files"]
+        return all((place / name).stat().st_size == files[name]["size"] for name in CONTENT)
+    except (Damaged, OSError, KeyError, TypeError):
+        return False

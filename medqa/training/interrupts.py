@@ -8,7 +8,11 @@ import ctypes
 import os
 import signal
 import sys
+import time
+from collections import Counter
 from types import FrameType, TracebackType
+
+import psutil
 
 from medqa.errors import LAUNCHER_DIED, Interrupted
 
@@ -21,6 +25,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._seen: Counter[int] = Counter()
         self.finish_update = False  # set by the loop: note the signal instead of raising
         self._previous: dict[int, signal.Handlers | object] = {}
 
@@ -35,13 +40,31 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if not self.finish_update or signum == self.received:
+        # A second signal may be an echo of the first: the launcher has died of it, or torch's hands it on as SIGTERM,
+        # maybe to a process that got it already.
+        handed_on = signum == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ
+        echoes = 1 if handed_on or signum == LAUNCHER_DIED else 0
+        self._seen[signum] += 1
+        impatient = self.received is not None and self._seen[signum] > echoes + (self.received == signum)
+        self.received = self.received or signum
+        if impatient or not self.finish_update:
             raise Interrupted(signum)
-        if self.received is None:
-            self.received = signum
 
 
 def _signal_when_parent_dies() -> None:
     """Ask the kernel for `LAUNCHER_DIED` when the parent ends (Linux only; elsewhere nothing is sent)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, LAUNCHER_DIED)
+
+
+class Deadline:
+    """When to be done (`--stop-after`), counted from the start of this process; None: never."""
+
+    def __init__(self, seconds: float | None) -> None:
+        running = time.time() - psutil.Process().create_time()
+        self._end = None if seconds is None else time.monotonic() + seconds - running
+        self.seconds = seconds
+
+    def within(self, seconds: float) -> bool:
+        """Whether it comes in less than so many seconds."""
+        return self._end is not None and time.monotonic() + seconds > self._end

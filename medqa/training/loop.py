@@ -12,15 +12,14 @@ from accelerate import Accelerator
 
 from medqa.config import Experiment
 from medqa.data.batches import MicroBatch, Stream, stable_hash
-from medqa.errors import Interrupted, TrainingStopped
+from medqa.errors import Interrupted, StoppedInTime, TrainingStopped
 from medqa.evaluation.loss import SplitLoss
 from medqa.model.loss import summed_loss, target_count
 from medqa.training.checkpoint import RunState
-from medqa.training.interrupts import Interrupts
-from medqa.training.memory import peak_memory
+from medqa.training.faults import lower, no_room, not_finite, step_or_stop
+from medqa.training.interrupts import Deadline, Interrupts
+from medqa.training.memory import peak_memory, release
 from medqa.training.tracking import Tracker
-
-LOWEST_SCALE = 1.0  # an fp16 gradient that overflows even unscaled is no overflow but a fault
 
 
 def train(
@@ -37,7 +36,9 @@ def train(
     save: Callable[[], None],
     tracker: Tracker,
     interrupts: Interrupts,
+    deadline: Deadline,
     progress: Callable[[dict], None],
+    say: Callable[[str], None],
     clock: Callable[[], float],
 ) -> None:
     """Train from `state.step` to `training.max_steps` updates; `state` moves along.
@@ -46,39 +47,58 @@ def train(
         model, optimizer: prepared by the accelerator; the scheduler is not.
         validate: the loss of the fixed validation rows, now.
         save: writes a checkpoint of everything as it is now.
+        deadline: when to have saved and stopped.
         progress: told the figures of each update.
+        say: told what a user should hear of.
         clock: seconds of the run so far, over all its legs.
 
     Raises:
         Interrupted: a signal came; the update was finished and saved.
-        TrainingStopped: a loss or gradient is not finite; the weights are those of the update before.
+        StoppedInTime: the deadline is near; likewise.
+        TrainingStopped: a loss or gradient is not finite, or memory is short even for single rows; the weights are
+            those of the update before.
     """
     settings, evaluation = experiment.training, experiment.evaluation
-    saved_at, first_update = clock(), state.step
+    saved_at, first_update, longest = clock(), state.step, 0.0
     model.train()
     interrupts.finish_update = True
     while state.step < settings.max_steps:
-        micro_batches = stream.micro_batches(
-            state.step,
-            settings.per_device_batch_size,
-            experiment.tokenization,
-            pad_token_id,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        started = time.perf_counter()
-        try:
-            result = train_step(
-                model,
-                optimizer,
-                scheduler,
-                micro_batches,
-                accelerator=accelerator,
-                seed=settings.seed,
-                max_grad_norm=experiment.optimizer.max_grad_norm,
+        began = started = time.perf_counter()
+        result = None
+        while result is None:
+            micro_batches = stream.micro_batches(
+                state.step,
+                settings.per_device_batch_size,
+                experiment.tokenization,
+                pad_token_id,
+                accelerator.process_index,
+                accelerator.num_processes,
+                state.micro_batch_rows,
             )
-        except (TrainingStopped, torch.OutOfMemoryError) as error:
-            raise TrainingStopped(f"update {state.step + 1}: {error}; the newest checkpoint stands") from error
+            started = time.perf_counter()
+            try:
+                result = train_step(
+                    model,
+                    optimizer,
+                    scheduler,
+                    micro_batches,
+                    accelerator=accelerator,
+                    seed=settings.seed,
+                    max_grad_norm=experiment.optimizer.max_grad_norm,
+                )
+            except TrainingStopped as error:
+                raise TrainingStopped(f"update {state.step + 1}: {error}; the newest checkpoint stands") from error
+            except torch.OutOfMemoryError as error:
+                rows = max(len(micro_batch.row_ids) for micro_batch in micro_batches)
+                if rows == 1 or accelerator.num_processes > 1:
+                    raise TrainingStopped(f"update {state.step + 1}: {no_room(rows, error)}") from error
+                state.micro_batch_rows = -(-rows // 2)
+            if result is None:  # out here, where the error no longer holds on to what filled the memory
+                release(accelerator.device)
+                say(
+                    f"update {state.step + 1}: out of memory with {rows} rows in a micro-batch; the update is done "
+                    f"again, and all that follow are done, with {state.micro_batch_rows}"
+                )
         update_s = time.perf_counter() - started
         if state.step == first_update:
             require_adapter_gradients(model)
@@ -86,8 +106,10 @@ def train(
         state.tokens_seen += result.tokens
         state.overflows += result.overflows
         last = state.step == settings.max_steps
-        stop, save_due = agreed(
-            accelerator, interrupts.received or 0, minutes_due(clock() - saved_at, settings.save_minutes)
+        # A save and another update, each maybe slower than any so far, must still fit.
+        late = deadline.within(2 * max(longest, time.perf_counter() - began))
+        stop, save_due, late = agreed(
+            accelerator, interrupts.received or 0, minutes_due(clock() - saved_at, settings.save_minutes), late
         )
 
         memory = peak_memory(accelerator.device)
@@ -105,6 +127,8 @@ def train(
             "update_s": update_s,
             "tokens_per_s": result.tokens / update_s,
             "padding_share": result.padding_share,
+            "order": f"{result.order:x}",
+            "overflows": state.overflows,
             "peak_memory_bytes": memory.allocated,
             "peak_reserved_bytes": memory.reserved,
         }
@@ -115,19 +139,25 @@ def train(
             loss = validate()
             state.note_best(state.step, loss.loss)
             tracker.log({"step": state.step, "split": "eval", "elapsed_s": clock(), **loss.record()})
-        if due(state.step, settings.save_steps) or last or save_due or stop:
+        if due(state.step, settings.save_steps) or last or save_due or stop or late:
             state.elapsed_s = saved_at = clock()
             state.peak_memory = max(state.peak_memory, memory.allocated)
             save()
             tracker.saved(state.step, clock() - saved_at)
+        longest = max(longest, time.perf_counter() - began)
         if stop:
             raise Interrupted(stop)
+        if late and not last:
+            raise StoppedInTime(f"stopped in time after update {state.step} of {settings.max_steps}, and saved")
     interrupts.finish_update = False
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One update. `loss` is the mean over its target tokens in nats; `grad_norm` is from before clipping."""
+    """One update. `loss` is the mean over its target tokens in nats; `grad_norm` is from before clipping.
+
+    `order` is a number that follows from which rows it consumed at which stream positions.
+    """
 
     loss: float
     grad_norm: float
@@ -135,6 +165,7 @@ class StepResult:
     tokens: int
     padding_share: float
     overflows: int
+    order: int
 
 
 def train_step(
@@ -151,6 +182,7 @@ def train_step(
 
     Raises:
         TrainingStopped: the loss or the gradient norm is not finite, and no gradient scaler explains it. Nothing moved.
+        torch.OutOfMemoryError: a micro-batch does not fit. Nothing moved: the update can be done again in smaller ones.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     counts = accelerator.reduce(token_counts(micro_batches).to(accelerator.device), "sum")
@@ -168,28 +200,30 @@ def train_step(
         total = accelerator.reduce(torch.stack(losses).sum(), "sum")
         norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
         # The update's one host synchronization.
-        *loss_list, loss_value, norm_value, tokens, in_batch, places = torch.stack(
+        *loss_list, loss_value, norm_value, tokens, in_batch, places, order = torch.stack(
             [tensor.double() for tensor in (*losses, total, norm, *counts)]
         ).tolist()
         if math.isfinite(loss_value) and math.isfinite(norm_value):
             break
-        if not math.isfinite(loss_value) or accelerator.scaler is None or accelerator.scaler.get_scale() < LOWEST_SCALE:
+        if not math.isfinite(loss_value) or accelerator.scaler is None or not lower(accelerator.scaler):
             optimizer.zero_grad()
-            raise TrainingStopped(not_finite(loss_value, norm_value, micro_batches, loss_list))
-        accelerator.scaler.update(accelerator.scaler.get_scale() / 2)  # an overflow: the same once more, lower
+            raise TrainingStopped(
+                not_finite(model, micro_batches, loss_list, loss_value, norm_value, accelerator, seed)
+            )
     learning_rate = scheduler.get_last_lr()[0]
-    optimizer.step()
+    step_or_stop(optimizer)
     scheduler.step()
-    return StepResult(loss_value, norm_value, learning_rate, int(tokens), 1 - in_batch / places, overflows)
+    return StepResult(loss_value, norm_value, learning_rate, int(tokens), 1 - in_batch / places, overflows, int(order))
 
 
 def token_counts(micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
-    """Target tokens, tokens, and places including padding, summed over the micro-batches."""
+    """Target tokens, tokens, places including padding, and `order`, summed over the micro-batches."""
     return torch.tensor(
         [
             sum(target_count(micro_batch) for micro_batch in micro_batches),
             sum(micro_batch.tokens for micro_batch in micro_batches),
             sum(micro_batch.input_ids.numel() for micro_batch in micro_batches),
+            sum(micro_batch.order for micro_batch in micro_batches),
         ]
     )
 
@@ -204,13 +238,13 @@ def minutes_due(seconds: float, minutes: float | None) -> bool:
     return minutes is not None and seconds >= 60 * minutes
 
 
-def agreed(accelerator: Accelerator, signum: int, save_due: bool) -> tuple[int, bool]:
-    """The signal to stop for (0: none) and whether to save, the same on all processes: what any of them has."""
+def agreed(accelerator: Accelerator, signum: int, save_due: bool, late: bool) -> tuple[int, bool, bool]:
+    """The signal to stop for (0: none), whether to save, whether it is late, on all processes: what any of them has."""
     if accelerator.num_processes == 1:
-        return signum, save_due
-    mine = torch.tensor([[signum, int(save_due)]], device=accelerator.device)
-    signum, save = accelerator.gather(mine).amax(dim=0).tolist()
-    return signum, bool(save)
+        return signum, save_due, late
+    mine = torch.tensor([[signum, int(save_due), int(late)]], device=accelerator.device)
+    signum, save, is_late = accelerator.gather(mine).amax(dim=0).tolist()
+    return signum, bool(save), bool(is_late)
 
 
 def require_adapter_gradients(model: torch.nn.Module) -> None:
@@ -226,11 +260,3 @@ def require_adapter_gradients(model: torch.nn.Module) -> None:
     ]
     if missing:
         raise TrainingStopped(f"no gradient reached {len(missing)} adapter matrices, {missing[0]} among them")
-
-
-def not_finite(loss: float, norm: float, micro_batches: Sequence[MicroBatch], losses: Sequence[float]) -> str:
-    """What was not finite, and in which rows."""
-    for micro_batch, value in zip(micro_batches, losses, strict=True):
-        if not math.isfinite(value):
-            return f"the loss is {value} in the micro-batch of rows {', '.join(micro_batch.row_ids)}"
-    return f"the gradient norm is {norm} at a loss of {loss}" if math.isfinite(loss) else f"the loss is {loss}"

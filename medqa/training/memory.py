@@ -29,6 +29,12 @@ def reset_peak(device: torch.device) -> None:
             return
 
 
+def release(device: torch.device) -> None:
+    """Give a GPU's cached memory back, so that pieces of another size find room."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def peak_memory(device: torch.device) -> Memory:
     """The peak since the last reset."""
     if device.type == "cuda":

@@ -3,16 +3,20 @@
 import importlib.util
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 
 from medqa.config import Experiment
 from medqa.errors import UserError
 from medqa.model.precision import Precision
 from medqa.training.wandb_run import wandb_wanted
+
+Result = TypeVar("Result")
 
 
 def build_accelerator(experiment: Experiment, precision: Precision) -> Accelerator:
@@ -43,6 +47,29 @@ def build_accelerator(experiment: Experiment, precision: Precision) -> Accelerat
             "`accelerate launch --multi_gpu --num_processes N train.py ...`"
         )
     return accelerator
+
+
+def is_first_process() -> bool:
+    """Whether the launcher counts this as the first process; known before there is an accelerator."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def on_main(accelerator: Accelerator, step: Callable[[], Result]) -> Result:
+    """The result of a step that the main process does; the others wait for it.
+
+    Raises:
+        UserError: the step's, on every process: else the others would wait for one that has given up.
+    """
+    outcome: list = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = step()
+        except UserError as error:
+            outcome[1] = error.args
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(*outcome[1])
+    return outcome[0]
 
 
 def choose_kernels(deterministic: bool) -> None:

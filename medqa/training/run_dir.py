@@ -4,17 +4,31 @@ import json
 import os
 import secrets
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from medqa.config import Experiment, flat, may_change_on_resume
+from medqa.config import Experiment
 from medqa.data.report import write_json
-from medqa.errors import UserError, listed
-from medqa.training.checkpoint import ADAPTER_FILES, NAME, STATE_FILE, TRAINING_FILE, checkpoints
-from medqa.yaml_core import dump_yaml, load_yaml
+from medqa.errors import UserError
+from medqa.training.checkpoint import (
+    ADAPTER_FILES,
+    CHECKPOINT_FILES,
+    NAME,
+    UNFINISHED,
+    Found,
+    checkpoints,
+    flush,
+    newest_whole,
+    remove,
+    unfinished,
+)
+from medqa.training.lock import RunLock
+from medqa.training.processes import on_main
+from medqa.training.same_run import check_config, reads_elsewhere, require_same_experiment
+from medqa.yaml_core import dump_yaml
 
 CONFIG = "config.yaml"
 RUN_FILE = "run.json"
@@ -22,8 +36,6 @@ ADAPTER_DIR = "lora_adapters"
 FILES = (CONFIG, "data_report.json", "splits.csv", "metrics.jsonl", "summary.json")
 # Files of a tokenizer and a model card, beside those of the adapter.
 ADAPTER_DIR_FILES = {*ADAPTER_FILES, "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-CHECKPOINT_FILES = {*ADAPTER_FILES, TRAINING_FILE, STATE_FILE}
-LOCATIONS = {"data.medquad", "data.afrimedqa"}  # data may lie elsewhere: the fingerprint says whether they are the same
 
 
 def check_run_dir(output_dir: Path, experiment: Experiment, fresh: bool) -> None:
@@ -39,9 +51,10 @@ def check_run_dir(output_dir: Path, experiment: Experiment, fresh: bool) -> None
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--output-dir {output_dir}: {existing} is not a directory one can write to; choose another")
     if fresh:
-        _refuse_foreign(output_dir)
-    elif (output_dir / CONFIG).is_file():
-        _check_same(output_dir / CONFIG, experiment)
+        return _refuse_foreign(output_dir)
+    read_leg(output_dir)  # else a damaged one would be noticed after minutes of loading
+    if (output_dir / CONFIG).is_file():
+        check_config(output_dir / CONFIG, experiment)
     elif not checkpoints(output_dir) and (foreign := _without_a_run(output_dir)):
         raise UserError(
             f"--output-dir {output_dir} holds what no run wrote and this one would write over: "
@@ -51,40 +64,105 @@ def check_run_dir(output_dir: Path, experiment: Experiment, fresh: bool) -> None
 
 @dataclass(frozen=True)
 class Leg:
-    """One start of a run: the id that the run keeps over all of them, and how many came before."""
+    """One start of a run: the id that the run keeps over all of them, and how many came before.
+
+    `saved` says that there was a checkpoint once: where there is none now, it was lost.
+    """
 
     run_id: str
     resumes: int
+    saved: bool = False
 
 
-def start_run(output_dir: Path, fresh: bool, accelerator: Accelerator) -> Leg:
-    """Create the directory, cleared if `fresh`, and note one more leg; the main process does, the others wait.
+def start_run(output_dir: Path, fresh: bool, found: Found | None, lock: RunLock, accelerator: Accelerator) -> Leg:
+    """Make the directory, lock it, clear it if `fresh` and of what killed saves left, and note one more leg.
+
+    The main process does, the others wait.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or another run is on in it.
     """
-    leg = _note_leg(output_dir, fresh) if accelerator.is_main_process else Leg("", 0)
-    accelerator.wait_for_everyone()
+    return on_main(accelerator, lambda: _note_leg(output_dir, fresh, found, lock))
+
+
+def _note_leg(output_dir: Path, fresh: bool, found: Found | None, lock: RunLock) -> Leg:
+    """As `start_run`, on the main process."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock.take()
+    if fresh:
+        clear(output_dir)
+    for path in unfinished(output_dir):
+        remove(path)
+    if found is not None and found.path.parent != output_dir:
+        bring_back(found, output_dir)
+    before = read_leg(output_dir)
+    leg = Leg(secrets.token_hex(4), 0) if before is None else replace(before, resumes=before.resumes + 1)
+    write_json(asdict(leg), output_dir / RUN_FILE)
     return leg
 
 
-def _note_leg(output_dir: Path, fresh: bool) -> Leg:
-    """As `start_run`, on the main process."""
+def read_leg(output_dir: Path) -> Leg | None:
+    """What a directory's run noted last, None where none has begun.
+
+    Raises:
+        UserError: damaged.
+    """
     run_file = output_dir / RUN_FILE
+    if not run_file.is_file():
+        return None
     try:
-        if fresh and output_dir.is_dir():
-            clear(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        leg = Leg(secrets.token_hex(4), 0)
-        if run_file.is_file():
-            before = json.loads(run_file.read_text(encoding="utf-8"))
-            leg = Leg(str(before["run_id"]), int(before["resumes"]) + 1)
-        write_json(asdict(leg), run_file)
-    except OSError as error:
-        raise UserError(f"--output-dir {output_dir}: cannot be written: {error}; choose another") from error
+        before = json.loads(run_file.read_text(encoding="utf-8"))
+        return Leg(str(before["run_id"]), int(before["resumes"]), bool(before["saved"]))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run_file}: damaged ({error}); --fresh starts over") from error
-    return leg
+
+
+def note_saved(output_dir: Path) -> None:
+    """Note, once, that there is a checkpoint now."""
+    leg = read_leg(output_dir)
+    if leg is not None and not leg.saved:
+        write_json(asdict(replace(leg, saved=True)), output_dir / RUN_FILE)
+
+
+def find_checkpoint(output_dir: Path, elsewhere: Path | None, experiment: Experiment) -> Found | None:
+    """The checkpoint to go on from: the newest whole one here, else the one persisted elsewhere; None at a run's start.
+
+    Raises:
+        UserError: it is of another experiment, or those that there were are damaged or have gone: the run would
+            silently start over.
+    """
+    found = newest_whole([output_dir] if elsewhere is None else [output_dir, elsewhere])
+    if found is not None:
+        require_same_experiment(found, experiment)
+    elif (leg := read_leg(output_dir)) is not None and leg.saved:
+        raise UserError(
+            f"--output-dir {output_dir}: its checkpoints have gone; put one back, or start over with --fresh"
+        )
+    return found
+
+
+def bring_back(found: Found, output_dir: Path) -> None:
+    """Copy a whole checkpoint, and the files of its run, from where they were persisted to."""
+    source = found.path.parent
+    for name in (RUN_FILE, *FILES):
+        if (source / name).is_file():
+            copy_whole(source / name, output_dir / name)
+    place = output_dir / found.path.name
+    beside = place.with_name(place.name + UNFINISHED)
+    beside.mkdir()
+    for name in CHECKPOINT_FILES:
+        copy_whole(found.path / name, beside / name)
+    if not place.exists():
+        beside.rename(place)
+    flush(output_dir)
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file: whole on the disk, or as it was before."""
+    beside = target.with_name(target.name + UNFINISHED)
+    shutil.copyfile(source, beside)
+    flush(beside)
+    os.replace(beside, target)
 
 
 def finished(output_dir: Path, experiment: Experiment) -> dict[str, Any] | None:
@@ -94,7 +172,7 @@ def finished(output_dir: Path, experiment: Experiment) -> dict[str, Any] | None:
     shows when they are read.
     """
     path = output_dir / "summary.json"
-    if _reads_elsewhere(output_dir / CONFIG, experiment):
+    if reads_elsewhere(output_dir / CONFIG, experiment):
         return None
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
@@ -156,47 +234,3 @@ def _folders(output_dir: Path) -> dict[Path, set[str]]:
     """The folders that a run writes here, and the names of the files it writes into each."""
     found = [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name.removesuffix(".tmp"))]
     return dict.fromkeys(found, CHECKPOINT_FILES) | {output_dir / ADAPTER_DIR: ADAPTER_DIR_FILES}
-
-
-def _reads_elsewhere(config: Path, experiment: Experiment) -> bool:
-    """Whether the run in this directory read its data from other places than the experiment names."""
-    if not config.is_file():
-        return False
-    saved = load_yaml(config.read_text(encoding="utf-8", errors="replace"), str(config))["data"]
-    return any(saved.get(key.split(".")[1]) != flat(experiment)[key] for key in LOCATIONS)
-
-
-def _check_same(config: Path, experiment: Experiment) -> None:
-    """Refuse a directory whose run is another experiment's.
-
-    Raises:
-        UserError: lists the differences.
-    """
-    try:
-        saved = load_yaml(config.read_text(encoding="utf-8", errors="replace"), str(config))
-    except (OSError, UserError) as error:
-        raise UserError(f"{error}; --fresh starts over, or choose another --output-dir") from error
-    if not isinstance(saved, dict) or not saved.keys() & Experiment.model_fields.keys():
-        raise UserError(
-            f"{config}: not a run's, or damaged; --fresh starts over if it is a run's, or choose another --output-dir"
-        )
-    before = {f"{s}.{k}": v for s, keys in saved.items() if isinstance(keys, dict) for k, v in keys.items()}
-    differences = [
-        f"{key}: {before.get(key)!r} there, {value!r} now"
-        for key, value in flat(experiment).items()
-        if before.get(key) != value
-        and key not in LOCATIONS
-        and not _may_change(key, before.get(key), value, experiment)
-    ]
-    if differences:
-        raise UserError(
-            f"--output-dir {config.parent} holds the run of another experiment: {listed(differences)}\n"
-            "choose another --output-dir, or start over there with --fresh"
-        )
-
-
-def _may_change(key: str, before: Any, now: Any, experiment: Experiment) -> bool:
-    """Whether the run may go on with this change; updates may be added, never taken back."""
-    if key == "training.max_steps":
-        return may_change_on_resume(key, experiment) and isinstance(before, int) and now > before
-    return may_change_on_resume(key, experiment)

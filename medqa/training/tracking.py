@@ -1,8 +1,10 @@
 """What a run records: `metrics.jsonl`, which is the truth, and W&B, which is fed from the same records."""
 
+import io
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,8 @@ class MetricsFile:
         self.path = path
         self._last_train: tuple[int, Record] | None = None  # where its line begins, and what it says
 
-    def resume(self, step: int, max_steps: int) -> None:
-        """Drop what will be computed again, and a last line that a kill cut short.
+    def resume(self, step: int, max_steps: int) -> "Spent":
+        """Drop what will be computed again, and a last line that a kill cut short; say what all of it took.
 
         What was recorded at `step` came before its checkpoint and stays; but a run's closing evaluation comes after the
         last one. With no checkpoint, `step` is -1.
@@ -44,13 +46,22 @@ class MetricsFile:
         unfinished = self.path.with_name(self.path.name + ".tmp")
         unfinished.write_text("".join(_line(record) for record in kept), encoding="utf-8")
         os.replace(unfinished, self.path)
+        return Spent(
+            max((_number(record, "elapsed_s") for record in records), default=0.0),
+            int(max((_number(record, "peak_memory_bytes") for record in records), default=0)),
+        )
 
     def append(self, record: Record) -> None:
-        """Add a line and hand it to the system at once."""
-        with self.path.open("a", encoding="utf-8") as file:
-            if record["split"] == "train":
-                self._last_train = (file.tell(), record)
-            file.write(_line(record))
+        """Add a line and hand it to the system at once; where there is no room for all of it, add none of it.
+
+        Raises:
+            OSError: no room, or the file has gone.
+        """
+        with self.path.open("r+b", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            _write_all(file, end, _line(record).encode(), b"")
+        if record["split"] == "train":
+            self._last_train = (end, record)
 
     def amend_train(self, step: int, **more: float) -> bool:
         """Add fields to the newest `train` line if it is that of `step`; says whether it is.
@@ -61,24 +72,32 @@ class MetricsFile:
         if self._last_train is None or self._last_train[1]["step"] != step:
             return False
         start, record = self._last_train
-        content = self.path.read_bytes()
-        after = content[start:].split(b"\n", 1)[1]
         with self.path.open("r+b", buffering=0) as file:
             file.seek(start)
-            file.write(_line({**record, **more}).encode() + after)
+            before = file.read()
+            after = before.split(b"\n", 1)[1]
+            _write_all(file, start, _line({**record, **more}).encode() + after, before)
         return True
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What a run's legs have taken so far, what was lost with a kill included: seconds, and peak bytes."""
+
+    elapsed_s: float
+    peak_memory: int
+
+
 def read_metrics(path: Path) -> Iterator[Record]:
-    """The records of a metrics file up to a line that is not whole."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    """The records of a metrics file; a line that is not whole is passed over."""
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
             record = json.loads(line)
-        except ValueError:
-            return
-        if not line.endswith("\n") or not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            return
-        yield record
+        except (ValueError, RecursionError):
+            continue
+        whole = line.endswith(b"\n") and isinstance(record, dict)
+        if whole and isinstance(record.get("step"), int) and isinstance(record.get("split"), str):
+            yield record
 
 
 class Tracker:
@@ -88,10 +107,9 @@ class Tracker:
         self._accelerator = accelerator
         self._metrics = metrics
 
-    def resume(self, step: int, max_steps: int) -> None:
-        """As `MetricsFile.resume`."""
-        if self._accelerator.is_main_process:
-            self._metrics.resume(step, max_steps)
+    def resume(self, step: int, max_steps: int) -> Spent:
+        """As `MetricsFile.resume`; on the other processes, which keep no time, nothing was spent."""
+        return self._metrics.resume(step, max_steps) if self._accelerator.is_main_process else Spent(0.0, 0)
 
     def log(self, record: Record) -> None:
         """Record one step of one split: into the file, then to W&B where there is a run."""
@@ -116,6 +134,26 @@ def wandb_names(record: Record) -> dict[str, Any]:
         if record.get(key) is not None:
             values[f"perf/peak_{name}_gb"] = record[key] / 1e9
     return values | {GLOBAL_STEP: record["step"]}
+
+
+def _write_all(file: io.FileIO, start: int, content: bytes, before: bytes) -> None:
+    """Write `content` from `start` to the end of the file, or leave there what was `before`."""
+    try:
+        file.seek(start)
+        written = 0
+        while written < len(content):
+            written += file.write(content[written:])
+    except OSError:
+        file.seek(start)
+        file.write(before)  # no longer than what was there: it needs no room
+        file.truncate(start + len(before))
+        raise
+
+
+def _number(record: Record, key: str) -> float:
+    """A figure of a record that anyone may have edited."""
+    value = record.get(key)
+    return float(value) if isinstance(value, int | float) and 0 <= value < 1e18 else 0.0
 
 
 def _line(record: Record) -> str:

@@ -1,0 +1,103 @@
+"""A directory's manifest: what must be in it for it to be whole, with a checksum of its own.
+
+Whatever wrote a directory (this process, a copy to a network share, a download), the manifest alone decides whether it
+is whole. It is JSON, and the files that it names are fixed by the reader, never by the file.
+"""
+
+import hashlib
+import json
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+LONGEST = 1_000_000  # bytes; one that is longer is not ours
+
+
+class Damaged(Exception):
+    """Why a directory is not whole."""
+
+
+def write_manifest(directory: Path, about: Mapping[str, Any]) -> None:
+    """Write the manifest over all files in `directory`, with what it says `about` them.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    body = {"format": FORMAT, **about, "files": {path.name: measure(path) for path in sorted(directory.iterdir())}}
+    body["checksum"] = checksum(body)
+    (directory / MANIFEST).write_text(json.dumps(body, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def verify(directory: Path, expected: Iterable[str]) -> dict[str, Any]:
+    """The manifest of a directory whose files are all as it says.
+
+    Args:
+        expected: the names that the manifest must list, no more and no fewer.
+
+    Raises:
+        Damaged: with the reason.
+    """
+    body = read_manifest(directory)
+    files = body["files"]
+    if not isinstance(files, dict) or files.keys() != set(expected):
+        raise Damaged(f"{MANIFEST} is of another version: it lists other files")
+    for name, said in files.items():
+        try:
+            found = measure(directory / name)
+        except OSError as error:
+            raise Damaged(f"{name}: {error.strerror}") from error
+        if not isinstance(said, dict) or found["size"] != said.get("size"):
+            raise Damaged(f"{name} has {found['size']:,} bytes, not those of {MANIFEST}")
+        if found != said:
+            raise Damaged(f"{name}: its sha256 is not that of {MANIFEST}")
+    return body
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest, its own checksum verified, the files not looked at.
+
+    Raises:
+        Damaged: missing, not readable as one, or changed since it was written.
+    """
+    path = directory / MANIFEST
+    try:
+        require_regular(path)
+        with path.open("rb") as file:
+            body = json.loads(file.read(LONGEST))
+    except OSError as error:
+        raise Damaged(f"{MANIFEST}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{MANIFEST} is torn") from error
+    if not isinstance(body, dict) or not {"format", "files", "checksum"} <= body.keys():
+        raise Damaged(f"{MANIFEST} is torn")
+    if body.pop("checksum") != checksum(body):
+        raise Damaged(f"{MANIFEST}: its own checksum is wrong")
+    if body["format"] != FORMAT:
+        raise Damaged(f"{MANIFEST} is of another version: format {body['format']!r}")
+    return body
+
+
+def measure(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file (opening a pipe would never end).
+    """
+    require_regular(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": file.tell(), "sha256": digest}
+
+
+def require_regular(path: Path) -> None:
+    """Raise OSError for what is no regular file, or a link to one."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(0, "no regular file", str(path))
+
+
+def checksum(value: Any) -> str:
+    """sha256 of a value's JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

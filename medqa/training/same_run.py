@@ -1,0 +1,139 @@
+"""Is it the same run? What may change when a run goes on, what may not, and what is said of it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from medqa.config import Experiment, flat, may_change_on_resume
+from medqa.data.batches import Example, ids_fingerprint
+from medqa.data.splits import Splits
+from medqa.errors import UserError, listed
+from medqa.model.base import Base, base_fingerprint
+from medqa.model.precision import Precision
+from medqa.training.checkpoint import Fingerprints, Found, Identity, RunState, Trained, load_checkpoint
+from medqa.training.environment import changes, environment
+from medqa.yaml_core import load_yaml
+
+# These may lie elsewhere than before: their fingerprints say whether they are the same.
+LOCATIONS = {"data.medquad", "data.afrimedqa", "model.base"}
+WHAT = {"data": "the data", "tokenizer": "the token ids of the data", "base": "the base model"}
+
+
+def identify(
+    experiment: Experiment,
+    splits: Splits,
+    examples: Mapping[str, Sequence[Example]],
+    tokenizer: PreTrainedTokenizerBase,
+    base: Base,
+    precision: Precision,
+    accelerator: Accelerator,
+) -> Identity:
+    """Whose the checkpoints of this run are."""
+    return Identity(
+        experiment=flat(experiment),
+        fingerprints=Fingerprints(
+            data=splits.fingerprint,
+            tokenizer=ids_fingerprint(examples, tokenizer),
+            base=base_fingerprint(experiment.model.base),
+        ),
+        environment=environment(accelerator, precision, base),
+    )
+
+
+def differences(before: Mapping[str, Any], experiment: Experiment) -> list[str]:
+    """What makes `experiment` another one than that whose values were `before`, by `section.key`."""
+    return [
+        f"{key}: {before.get(key)!r} there, {value!r} now"
+        for key, value in flat(experiment).items()
+        if before.get(key) != value
+        and key not in LOCATIONS
+        and not _may_change(key, before.get(key), value, experiment)
+    ]
+
+
+def require_same_experiment(found: Found, experiment: Experiment) -> None:
+    """See that a checkpoint is of this experiment.
+
+    Raises:
+        UserError: it is of another; lists the differences.
+    """
+    _refuse(f"{found.path} is of another experiment", differences(found.identity.experiment, experiment))
+
+
+def go_on(found: Found, trained: Trained, identity: Identity) -> RunState:
+    """Go on from a checkpoint: its content into `trained`; where the machine is of another kind, the state says so.
+
+    Raises:
+        UserError: it is of other data, another tokenizer or base model; lists the differences. Nothing is loaded then.
+    """
+    before, now = (found_or_now.fingerprints.model_dump() for found_or_now in (found.identity, identity))
+    material = [f"{WHAT[name]}: {before[name][:12]} there, {now[name][:12]} now" for name in WHAT]
+    _refuse(
+        f"{found.path} was trained on other data, tokens or base model",
+        [line for name, line in zip(WHAT, material, strict=True) if before[name] != now[name]],
+    )
+    state = load_checkpoint(found, trained)
+    if changed := changes(found.identity.environment, identity.environment):
+        state.not_bitwise.append({"after_step": state.step, "changed": changed})
+    return state
+
+
+def told_of(found: Found | None, state: RunState) -> list[tuple[str, str]]:
+    """What the plan says of going on: what was passed over, and where bits may differ."""
+    lines = [("passed over", reason) for reason in (found.passed_over if found else ())]
+    return lines + [
+        ("not bitwise", f"from update {change['after_step'] + 1} on: {', '.join(change['changed'])}")
+        for change in state.not_bitwise
+    ]
+
+
+def check_config(config: Path, experiment: Experiment) -> None:
+    """Refuse a directory whose run is another experiment's.
+
+    Raises:
+        UserError: lists the differences.
+    """
+    try:
+        saved = load_yaml(config.read_text(encoding="utf-8", errors="replace"), str(config))
+    except (OSError, UserError) as error:
+        raise UserError(f"{error}; --fresh starts over, or choose another --output-dir") from error
+    if not isinstance(saved, dict) or not saved.keys() & Experiment.model_fields.keys():
+        raise UserError(
+            f"{config}: not a run's, or damaged; --fresh starts over if it is a run's, or choose another --output-dir"
+        )
+    before = {f"{s}.{k}": v for s, keys in saved.items() if isinstance(keys, dict) for k, v in keys.items()}
+    _refuse(f"--output-dir {config.parent} holds the run of another experiment", differences(before, experiment))
+
+
+def reads_elsewhere(config: Path, experiment: Experiment) -> bool:
+    """Whether the run in this directory read its data or base model from other places than the experiment names."""
+    if not config.is_file():
+        return False
+    saved = load_yaml(config.read_text(encoding="utf-8", errors="replace"), str(config))
+    now = flat(experiment)
+    return any(saved.get(section, {}).get(key) != now[f"{section}.{key}"] for section, key in _split(LOCATIONS))
+
+
+def _refuse(what: str, found: list[str]) -> None:
+    """Raise with the differences, if there are any, and the ways on."""
+    if found:
+        raise UserError(
+            f"{what}: {listed(found)}\n"
+            "choose another --output-dir, or start over there with --fresh; to start a new run from the weights of a "
+            "checkpoint, choose another --output-dir and add --set lora.init_from=DIR/checkpoint-STEP"
+        )
+
+
+def _split(keys: set[str]) -> list[tuple[str, str]]:
+    """`section.key` as pairs."""
+    return [(section, key) for section, _, key in (name.partition(".") for name in sorted(keys))]
+
+
+def _may_change(key: str, before: Any, now: Any, experiment: Experiment) -> bool:
+    """Whether the run may go on with this change; updates may be added, never taken back."""
+    if key == "training.max_steps":
+        return may_change_on_resume(key, experiment) and isinstance(before, int) and now > before
+    return may_change_on_resume(key, experiment)
