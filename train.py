@@ -135,9 +135,9 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
         began = clock()
         losses = evaluator.row_losses(validation)
         state.evaluation_s = clock() - began
-        state.baseline = summarize(losses, validation).record()
+        state.baseline = summarize(losses, validation)
         state.best_loss = summarize(losses[subset], fixed_rows).loss
-        tracker.log({"step": 0, "split": "eval", "elapsed_s": clock(), **state.baseline})
+        tracker.log({"step": 0, "split": "eval", "elapsed_s": clock(), **state.baseline.record()})
     reset_peak(accelerator.device)
 
     def save() -> None:

@@ -17,7 +17,8 @@ from medqa.errors import Interrupted
 from medqa.evaluation.loss import row_losses, summarize
 from medqa.model.base import adapter_weights, load_adapter_weights
 from medqa.model.loss import target_count, token_losses
-from medqa.training.checkpoint import RunState, checkpoints, newest_whole, save_adapter, save_checkpoint
+from medqa.training.checkpoint import RunState, newest_whole, save_adapter, save_checkpoint
+from medqa.training.checkpoint_files import checkpoints
 from medqa.training.interrupts import Interrupts
 from medqa.training.loop import StepResult
 from medqa.training.same_run import go_on

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 
 from medqa.errors import UserError
 from medqa.experiment_file import load_experiment
-from medqa.training.checkpoint import checkpoints
+from medqa.training.checkpoint_files import checkpoints
 from medqa.training.lock import RunLock
 from medqa.training.run_dir import check_run_dir, clear, finished, start_run, write_config
 

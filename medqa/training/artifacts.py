@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def make_summary(
     device = accelerator.device
     return {
         "experiment": name,
-        "baseline": _figures(state.baseline),
+        "baseline": _figures(state.baseline.record()),
         "final": _figures(final.record()),
         "test": _figures(test.record()),
         "best_step": state.best_step,
@@ -63,7 +64,7 @@ def make_summary(
         "mixed_precision": accelerator.mixed_precision,
         "scaler_overflows": state.overflows,
         "micro_batch_rows": state.micro_batch_rows or experiment.training.per_device_batch_size,
-        "not_bitwise": state.not_bitwise,
+        "not_bitwise": [asdict(moved) for moved in state.not_bitwise],
         "data_fingerprint": identity.fingerprints.data,
         "git_commit": git_commit(),
         "versions": versions(),

@@ -6,50 +6,62 @@ noise follow from the step.
 """
 
 import copy
-import errno
 import io
 import json
-import os
 import pickle
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pydantic.dataclasses
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from pydantic import ValidationError
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from safetensors.torch import save
 
 from medqa.errors import UserError
+from medqa.evaluation.loss import SplitLoss
 from medqa.model.base import adapter_weights, load_adapter_weights
+from medqa.training.checkpoint_files import (
+    ADAPTER_FILES,
+    CONTENT,
+    STATE_FILE,
+    TRAINING_FILE,
+    UNFINISHED,
+    checkpoints,
+    flush,
+    make_way,
+    prune,
+    put_in_place,
+    remove,
+)
 from medqa.training.environment import Environment, Part
-from medqa.training.manifest import MANIFEST, Damaged, read_manifest, verify, write_manifest
+from medqa.training.manifest import MANIFEST, Damaged, verify, write_manifest
 from medqa.training.processes import on_main
 
-NAME = re.compile(r"checkpoint-(\d{1,12})")
-UNFINISHED = ".tmp"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
-TRAINING_FILE = "training_state.pt"
-STATE_FILE = "state.json"
-CONTENT = (*ADAPTER_FILES, TRAINING_FILE, STATE_FILE)
-CHECKPOINT_FILES = {*CONTENT, MANIFEST}
 # What loading a file that somebody made up, checksums included, may raise.
 MADE_UP = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Moved:
+    """After which update the machine was another, and what changed."""
+
+    after_step: int
+    changed: list[str]
+
+
+@pydantic.dataclasses.dataclass(config=ConfigDict(extra="forbid", strict=True))
 class RunState:
     """How far a run is. What follows from the step is not kept.
 
     `elapsed_s` and `peak_memory` are over all legs, `evaluation_s` is what the baseline took. `micro_batch_rows` is the
-    most examples that a micro-batch has had room for (None: as many as configured); `not_bitwise` lists the updates
-    after which the machine was another, with what changed.
+    most examples that a micro-batch has had room for (None: as many as configured).
     """
 
-    step: int = 0
+    step: NonNegativeInt = 0
     tokens_seen: int = 0
     best_step: int = 0
     best_loss: float | None = None
@@ -57,14 +69,17 @@ class RunState:
     peak_memory: int = 0
     evaluation_s: float = 0.0
     overflows: int = 0
-    micro_batch_rows: int | None = None
-    baseline: dict[str, Any] = field(default_factory=dict)
-    not_bitwise: list[dict[str, Any]] = field(default_factory=list)
+    micro_batch_rows: PositiveInt | None = None
+    baseline: SplitLoss | None = None
+    not_bitwise: list[Moved] = field(default_factory=list)
 
     def note_best(self, step: int, loss: float) -> None:
         """Remember the lowest loss on the fixed validation rows."""
         if self.best_loss is None or loss < self.best_loss:
             self.best_step, self.best_loss = step, loss
+
+
+STATE = TypeAdapter(RunState)
 
 
 @dataclass(frozen=True)
@@ -126,12 +141,6 @@ def _save(place: Path, trained: Trained, state: RunState, identity: Identity, ke
     prune(place.parent, keep, {state.step, state.best_step})
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Everything called like a checkpoint, by step (numerically: 100 comes after 50), oldest first; links too."""
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if path.is_dir()]
-
-
 def newest_whole(places: Sequence[Path]) -> Found | None:
     """The newest whole checkpoint of the first of these directories that has one; None where there is none at all.
 
@@ -173,7 +182,9 @@ def load_checkpoint(found: Found, trained: Trained) -> RunState:
         UserError: its content does not fit, though it is whole.
     """
     try:
-        state = RunState(**json.loads((found.path / STATE_FILE).read_text(encoding="utf-8")))
+        state = STATE.validate_json((found.path / STATE_FILE).read_bytes())
+        if found.path.name != f"checkpoint-{state.step}":
+            raise ValueError(f"it is of update {state.step}")
         saved = torch.load(found.path / TRAINING_FILE, map_location="cpu", weights_only=True)
         load_adapter_weights(trained.model, found.path, "checkpoint")
         trained.optimizer.load_state_dict(saved["optimizer"])
@@ -188,63 +199,6 @@ def load_checkpoint(found: Found, trained: Trained) -> RunState:
     return state
 
 
-def prune(output_dir: Path, keep: int, needed: set[int]) -> None:
-    """Remove all but the newest `keep` whole checkpoints and those at the steps `needed`.
-
-    Damaged ones older than the newest go too. Only directories that hold nothing but a checkpoint's own files are
-    removed: never a link, never one that somebody put something into.
-    """
-    found = checkpoints(output_dir)
-    whole = [path for path in found if _seems_whole(path)]
-    if not whole:
-        return
-    for path in found[: found.index(whole[-1])]:
-        if path not in whole[-keep:] and int(NAME.fullmatch(path.name)[1]) not in needed and is_ours(path):
-            remove(path)
-
-
-def is_ours(path: Path) -> bool:
-    """Whether it is a directory, not a link to one, that holds regular files of a checkpoint's names alone."""
-    return (
-        path.is_dir()
-        and not path.is_symlink()
-        and all(entry.name in CHECKPOINT_FILES and entry.is_file(follow_symlinks=False) for entry in os.scandir(path))
-    )
-
-
-def remove(path: Path) -> None:
-    """Remove a checkpoint's files, the manifest first: what is left of it after a kill is not whole."""
-    for name in (MANIFEST, *CONTENT):
-        (path / name).unlink(missing_ok=True)
-    path.rmdir()
-
-
-def unfinished(output_dir: Path) -> Iterator[Path]:
-    """What a killed save has left behind."""
-    for path in output_dir.glob(f"checkpoint-*{UNFINISHED}"):
-        if NAME.fullmatch(path.name.removesuffix(UNFINISHED)) and is_ours(path):
-            yield path
-
-
-def put_in_place(beside: Path, place: Path) -> None:
-    """Rename a checkpoint that is whole into its place; where a damaged one lies, its files take those files' places.
-
-    Raises:
-        OSError: it cannot be, or the place is a link.
-    """
-    if place.is_symlink():
-        raise OSError(errno.EEXIST, "a link that no run made leads to a damaged checkpoint; remove it", str(place))
-    if place.exists():  # passed over when the run went on; whatever else lies there stays
-        (place / MANIFEST).unlink(missing_ok=True)
-        for name in (*CONTENT, MANIFEST):  # that one last: until then it is not whole
-            os.replace(beside / name, place / name)
-        beside.rmdir()
-        flush(place)
-    else:
-        beside.rename(place)
-    flush(place.parent)
-
-
 def save_adapter(model: PeftModel, directory: Path) -> None:
     """The adapter in PEFT's format: LoRA weights alone, even where the vocabulary grew by `[PAD]`."""
     # Python writes the files: where there is no space, that is an OSError, and not one of each library's own errors.
@@ -254,23 +208,10 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
     config.save_pretrained(directory)
 
 
-def flush(path: Path) -> None:
-    """Have the disk hold a file or a directory's entries before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # some mounts cannot
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def _write(place: Path, trained: Trained, state: RunState, identity: Identity) -> None:
     """A checkpoint in full beside its place, then renamed into it; or nothing, if it cannot be written."""
     beside = place.with_name(place.name + UNFINISHED)
-    if beside.exists():
-        remove(beside)
+    make_way(beside)
     beside.mkdir()
     try:
         _fill(beside, trained, state, identity)
@@ -306,12 +247,3 @@ def _is_whole(place: Path) -> bool:
     except Damaged:
         return False
     return True
-
-
-def _seems_whole(place: Path) -> bool:
-    """Whether manifest and sizes are right; file contents are not read."""
-    try:
-        files = read_manifest(place)["files"]
-        return all((place / name).stat().st_size == files[name]["size"] for name in CONTENT)
-    except (Damaged, OSError, KeyError, TypeError):
-        return False

@@ -16,13 +16,14 @@ import torch
 
 from medqa.config import Experiment
 from medqa.errors import Interrupted, UserError
-from medqa.training.checkpoint import (
+from medqa.training.checkpoint import MANIFEST
+from medqa.training.checkpoint_files import (
     CONTENT,
-    MANIFEST,
     UNFINISHED,
     checkpoints,
     flush,
     is_ours,
+    make_way,
     prune,
     put_in_place,
     remove,
@@ -171,8 +172,7 @@ class Copies:
             return
         if not _holds(target, wanted):
             beside = target.with_name(target.name + UNFINISHED)
-            if beside.exists():
-                remove(beside)
+            make_way(beside)
             beside.mkdir()
             for name in (*CONTENT, MANIFEST):
                 try:

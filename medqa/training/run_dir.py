@@ -13,15 +13,16 @@ from accelerate import Accelerator
 from medqa.config import Experiment
 from medqa.data.report import write_json
 from medqa.errors import UserError
-from medqa.training.checkpoint import (
+from medqa.training.checkpoint import Found, newest_whole
+from medqa.training.checkpoint_files import (
     ADAPTER_FILES,
     CHECKPOINT_FILES,
     NAME,
     UNFINISHED,
-    Found,
     checkpoints,
     flush,
-    newest_whole,
+    make_way,
+    put_in_place,
     remove,
     unfinished,
 )
@@ -149,12 +150,11 @@ def bring_back(found: Found, output_dir: Path) -> None:
             copy_whole(source / name, output_dir / name)
     place = output_dir / found.path.name
     beside = place.with_name(place.name + UNFINISHED)
+    make_way(beside)
     beside.mkdir()
     for name in CHECKPOINT_FILES:
         copy_whole(found.path / name, beside / name)
-    if not place.exists():
-        beside.rename(place)
-    flush(output_dir)
+    put_in_place(beside, place)
 
 
 def copy_whole(source: Path, target: Path) -> None:

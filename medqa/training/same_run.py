@@ -13,7 +13,7 @@ from medqa.data.splits import Splits
 from medqa.errors import UserError, listed
 from medqa.model.base import Base, base_fingerprint
 from medqa.model.precision import Precision
-from medqa.training.checkpoint import Fingerprints, Found, Identity, RunState, Trained, load_checkpoint
+from medqa.training.checkpoint import Fingerprints, Found, Identity, Moved, RunState, Trained, load_checkpoint
 from medqa.training.environment import changes, environment
 from medqa.yaml_core import load_yaml
 
@@ -77,7 +77,7 @@ def go_on(found: Found, trained: Trained, identity: Identity) -> RunState:
     )
     state = load_checkpoint(found, trained)
     if changed := changes(found.identity.environment, identity.environment):
-        state.not_bitwise.append({"after_step": state.step, "changed": changed})
+        state.not_bitwise.append(Moved(state.step, changed))
     return state
 
 
@@ -85,8 +85,8 @@ def told_of(found: Found | None, state: RunState) -> list[tuple[str, str]]:
     """What the plan says of going on: what was passed over, and where bits may differ."""
     lines = [("passed over", reason) for reason in (found.passed_over if found else ())]
     return lines + [
-        ("not bitwise", f"from update {change['after_step'] + 1} on: {', '.join(change['changed'])}")
-        for change in state.not_bitwise
+        ("not bitwise", f"from update {moved.after_step + 1} on: {', '.join(moved.changed)}")
+        for moved in state.not_bitwise
     ]
 
 

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from medqa.errors import UserError
-from medqa.training.checkpoint import TRAINING_FILE, UNFINISHED, Found, newest_whole
+from medqa.training.checkpoint import Found, newest_whole
+from medqa.training.checkpoint_files import TRAINING_FILE, UNFINISHED
 from medqa.training.environment import git_commit
 from medqa.training.run_dir import ADAPTER_DIR, clear
 from medqa.training.tracking import Record, read_metrics
@@ -116,7 +117,7 @@ def planned(records: Sequence[Record], kills: int, rng: random.Random) -> list[t
     moments = ["save"] * max(1, kills // 3) + ["start"] * (kills // 6)
     moments = (moments + ["update"] * kills)[:kills]
     plan = [
-        (moment, rng.choice(saves) if moment == "save" else rng.randint(1, len(records)), rng.random())
+        (moment, rng.choice(saves) if moment == "save" else rng.randint(1, max(1, len(records) - 1)), rng.random())
         for moment in moments
     ]
     return sorted(plan, key=lambda item: item[1])
