@@ -82,6 +82,8 @@ def words_for(experiment: str) -> list[str]:
 
 def kill_round(experiment: str, directory: Path, kills: int, seed: int) -> dict[str, Any]:
     """One certificate."""
+    directory.mkdir(parents=True, exist_ok=True)
+    Forked(["--help"], directory / "warm-up.log").wait()  # the server's imports are not part of a start
     return verify_resume(words_for(experiment), directory, kills, seed, Forked, lambda message: None)
 
 

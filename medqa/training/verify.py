@@ -92,7 +92,8 @@ def verify_resume(
     told = []
     for moment, step, fraction in planned(records, kills, rng):
         process = _leg(words, killed, start)
-        wait_s = fraction * ((first_line or 1.0) if moment == "start" else records[step - 1]["update_s"])
+        during = {"start": first_line or 1.0, "update": records[step - 1]["update_s"]}
+        wait_s = fraction * during.get(moment, records[step - 1].get("save_s", 0.0))
         if not _reached(process, killed, moment, step, wait_s):
             _require_success(process, killed)
             say(f"over before it could be killed in the {moment} at update {step}")
@@ -188,21 +189,33 @@ def _leg(words: Sequence[str], run: Path, start: Start) -> Process:
 
 def _reached(process: Process, run: Path, moment: str, step: int, wait_s: float) -> bool:
     """Wait for the moment; False where the process ends before."""
-    deadline = time.monotonic() + wait_s
-    while moment != "start":
-        if process.poll() is not None:
-            return False
-        if moment == "save" and _saving(run, step):
-            return True
-        if moment == "update" and _newest_update(run) >= step:
-            deadline = time.monotonic() + wait_s
-            break
-        time.sleep(POLL_S)
-    while time.monotonic() < deadline:
+    until = time.monotonic() + wait_s
+    metrics = run / "metrics.jsonl"
+    before = _modified(metrics)
+    # The leg's first act on its directory is to clear away what the one before left, then to cut the metrics short.
+    while _modified(metrics) == before and (moment != "start" or time.monotonic() < until):
         if process.poll() is not None:
             return False
         time.sleep(POLL_S)
+    if moment == "start":
+        return process.poll() is None
+    while _newest_update(run) < step - (moment == "save"):
+        if process.poll() is not None:
+            return False
+        time.sleep(POLL_S)
+    while moment == "save" and not _saving(run, step):  # without a pause: a save may take a few milliseconds
+        if process.poll() is not None:
+            return False
+    time.sleep(wait_s)
     return process.poll() is None
+
+
+def _modified(path: Path) -> int | None:
+    """When a file was last written, None where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _saving(run: Path, step: int) -> bool:

@@ -1,0 +1,526 @@
+"""What goes wrong on real machines: memory, disks, signals, deadlines, places for copies; and six random kills."""
+
+import errno
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from benchmarks.chaos import SHORT, Forked, kill_round, words_for
+from benchmarks.hf_trainer import Parts, build, run_train
+from medqa.errors import TrainingStopped, UserError
+from medqa.evaluation.loss import row_losses
+from medqa.model.base import adapter_weights
+from medqa.model.loss import summed_loss
+from medqa.options import duration
+from medqa.training import persist
+from medqa.training.checkpoint import RunState, newest_whole, save_checkpoint
+from medqa.training.checkpoint_files import checkpoints
+from medqa.training.interrupts import Deadline
+from medqa.training.tracking import MetricsFile, read_metrics
+from medqa.training.verify import certificate, contents
+from train import main
+
+UPDATES = 6
+QUICK = (
+    f"training.max_steps={UPDATES}", "training.save_steps=2", "training.global_batch_size=8", "evaluation.steps=4",
+    "evaluation.rows=4", "evaluation.samples=0", "tokenization.max_length=48", "model.quantization=none", "lora.r=2",
+    "tracking.wandb=disabled",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def words(directory: Path, *sets: str, options: tuple[str, ...] = ()) -> list[str]:
+    return ["--exp", "exp_001", "--tiny", "--cpu", "--output-dir", str(directory), *options, "--set", *QUICK, *sets]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    directory = tmp_path_factory.mktemp("straight") / "run"
+    assert main(words(directory)) == 0
+    return directory
+
+
+def when(condition: Callable[[], bool], then: Callable[[], object]) -> threading.Thread:
+    """Does something as soon as something is so, beside the run."""
+
+    def watch() -> None:
+        while not condition():
+            time.sleep(0.002)
+        then()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def updates(directory: Path) -> int:
+    path = directory / "metrics.jsonl"
+    return max((r["step"] for r in read_metrics(path) if r["split"] == "train"), default=0) if path.exists() else 0
+
+
+def assert_nothing_torn(directory: Path) -> None:
+    lines = (directory / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == len(list(read_metrics(directory / "metrics.jsonl")))
+    assert newest_whole([directory]) is not None
+
+
+# --- six random kills
+
+
+def test_six_random_kills_change_no_bit(tmp_path, capsys):
+    seed = int(os.environ.get("CHAOS_SEED", random.randrange(10**6)))
+    with capsys.disabled():
+        print(f"\nCHAOS_SEED={seed}")
+    found = kill_round("exp_002", tmp_path, 6, seed)
+    assert found["bitwise_equal"], found
+    assert set(found["compared"]) == {
+        "final adapter", "adapter in the last checkpoint", "optimizer", "scheduler", "scaler", "data order",
+        "metrics, line by line", "before, after, test, best",
+    }  # fmt: skip
+    assert len(found["kills"]) >= 5
+    assert json.loads((tmp_path / "killed" / "summary.json").read_text())["resumes"] >= 3
+
+    # And what a certificate that is not one looks like: each tampered part is found by name.
+    killed, words_of = tmp_path / "killed", words_for("exp_002")
+    lines = (killed / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(lines[5]) | {"loss": math.nextafter(json.loads(lines[5])["loss"], 9)}
+    (killed / "metrics.jsonl").write_text("\n".join([*lines[:5], json.dumps(record), *lines[6:]]) + "\n")
+    adapter = killed / "lora_adapters" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-1] + b"\x00")
+    again = certificate(words_of, tmp_path / "straight", killed, [], seed)
+    assert not again["bitwise_equal"]
+    different = {name for name, item in again["compared"].items() if not item["equal"]}
+    assert different == {"final adapter", "metrics, line by line"}
+
+
+# --- signals and deadlines
+
+
+def running(directory: Path, *options: str, updates_in_all: int = 400) -> Forked:
+    """A process that would train for minutes."""
+    log = directory.with_suffix(".log")
+    process = Forked(words(directory, f"training.max_steps={updates_in_all}", options=options), log)
+    while updates(directory) < 3:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.005)
+    return process
+
+
+def test_one_signal_saves_and_a_second_one_stops_at_once(tmp_path):
+    once, twice = (running(tmp_path / name) for name in ("once", "twice"))
+    os.kill(once.pid, signal.SIGINT)
+    os.kill(twice.pid, signal.SIGTERM)
+    os.kill(twice.pid, signal.SIGTERM)
+    assert (once.wait(60), twice.wait(60)) == (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    reached = updates(tmp_path / "once")
+    assert newest_whole([tmp_path / "once"]).path.name == f"checkpoint-{reached}"
+    assert_nothing_torn(tmp_path / "twice")
+    assert "goes on from the newest checkpoint" in (tmp_path / "twice.log").read_text()
+
+
+def test_stop_after_saves_in_time_and_goes_on(tmp_path):
+    process = running(tmp_path / "run", "--stop-after", "9s", updates_in_all=4000)
+    assert process.wait(60) == 0
+    said = (tmp_path / "run.log").read_text()
+    assert "stopped in time after update" in said
+    assert "the same command goes on from the newest checkpoint" in said
+    reached = updates(tmp_path / "run")
+    assert 3 <= reached < 4000
+    assert newest_whole([tmp_path / "run"]).path.name == f"checkpoint-{reached}"
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_deadline_before_the_closing_evaluation_leaves_it_for_the_next_start(straight, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Deadline, "within", lambda self, seconds: updates(tmp_path / "run") == UPDATES)
+    assert main(words(tmp_path / "run", options=("--stop-after", "1d"))) == 0
+    assert "before the closing evaluation" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "summary.json").exists()
+    monkeypatch.undo()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(words(tmp_path / "run")) == 0
+    assert contents(tmp_path / "run") == contents(straight)
+
+
+@pytest.mark.parametrize("text, seconds", [("90m", 5400), ("1h30m", 5400), ("45s", 45), ("2d1h", 176400)])
+def test_durations(text, seconds):
+    assert duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "90", "m", "1.5h", "0s", "90 m", "5x", "99999999999d", "1h1h"])
+def test_what_is_no_duration_is_refused(text, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--exp", "exp_001", "--stop-after", text])
+    assert caught.value.code == 2
+    assert "90m, 1h30m or 45s" in capsys.readouterr().err
+
+
+# --- memory
+
+
+@pytest.fixture
+def parts(tiny) -> Parts:
+    return build(tiny("exp_001", "lora.lora_dropout=0.0", "training.max_steps=4", "training.global_batch_size=12",
+                      "training.per_device_batch_size=6", "tokenization.max_length=64"))  # fmt: skip
+
+
+def short_of_memory(monkeypatch, rows: int, from_call: int = 0) -> list[int]:
+    """From a call on, micro-batches of more rows than this do not fit; the sizes of all that were tried."""
+    tried = []
+
+    def limited(model, micro_batch, device):
+        tried.append(len(micro_batch.row_ids))
+        if len(tried) > from_call and len(micro_batch.row_ids) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return summed_loss(model, micro_batch, device)
+
+    monkeypatch.setattr("medqa.training.loop.summed_loss", limited)
+    return tried
+
+
+def test_out_of_memory_splits_and_gives_the_same_result(parts, tmp_path, monkeypatch):
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "short").mkdir()
+    expected = run_train(parts, RunState(), tmp_path / "plain")
+    weights = adapter_weights(parts.adapted)
+    again, state, said = build(parts.experiment), RunState(), []
+    tried = short_of_memory(monkeypatch, rows=2, from_call=3)  # in the second micro-batch of the second update
+    records = run_train(again, state, tmp_path / "short", say=said.append)
+    assert tried == [6, 6, 6, 6, 3, *[2] * 18]
+    assert state.micro_batch_rows == 2
+    assert said == [
+        f"update 2: out of memory with {rows} rows in a micro-batch; the update is done again, and all that follow "
+        f"are done, with {smaller}"
+        for rows, smaller in ((6, 3), (3, 2))
+    ]
+    for ours, theirs in zip(records, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        assert {k: ours[k] for k in ("order", "tokens")} == {k: theirs[k] for k in ("order", "tokens")}
+    for name, tensor in adapter_weights(again.adapted).items():
+        assert torch.allclose(tensor, weights[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_smaller_size_is_kept_over_a_resume_and_reported(tmp_path, monkeypatch, capsys):
+    directory = tmp_path / "run"
+    short_of_memory(monkeypatch, rows=2)
+    assert main(words(directory, "training.max_steps=4")) == 0
+    assert "update 1: out of memory with 4 rows in a micro-batch" in capsys.readouterr().out
+    monkeypatch.undo()
+    tried = short_of_memory(monkeypatch, rows=99)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(words(directory)) == 0
+    assert set(tried) == {2}
+    assert json.loads((directory / "summary.json").read_text())["micro_batch_rows"] == 2
+
+
+def test_a_single_row_that_does_not_fit_ends_the_run(tmp_path, monkeypatch, capsys):
+    directory = tmp_path / "run"
+    short_of_memory(monkeypatch, rows=0, from_call=5)
+    assert main(words(directory)) == 3
+    said = capsys.readouterr().err
+    assert "update 3: CUDA out of memory" in said
+    assert "with a single row in the micro-batch; lower tokenization.max_length" in said
+    assert newest_whole([directory]).path.name == "checkpoint-2"
+
+
+def test_out_of_memory_in_the_optimizers_step_is_not_done_again(parts, tmp_path, monkeypatch):
+    def full(self, closure=None):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(type(parts.optimizer), "step", full)
+    with pytest.raises(TrainingStopped, match=r"update 1: out of memory in the optimizer's step; use optimizer\.name"):
+        run_train(parts, RunState(), tmp_path)
+
+
+def test_evaluation_makes_do_with_less(parts, monkeypatch):
+    from medqa.model.loss import token_losses
+
+    def limited(model, micro_batch, device):
+        if len(micro_batch.row_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return token_losses(model, micro_batch, device)
+
+    arguments = parts.model, parts.examples["train"][:9], parts.accelerator, parts.experiment.tokenization, 0
+    expected = row_losses(*arguments, 8)
+    monkeypatch.setattr("medqa.evaluation.loss.token_losses", limited)
+    assert row_losses(*arguments, 8) == pytest.approx(expected, rel=1e-6)
+    assert row_losses(*arguments, 3) == pytest.approx(expected, rel=1e-6)
+
+
+# --- disks
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Mounts a tmpfs of a size; what it returns mounts it anew with other options."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> Path:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
+        if done.returncode:
+            pytest.skip(f"no permission to mount a small disk: {done.stderr.decode().strip()}")
+        return place
+
+    yield mount
+    while subprocess.run(["umount", str(place)], capture_output=True).returncode == 0:
+        continue
+
+
+def test_a_full_disk(mounted, straight, capsys):
+    disk = mounted("size=280k")
+    assert main(words(disk / "run")) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    assert "free space" in said or "make room" in said
+    assert_nothing_torn(disk / "run")
+    assert not list((disk / "run").glob("*.tmp*")), "half a checkpoint does not fill the disk up"
+    mounted("remount,size=50m")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(words(disk / "run")) == 0
+    assert contents(disk / "run") == contents(straight)
+
+
+def test_a_disk_that_fills_at_any_moment(mounted, straight, capsys):
+    """Each time with a little more room: the configuration, the data's report, metrics, saves, the adapter fail."""
+    disk = mounted("size=40k")
+    ends = []
+    for size in (40, 80, 120, 160, 200, 240, 280, 320, 360, 400, 440, 480, 560, 640, 720, 800, 1000, 4000):
+        mounted(f"remount,size={size}k")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        ends.append(main(words(disk / "run")))
+        said = capsys.readouterr().err
+        assert ends[-1] in (0, 2), said
+        assert "Traceback" not in said
+        if ends[-1] == 0:
+            break
+    assert ends.count(2) >= 5
+    assert ends[-1] == 0
+    assert contents(disk / "run") == contents(straight)
+
+
+def test_a_disk_that_became_read_only(mounted, tmp_path, capsys, tiny):
+    disk = mounted("size=10m")
+    assert main(words(disk / "run", "training.max_steps=2")) == 0
+    file = MetricsFile(disk / "run" / "metrics.jsonl")
+    parts = build(tiny("exp_001"))
+    mounted("remount,ro")
+    with pytest.raises(OSError, match="Read-only") as caught:
+        file.append({"step": 9, "split": "train"})
+    assert caught.value.errno == errno.EROFS
+    with pytest.raises(UserError, match=r"checkpoint-0: cannot be written: .*Read-only"):
+        save_checkpoint(disk / "run", parts.trained, RunState(), parts.identity, parts.accelerator, 3)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(words(disk / "run")) == 2
+    assert "not a directory one can write to" in capsys.readouterr().err
+
+
+def test_a_directory_removed_in_mid_run(tmp_path, capsys):
+    directory = tmp_path / "run"
+    watch = when(lambda: (directory / "checkpoint-4").exists(), lambda: os.rename(directory, tmp_path / "elsewhere"))
+    assert main(words(directory, "training.max_steps=200")) == 2
+    watch.join(10)
+    said = capsys.readouterr().err
+    assert f"{directory}" in said
+    assert "has been removed" in said or "cannot be written" in said
+    assert_nothing_torn(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("room", [0, 1, 40, 100])
+@pytest.mark.parametrize("what", ["append", "amend"])
+def test_the_metrics_file_is_never_torn(what, room, tmp_path):
+    """A limit on a file's size stands for the full disk: the write is short, or refused."""
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.resume(-1, 9)
+    file.append({"step": 1, "split": "train", "text": "x" * 50})
+    file.append({"step": 1, "split": "eval", "text": "y" * 50})
+    before = file.path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            file.append({"step": 2, "split": "train", "z": "z" * 200}) if what == "append" else file.amend_train(
+                1, z=2.0**0.5 * 10**300, **{f"more_{i}": 1.0 for i in range(20)}
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.path.read_bytes() == before
+    file.append({"step": 2, "split": "train"})
+    assert len(list(read_metrics(file.path))) == 3
+
+
+# --- another machine
+
+
+def test_a_run_that_goes_on_with_other_threads_says_so(straight, tmp_path, capsys):
+    directory = Path(shutil.copytree(straight, tmp_path / "run"))
+    shutil.rmtree(directory / "checkpoint-6")
+    (directory / "summary.json").unlink()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert main(words(directory)) == 0
+    finally:
+        torch.set_num_threads(threads)
+    what = f"CPU threads {threads} before, {threads + 1} now"
+    assert f"not bitwise      from update 5 on: {what}" in capsys.readouterr().out
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["not_bitwise"] == [{"after_step": 4, "changed": [what]}]
+    assert json.loads((straight / "summary.json").read_text())["not_bitwise"] == []
+
+
+def test_quantization_is_kept_where_it_was_not_to_be_had(tmp_path, capsys, monkeypatch):
+    directory = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr("medqa.model.base.four_bit_unavailable", lambda device, dtype: "no 4-bit here")
+        assert main(words(directory, "model.quantization=4bit", "training.max_steps=4")) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(words(directory, "model.quantization=4bit")) == 0
+    assert "model.quantization = none, not 4bit: as in the checkpoint" in capsys.readouterr().out
+    summary = json.loads((directory / "summary.json").read_text())
+    assert (summary["quantization"], summary["not_bitwise"]) == ("none", [])
+
+
+def test_time_of_a_killed_leg_counts(straight, tmp_path):
+    directory = Path(shutil.copytree(straight, tmp_path / "run"))
+    shutil.rmtree(directory / "checkpoint-6")
+    (directory / "summary.json").unlink()
+    with (directory / "metrics.jsonl").open("a") as file:  # as if the leg had gone on for long without another save
+        file.write(json.dumps({"step": 6, "split": "train", "elapsed_s": 5000.0, "peak_memory_bytes": 2**42}) + "\n")
+    assert main(words(directory)) == 0
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["wall_clock_s"] > 5000
+    assert summary["peak_memory_bytes"] == 2**42
+    assert contents(directory) == contents(straight)
+
+
+# --- copies elsewhere
+
+
+def same_files(ours: Path, theirs: Path) -> None:
+    """The copy has all that a run leaves, but for its lock, and maybe checkpoints from before the machine was new."""
+    left = {str(path.relative_to(ours)) for path in ours.rglob("*") if path.is_file() and path.name != "run.lock"}
+    copied = {str(path.relative_to(theirs)) for path in theirs.rglob("*") if path.is_file()}
+    assert left <= copied
+    assert all(name.startswith("checkpoint-") and ".tmp" not in name for name in copied - left)
+    for name in left:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+def test_everything_is_copied_and_a_new_machine_goes_on_from_there(straight, tmp_path, capsys):
+    run, there = tmp_path / "run", tmp_path / "drive" / "run"
+    there.parent.mkdir()
+    options = ("--persist-to", str(there))
+    assert main(words(run, "training.max_steps=4", options=options)) == 0
+    said = capsys.readouterr().out
+    assert f"persist          copies to {there}: 0.2 MB a checkpoint, 0.5 MB for the 2 to come" in said
+    assert "GB free" in said
+    same_files(run, there)
+    shutil.rmtree(run)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(words(run, options=options)) == 0
+    assert "going on after update 4" in capsys.readouterr().out
+    same_files(run, there)
+    ours, theirs = contents(run), contents(straight)
+    # The first part ended at update 4, whose closing evaluation is over all rows.
+    assert {name for name in ours if ours[name] != theirs[name]} == {"metrics, line by line"}
+    assert json.loads((run / "summary.json").read_text())["resumes"] == 1
+
+
+def test_a_damaged_directory_goes_on_from_the_copy(straight, tmp_path, capsys):
+    run, there = tmp_path / "run", tmp_path / "there"
+    assert main(words(run, "training.max_steps=4", options=("--persist-to", str(there)))) == 0
+    for place in checkpoints(run):
+        os.truncate(place / "state.json", 3)
+    os.truncate(there / "checkpoint-4" / "training_state.pt", 100)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(words(run, options=("--persist-to", str(there)))) == 0
+    said = capsys.readouterr().out
+    assert "going on after update 2" in said
+    assert said.count("passed over") == 3
+    assert contents(run) == contents(straight)
+    same_files(run, there)
+
+
+def test_a_full_place_for_copies_never_stops_training(mounted, straight, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(persist, "LAST_WAIT_S", 1.0)
+    monkeypatch.setattr(persist, "RETRY_S", 0.05)
+    disk = mounted("size=200k")
+    run, options = tmp_path / "run", ("--persist-to", str(disk / "run"))
+    assert main(words(run, options=options)) == 0
+    said = capsys.readouterr().out.replace("\n", "")
+    assert said.count("No space left on device") == 1
+    assert "training goes on, it is tried again" in said
+    assert "not everything is there yet" in said
+    assert contents(run) == contents(straight)
+    mounted("remount,size=50m")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    (run / "summary.json").unlink()
+    assert main(words(run, options=options)) == 0
+    same_files(run, disk / "run")
+
+
+def test_a_place_for_copies_that_hangs_never_stops_training(straight, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(persist, "LAST_WAIT_S", 0.5)
+    stuck = threading.Event()
+    monkeypatch.setattr(persist, "flush", lambda path: stuck.wait(60))
+    assert main(words(tmp_path / "run", options=("--persist-to", str(tmp_path / "there")))) == 0
+    stuck.set()
+    assert "not everything is there yet" in capsys.readouterr().out.replace("\n", "")
+    assert contents(tmp_path / "run") == contents(straight)
+
+
+def test_copies_that_read_back_differently_are_noticed_and_made_again(straight, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(persist, "RETRY_S", 0.05)
+    spoilt = []
+
+    def spoil(path: Path) -> None:
+        if path.name == "training_state.pt" and len(spoilt) < 2:
+            spoilt.append(path)
+            os.truncate(path, 1000)
+
+    monkeypatch.setattr(persist, "_forget_cached", spoil)
+    run, there = tmp_path / "run", tmp_path / "there"
+    assert main(words(run, options=("--persist-to", str(there)))) == 0
+    assert len(spoilt) == 2
+    assert "training goes on, it is tried again" in capsys.readouterr().out.replace("\n", "")
+    same_files(run, there)
+
+
+def test_copies_of_another_run_are_not_mixed_with_this_one(tmp_path, capsys):
+    there = tmp_path / "there"
+    for name in ("one", "two"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        options = ("--persist-to", str(there)) if name == "one" else ()
+        assert main(words(tmp_path / name, "training.max_steps=2", options=options)) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(words(tmp_path / "two", options=("--persist-to", str(there)))) == 2
+    assert "holds another run than" in capsys.readouterr().err
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(words(tmp_path / "two", "lora.r=4", options=("--fresh", "--persist-to", str(there)))) == 0
+    same_files(tmp_path / "two", there)
+
+
+def test_the_settings_of_chaos_are_short():
+    assert "training.max_steps=24" in SHORT
