@@ -41,6 +41,10 @@ class TrainingStopped(Exception):
     """Training stopped itself: a non-finite loss or gradient, or out of memory. The last checkpoint stands."""
 
 
+class ProcessStopped(TrainingStopped):
+    """One of several processes stopped itself; the others do not know why, so that it must say so."""
+
+
 class StoppedInTime(Exception):
     """`--stop-after` was reached: all is saved, and the run goes on another time."""
 
@@ -68,11 +72,12 @@ def exit_code(body: Callable[[], None]) -> int:
     except torch.OutOfMemoryError as error:
         advice = "lower training.per_device_batch_size or tokenization.max_length, or use model.quantization=4bit"
         return _say(f"training stopped: {str(error).splitlines()[0]}; {advice}", EXIT_TRAINING_STOPPED)
+    except ProcessStopped as error:
+        return _say_alone(f"training stopped: {error}", EXIT_TRAINING_STOPPED)
     except RuntimeError as error:
         if not _lost_a_process(error):
             raise
-        print(f"process {os.environ.get('RANK')}: {LOST}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        return EXIT_TRAINING_STOPPED
+        return _say_alone(f"{LOST}: {str(error).splitlines()[0]}", EXIT_TRAINING_STOPPED)
     except TrainingStopped as error:
         return _say(f"training stopped: {error}", EXIT_TRAINING_STOPPED)
     except StoppedInTime as error:
@@ -115,6 +120,12 @@ def _say(message: str, code: int) -> int:
     """Print once, whatever the number of processes, and hand the code through."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
+    return code
+
+
+def _say_alone(message: str, code: int) -> int:
+    """Print what this process alone knows, and hand the code through."""
+    print(f"process {os.environ.get('RANK', '0')}: {message}", file=sys.stderr, flush=True)
     return code
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,12 +28,14 @@ def torchrun(processes: int) -> list[str]:
     ]  # fmt: skip
 
 
-def start(launcher: list[str], output_dir: Path, *words: str) -> subprocess.Popen[str]:
+def start(
+    launcher: list[str], output_dir: Path, *words: str, script: Sequence[str] = ("train.py",)
+) -> subprocess.Popen[str]:
     """`train.py` in a process group of its own, one thread each, without a network."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NETRC": "/nonexistent", "PYTHONPATH": str(ROOT)}
     log = output_dir.with_name(output_dir.name + ".log").open("a")
-    command = [*launcher, "train.py", "--cpu", "--output-dir", str(output_dir), *words]
+    command = [*launcher, *script, "--cpu", "--output-dir", str(output_dir), *words]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
     )

@@ -7,6 +7,8 @@ import pytest
 from accelerate import Accelerator
 from launching import PYTHON, finish, metrics, output, start, summary, torchrun, wait_for_update, wait_until_gone
 
+from medqa.training.checkpoint import newest_whole
+
 WORDS = (
     "--exp", "exp_001", "--tiny", "--set", "training.max_steps=12", "training.save_steps=50", "evaluation.steps=6",
     "evaluation.rows=8", "tracking.wandb=disabled",
@@ -16,32 +18,36 @@ CLOSE = 1e-5
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same run on one process, on two, and begun on two and ended on one."""
+    """The same run on one process, on two, begun on two and ended on one, and the reverse."""
     place = tmp_path_factory.mktemp("processes")
-    one, two, elastic = (place / name for name in ("one", "two", "elastic"))
+    one, two, fewer, more = (place / name for name in ("one", "two", "fewer", "more"))
     alone = start(PYTHON, one, *WORDS)
     together = start(torchrun(2), two, *WORDS)
     assert finish(alone, one) == 0, output(one)
     assert finish(together, two) == 0, output(two)
-    stopped = start(torchrun(2), elastic, *WORDS)
-    wait_for_update(stopped, elastic, 4)
-    stopped.send_signal(signal.SIGTERM)
-    assert finish(stopped, elastic) != 0
-    wait_until_gone(elastic)
-    assert not (elastic / "summary.json").exists()
-    assert len(list(elastic.glob("checkpoint-*"))) == 1
-    assert finish(start(PYTHON, elastic, *WORDS), elastic) == 0, output(elastic)
-    return one, two, elastic
+    first = {fewer: start(torchrun(2), fewer, *WORDS), more: start(PYTHON, more, *WORDS)}
+    for directory, process in first.items():
+        wait_for_update(process, directory, 4)
+        process.send_signal(signal.SIGTERM)
+    for directory, process in first.items():
+        assert finish(process, directory) != 0
+        wait_until_gone(directory)
+        assert not (directory / "summary.json").exists()
+        assert len(list(directory.glob("checkpoint-*"))) == 1
+    second = {fewer: start(PYTHON, fewer, *WORDS), more: start(torchrun(2), more, *WORDS)}
+    for directory, process in second.items():
+        assert finish(process, directory) == 0, output(directory)
+    return one, two, fewer, more
 
 
-@pytest.mark.parametrize("other", [1, 2], ids=["two processes", "two, then one"])
+@pytest.mark.parametrize("other", [1, 2, 3], ids=["two processes", "two, then one", "one, then two"])
 def test_the_same_losses_update_for_update(runs, other):
     one, same = metrics(runs[0]), metrics(runs[other])
     assert [(r["step"], r["split"]) for r in one] == [(r["step"], r["split"]) for r in same]
     for ours, theirs in zip(one, same, strict=True):
         for key in ("loss", "grad_norm", "learning_rate", "answer_loss"):
             assert ours.get(key) == (None if key not in theirs else pytest.approx(theirs[key], rel=CLOSE))
-        for key in ("tokens", "rows", "padding_share", "examples_seen", "tokens_seen", "epoch"):
+        for key in ("order", "tokens", "rows", "padding_share", "examples_seen", "tokens_seen", "epoch"):
             assert ours.get(key) == theirs.get(key)
 
 
@@ -53,10 +59,54 @@ def test_evaluation_is_the_same(runs):
 
 def test_what_is_told_of_the_processes(runs):
     assert (summary(runs[0])["processes"], summary(runs[1])["processes"]) == (1, 2)
+    assert [change["changed"] for change in summary(runs[3])["not_bitwise"]] == [["processes 1 before, 2 now"]]
     assert summary(runs[0])["gradient_accumulation_steps"] == 8
     assert summary(runs[1])["gradient_accumulation_steps"] == 4
     assert output(runs[1]).count("in the loss") == 2, "the plan is printed by the main process alone"
     assert output(runs[1]).count("update 12/12") == 1
+
+
+# A rank of its own mind: out of memory, dead, or hanging in its third update.
+FAULTY = """
+import os, signal, sys, time
+import torch
+import medqa.training.loop as loop
+import train
+
+step, calls = loop.train_step, []
+
+def faulty(*arguments, **more):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 3:
+        if sys.argv[1] == "full":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        os.kill(os.getpid(), signal.SIGKILL if sys.argv[1] == "dead" else signal.SIGSTOP)
+    return step(*arguments, **more)
+
+loop.train_step = faulty
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+def test_when_one_process_fails_all_stop_in_time_and_the_checkpoint_is_whole(tmp_path):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY)
+    sets = ("training.save_steps=1", "training.process_timeout_s=10", "evaluation.rows=4")
+    runs = {}
+    for fault in ("full", "dead", "hangs"):
+        directory = tmp_path / fault
+        runs[fault] = start(torchrun(2), directory, *WORDS, *sets, script=[str(script), fault])
+    for fault, process in runs.items():
+        assert finish(process, tmp_path / fault) != 0
+        wait_until_gone(tmp_path / fault)
+        assert newest_whole([tmp_path / fault]).path.name == "checkpoint-2", fault
+        assert {r["step"] for r in metrics(tmp_path / fault)} == {0, 1, 2}
+    told = output(tmp_path / "full")
+    assert "update 3: CUDA out of memory., in one of several processes; set training.per_device_batch_size=2" in told
+    for fault in ("dead", "hangs"):
+        told = output(tmp_path / fault)
+        assert "process 0: another process of this run has died or has not answered" in told, told
+        assert "the same command goes on from it" in told
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch, capsys):

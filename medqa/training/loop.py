@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from medqa.config import Experiment
 from medqa.data.batches import MicroBatch, Stream, stable_hash
-from medqa.errors import Interrupted, StoppedInTime, TrainingStopped
+from medqa.errors import Interrupted, ProcessStopped, StoppedInTime, TrainingStopped
 from medqa.evaluation.loss import SplitLoss
 from medqa.model.loss import summed_loss, target_count
 from medqa.training.checkpoint import RunState
@@ -90,7 +90,9 @@ def train(
                 raise TrainingStopped(f"update {state.step + 1}: {error}; the newest checkpoint stands") from error
             except torch.OutOfMemoryError as error:
                 rows = max(len(micro_batch.row_ids) for micro_batch in micro_batches)
-                if rows == 1 or accelerator.num_processes > 1:
+                if accelerator.num_processes > 1:
+                    raise ProcessStopped(f"update {state.step + 1}: {no_room(rows, error)}") from error
+                if rows == 1:
                     raise TrainingStopped(f"update {state.step + 1}: {no_room(rows, error)}") from error
                 state.micro_batch_rows = -(-rows // 2)
             if result is None:  # out here, where the error no longer holds on to what filled the memory
