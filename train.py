@@ -24,7 +24,7 @@ from medqa.options import parse_options, refuse_not_yet
 from medqa.training.artifacts import make_summary, save_final_adapter
 from medqa.training.checkpoint import RunState, Trained, save_checkpoint
 from medqa.training.console import ProgressLine, make_console, quiet_libraries, show_plan, show_result
-from medqa.training.interrupts import Deadline, Interrupts
+from medqa.training.interrupts import Deadline, Interrupts, elapsed
 from medqa.training.lock import RunLock
 from medqa.training.loop import train
 from medqa.training.memory import reset_peak
@@ -44,6 +44,7 @@ from medqa.training.run_dir import (
 from medqa.training.same_run import go_on, identify, told_of
 from medqa.training.scheduler import build_scheduler
 from medqa.training.tracking import MetricsFile, Tracker
+from medqa.training.wandb_feed import WandbFeed
 from medqa.training.wandb_run import log_adapter, log_samples, start_wandb
 
 SAMPLE_TOKENS = 128  # where a sample answer is cut
@@ -83,6 +84,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     precision = resolve_precision(experiment, options.cpu, kept)
     accelerator = build_accelerator(experiment, precision)
     console = make_console(accelerator.is_main_process)
+    say = functools.partial(console.print, soft_wrap=True)
     accumulation = accumulation_steps(training, accelerator.num_processes)
     if not options.fresh and (summary := finished(output_dir, experiment)):
         console.print(f"{output_dir} is complete already")
@@ -112,7 +114,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
 
     state = go_on(found, trained, identity) if found else RunState()
     leg = start_run(output_dir, options.fresh, found, lock, accelerator)  # from here on files are written
-    tracker = Tracker(accelerator, MetricsFile(output_dir / "metrics.jsonl"))
+    tracker = Tracker(accelerator.is_main_process, MetricsFile(output_dir / "metrics.jsonl"))
     spent = tracker.resume(state.step if state.baseline else -1, training.max_steps)
     state.peak_memory = max(state.peak_memory, spent.peak_memory)
     clock = functools.partial(elapsed, max(state.elapsed_s, spent.elapsed_s) - started)
@@ -120,12 +122,14 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     if accelerator.is_main_process:
         write_config(output_dir, experiment, accumulation, changes)
         write_reports(output_dir, sources, splits, examples, stream, tokenization, training.per_device_batch_size)
-        copies.start(training.keep_checkpoints, options.fresh, console.print)
+        copies.start(training.keep_checkpoints, options.fresh, say)
     plan = make_plan(experiment, stream, examples, adapted, changes, accelerator, accumulation, tokenizer.decode)
     plan.lines.extend(told_of(found, state) + space_needed(options.persist_to, experiment, adapted, state.step))
     going_on = f", going on after update {state.step}" if state.step else ""
     show_plan(console, f"{name} in {output_dir}{going_on}", plan)
     console.print(start_wandb(accelerator, experiment, output_dir, leg.run_id, changes))
+    feed = WandbFeed(accelerator, say)
+    tracker.begin_feed(feed, leg.run_id)
 
     evaluator = Evaluator(model, accelerator, tokenization, tokenizer.pad_token_id, training.per_device_batch_size)
     validation = examples["validation"]
@@ -162,7 +166,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
             interrupts=interrupts,
             deadline=deadline,
             progress=progress.update,
-            say=console.print,
+            say=say,
             clock=clock,
         )
 
@@ -180,18 +184,13 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
         save_final_adapter(output_dir / ADAPTER_DIR, adapted, tokenizer, summary, experiment)
         samples = [validation[i].row for i in fixed_subset(validation, experiment.evaluation.samples, seed)]
         if accelerator.trackers and experiment.tracking.log_samples is not False:
-            log_samples(
-                accelerator, sample_answers(adapted, tokenizer, samples, state.step, max_new_tokens=SAMPLE_TOKENS)
-            )
-        log_adapter(accelerator, experiment.tracking, output_dir / ADAPTER_DIR, leg.run_id)
+            answers = sample_answers(adapted, tokenizer, samples, state.step, max_new_tokens=SAMPLE_TOKENS)
+            feed.attempt(lambda: log_samples(accelerator, answers, feed.first))
+        feed.attempt(lambda: log_adapter(accelerator, experiment.tracking, output_dir / ADAPTER_DIR, leg.run_id))
         write_json(summary, output_dir / "summary.json")
         show_result(console, summary)
+    feed.finish()
     leave(accelerator)
-
-
-def elapsed(offset: float) -> float:
-    """Seconds of the run: since this leg began, plus those of the legs before."""
-    return time.perf_counter() + offset
 
 
 if __name__ == "__main__":

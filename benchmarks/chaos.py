@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,10 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 class Forked:
     """A process with `train.py`'s main, forked from a server that has imported everything; `Popen`'s three methods."""
 
-    def __init__(self, words: list[str], log: Path) -> None:
+    def __init__(self, words: list[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["train"])
-        self._process = context.Process(target=_train, args=(words, log))
+        self._process = context.Process(target=_train, args=(words, log, dict(environment or {})))
         self._process.start()
         self.pid = self._process.pid
 
@@ -65,8 +65,9 @@ class Forked:
         return self._process.exitcode
 
 
-def _train(words: list[str], log: Path) -> None:
+def _train(words: list[str], log: Path, environment: dict[str, str]) -> None:
     """The child: what it prints goes into the log."""
+    os.environ |= environment
     with log.open("ab") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)

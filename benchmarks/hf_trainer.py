@@ -153,7 +153,7 @@ def run_train(
     What stops it early is raised, as by `train`.
     """
     metrics = directory / "metrics.jsonl"
-    tracker = Tracker(parts.accelerator, MetricsFile(metrics))
+    tracker = Tracker(True, MetricsFile(metrics))
     tracker.resume(state.step, parts.experiment.training.max_steps)
     train(
         parts.accelerator,

@@ -422,12 +422,10 @@ def test_saves_between_logged_updates_leave_file_and_wandb_alike(tmp_path):
     logged = []
 
     class Recorder:
-        is_main_process = True
-
         def log(self, values, step):
             logged.append((step, values))
 
-    tracker = Tracker(Recorder(), MetricsFile(tmp_path / "metrics.jsonl"))
+    tracker = Tracker(True, MetricsFile(tmp_path / "metrics.jsonl"), Recorder())
     tracker.resume(-1, 20)
     tracker.log(line(10, "train", loss=1.0))
     tracker.saved(10, 0.5)

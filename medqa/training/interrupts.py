@@ -68,3 +68,8 @@ class Deadline:
     def within(self, seconds: float) -> bool:
         """Whether it comes in less than so many seconds."""
         return self._end is not None and time.monotonic() + seconds > self._end
+
+
+def elapsed(offset: float) -> float:
+    """Seconds of the run: since this leg began, plus those of the legs before."""
+    return time.perf_counter() + offset

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from medqa.training.wandb_feed import WandbFeed
 
 Record = dict[str, Any]
 
@@ -103,24 +103,32 @@ def read_metrics(path: Path) -> Iterator[Record]:
 class Tracker:
     """Takes records on the main process and passes them on; does nothing on the others."""
 
-    def __init__(self, accelerator: Accelerator, metrics: MetricsFile) -> None:
-        self._accelerator = accelerator
+    def __init__(self, is_main_process: bool, metrics: MetricsFile, feed: WandbFeed | None = None) -> None:
+        self._is_main_process = is_main_process
         self._metrics = metrics
+        self.feed = feed
 
     def resume(self, step: int, max_steps: int) -> Spent:
         """As `MetricsFile.resume`; on the other processes, which keep no time, nothing was spent."""
-        return self._metrics.resume(step, max_steps) if self._accelerator.is_main_process else Spent(0.0, 0)
+        return self._metrics.resume(step, max_steps) if self._is_main_process else Spent(0.0, 0)
+
+    def begin_feed(self, feed: WandbFeed, run_id: str) -> None:
+        """From here on W&B is told too, first of what the legs before have recorded."""
+        self.feed = feed
+        if self._is_main_process:
+            feed.begin(run_id, ((record["step"], wandb_names(record)) for record in read_metrics(self._metrics.path)))
 
     def log(self, record: Record) -> None:
         """Record one step of one split: into the file, then to W&B where there is a run."""
-        if self._accelerator.is_main_process:
+        if self._is_main_process:
             self._metrics.append(record)
-            self._accelerator.log(wandb_names(record), step=record["step"])
+            if self.feed is not None:
+                self.feed.log(wandb_names(record), record["step"])
 
     def saved(self, step: int, save_s: float) -> None:
         """Record how long the checkpoint of `step` held up training, in seconds, if the update itself is recorded."""
-        if self._accelerator.is_main_process and self._metrics.amend_train(step, save_s=save_s):
-            self._accelerator.log({PERFORMANCE_NAMES["save_s"]: save_s, GLOBAL_STEP: step}, step=step)
+        if self._is_main_process and self._metrics.amend_train(step, save_s=save_s) and self.feed is not None:
+            self.feed.log({PERFORMANCE_NAMES["save_s"]: save_s, GLOBAL_STEP: step}, step)
 
 
 def wandb_names(record: Record) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from medqa.hub import connects
 from medqa.training.tracking import GLOBAL_STEP
 
 NETWORK_SECONDS = 8
+FINISH_SECONDS = 30  # for what is not sent yet at the end of a run
 SAMPLE_COLUMNS = ["step", "source", "question", "reference", "base answer", "tuned answer", "stopped by itself"]
 
 
@@ -47,7 +48,12 @@ def start_wandb(
         "id": os.environ.get("WANDB_RUN_ID", run_id),
         "dir": os.environ.get("WANDB_DIR", str(output_dir)),
         "resume": "allow",
-        "settings": wandb.Settings(init_timeout=NETWORK_SECONDS, console="off"),
+        "settings": wandb.Settings(
+            init_timeout=NETWORK_SECONDS,
+            finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)),
+            finish_timeout_raises=True,
+            console="off",
+        ),
     }
     project = os.environ.get("WANDB_PROJECT", tracking.project)
     unusable = (wandb.errors.CommError, wandb.errors.UsageError, ValueError)  # ValueError: a key or setting of odd form
@@ -67,7 +73,8 @@ def start_wandb(
     run = accelerator.get_tracker("wandb", unwrap=True)
     run.define_metric(GLOBAL_STEP)
     run.define_metric("*", step_metric=GLOBAL_STEP)
-    where = run.url if mode == "online" else f"{Path(run.dir).parent}; `wandb sync` sends it"
+    sync = f"{Path(run.dir).parent}; `wandb sync` sends it, with all that came before"
+    where = run.url if mode == "online" else sync
     return f"W&B: {mode}{why}, {where}"
 
 
@@ -88,11 +95,12 @@ def wandb_mode(tracking: Tracking) -> tuple[str, str]:
     return "online", ""
 
 
-def log_samples(accelerator: Accelerator, rows: Sequence[Sequence[Any]]) -> None:
-    """The table of sample answers, `SAMPLE_COLUMNS`."""
+def log_samples(accelerator: Accelerator, rows: Sequence[Sequence[Any]], first: int = 0) -> None:
+    """The table of sample answers, `SAMPLE_COLUMNS`, at their step, or at `first` where W&B is beyond it."""
     if accelerator.trackers and rows:
         data = [list(row) for row in rows]
-        accelerator.trackers[0].log_table("samples", columns=SAMPLE_COLUMNS, data=data, step=data[0][0])
+        step = max(data[0][0], first)
+        accelerator.trackers[0].log_table("samples", columns=SAMPLE_COLUMNS, data=data, step=step)
 
 
 def log_adapter(accelerator: Accelerator, tracking: Tracking, directory: Path, name: str) -> None:
