@@ -113,7 +113,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     trained = Trained(adapted, optimizer, scheduler, accelerator.scaler)
 
     state = go_on(found, trained, identity) if found else RunState()
-    leg = start_run(output_dir, options.fresh, found, lock, accelerator)  # from here on files are written
+    leg = start_run(output_dir, options.fresh, found, state, lock, accelerator)  # from here on files are written
     tracker = Tracker(accelerator.is_main_process, MetricsFile(output_dir / "metrics.jsonl"))
     spent = tracker.resume(state.step if state.baseline else -1, training.max_steps)
     state.peak_memory = max(state.peak_memory, spent.peak_memory)
@@ -124,7 +124,9 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
         write_reports(output_dir, sources, splits, examples, stream, tokenization, training.per_device_batch_size)
         copies.start(training.keep_checkpoints, options.fresh, say)
     plan = make_plan(experiment, stream, examples, adapted, changes, accelerator, accumulation, tokenizer.decode)
-    plan.lines.extend(told_of(found, state) + space_needed(options.persist_to, experiment, adapted, state.step))
+    plan.lines.extend(
+        told_of(found, state, spent.damaged) + space_needed(options.persist_to, experiment, adapted, state.step)
+    )
     going_on = f", going on after update {state.step}" if state.step else ""
     show_plan(console, f"{name} in {output_dir}{going_on}", plan)
     console.print(start_wandb(accelerator, experiment, output_dir, leg.run_id, changes))
@@ -145,6 +147,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     reset_peak(accelerator.device)
 
     def save() -> None:
+        tracker.flush()
         save_checkpoint(output_dir, trained, state, identity, accelerator, training.keep_checkpoints)
         if accelerator.is_main_process:
             note_saved(output_dir)

@@ -4,6 +4,7 @@ Reading is ruamel.yaml's safe loader (nothing in a file can run; a repeated key 
 core schema alone: ruamel's own still reads dates and `1_000`. Source: https://yaml.org/spec/1.2.2/#103-core-schema
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ Dumper.add_representer(str, _text)
 
 
 def dump_yaml(value: Any, path: Path) -> None:
-    """Write `value` so that YAML 1.1 and 1.2 readers see the same."""
+    """Write `value` so that YAML 1.1 and 1.2 readers see the same: whole, or the file stays as it was."""
     text = pyyaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
-    path.write_text(text, encoding="utf-8")
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

@@ -451,14 +451,29 @@ def test_other_data_under_the_same_name(run_copy, capsys, tmp_path):
     assert "other data" in message
 
 
-@pytest.mark.parametrize("content", [b"", b"{{{", b"[1]", b"{}", b"3", b"\xff\xfe"], ids=repr)
+DAMAGED = pytest.mark.parametrize("content", [b"", b"{{{", b"[1]", b"{}", b"3", b"\xff\xfe"], ids=repr)
+
+
+@DAMAGED
 @pytest.mark.parametrize("name", ["config.yaml", "run.json"])
-def test_damaged_files_of_a_run(name, content, run_copy, capsys, tmp_path):
-    (run_copy / "summary.json").unlink()  # else it is complete and run.json not asked for
+def test_damaged_files_of_a_run_are_made_again_from_its_checkpoint(name, content, run_copy, finished_run, capsys):
+    (run_copy / name).write_bytes(content)
+    (run_copy / "summary.json").unlink()
+    assert main(argv("--output-dir", str(run_copy))) == 0
+    first, again = (json.loads((d / "run.json").read_text()) for d in (finished_run, run_copy))
+    assert again == first | {"resumes": first["resumes"] + 1, "saved": True}
+    assert (run_copy / "config.yaml").read_bytes() == (finished_run / "config.yaml").read_bytes()
+
+
+@DAMAGED
+@pytest.mark.parametrize("name", ["config.yaml", "run.json"])
+def test_damaged_files_of_a_run_without_a_checkpoint(name, content, run_copy, capsys, tmp_path):
+    (run_copy / "summary.json").unlink()
+    shutil.rmtree(run_copy / "checkpoint-1")
     (run_copy / name).write_bytes(content)
     message = refused(capsys, tmp_path, *argv("--output-dir", str(run_copy)))
-    assert str(run_copy / name) in message
-    assert "--fresh starts over" in message
+    assert name in message
+    assert "--fresh" in message
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"updates": 1}'], ids=repr)

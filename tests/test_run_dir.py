@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 
 from medqa.errors import UserError
 from medqa.experiment_file import load_experiment
+from medqa.training.checkpoint import RunState
 from medqa.training.checkpoint_files import checkpoints
 from medqa.training.lock import RunLock
 from medqa.training.run_dir import check_run_dir, clear, finished, start_run, write_config
@@ -29,7 +30,7 @@ def experiment(*sets: str, exp: str = "exp_001"):
 def begin(directory: Path, accelerator: Accelerator, fresh: bool = False):
     """As `train.py` does, and let go of the lock."""
     with RunLock(directory) as lock:
-        return start_run(directory, fresh, None, lock, accelerator)
+        return start_run(directory, fresh, None, RunState(), lock, accelerator)
 
 
 def run_dir(directory: Path, accelerator: Accelerator, *sets: str, exp: str = "exp_001") -> Path:

@@ -130,7 +130,7 @@ def write_splits_csv(splits: Splits, path: Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("id", "split", "group"))
     writer.writerows((row, split_of[row], group) for row, group in splits.groups.items())
-    unfinished = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    unfinished = path.with_name(f"{path.name}.tmp")
     try:
         unfinished.write_text(text.getvalue(), encoding="utf-8", newline="")
         os.replace(unfinished, path)

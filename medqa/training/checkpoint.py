@@ -8,6 +8,7 @@ noise follow from the step.
 import copy
 import io
 import json
+import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -70,6 +71,8 @@ class RunState:
     evaluation_s: float = 0.0
     overflows: int = 0
     micro_batch_rows: PositiveInt | None = None
+    run_id: str = ""
+    resumes: NonNegativeInt = 0
     baseline: SplitLoss | None = None
     not_bitwise: list[Moved] = field(default_factory=list)
 
@@ -137,6 +140,8 @@ def _save(place: Path, trained: Trained, state: RunState, identity: Identity, ke
     except OSError as error:
         raise UserError(f"{place}: cannot be written: {error}; free space and start again") from error
     except Damaged as error:
+        if not os.path.isdir(place.parent):
+            raise UserError(f"{place.parent}: has been removed, and the checkpoints in it; start again") from error
         raise UserError(f"{place}: reads back differently from what was written: {error}; check the disk") from error
     prune(place.parent, keep, {state.step, state.best_step})
 

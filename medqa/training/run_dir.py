@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from medqa.config import Experiment
 from medqa.data.report import write_json
 from medqa.errors import UserError
-from medqa.training.checkpoint import Found, newest_whole
+from medqa.training.checkpoint import Found, RunState, newest_whole
 from medqa.training.checkpoint_files import (
     ADAPTER_FILES,
     CHECKPOINT_FILES,
@@ -53,7 +53,6 @@ def check_run_dir(output_dir: Path, experiment: Experiment, fresh: bool) -> None
         raise UserError(f"--output-dir {output_dir}: {existing} is not a directory one can write to; choose another")
     if fresh:
         return _refuse_foreign(output_dir)
-    read_leg(output_dir)  # else a damaged one would be noticed after minutes of loading
     if (output_dir / CONFIG).is_file():
         check_config(output_dir / CONFIG, experiment)
     elif not checkpoints(output_dir) and (foreign := _without_a_run(output_dir)):
@@ -75,18 +74,22 @@ class Leg:
     saved: bool = False
 
 
-def start_run(output_dir: Path, fresh: bool, found: Found | None, lock: RunLock, accelerator: Accelerator) -> Leg:
+def start_run(
+    output_dir: Path, fresh: bool, found: Found | None, state: RunState, lock: RunLock, accelerator: Accelerator
+) -> Leg:
     """Make the directory, lock it, clear it if `fresh` and of what killed saves left, and note one more leg.
 
-    The main process does, the others wait.
+    The main process does, the others wait. The leg is noted in `state` too.
 
     Raises:
         UserError: it cannot be written, or another run is on in it.
     """
-    return on_main(accelerator, lambda: _note_leg(output_dir, fresh, found, lock))
+    leg = on_main(accelerator, lambda: _note_leg(output_dir, fresh, found, state, lock))
+    state.run_id, state.resumes = leg.run_id, leg.resumes
+    return leg
 
 
-def _note_leg(output_dir: Path, fresh: bool, found: Found | None, lock: RunLock) -> Leg:
+def _note_leg(output_dir: Path, fresh: bool, found: Found | None, state: RunState, lock: RunLock) -> Leg:
     """As `start_run`, on the main process."""
     output_dir.mkdir(parents=True, exist_ok=True)
     lock.take()
@@ -96,26 +99,19 @@ def _note_leg(output_dir: Path, fresh: bool, found: Found | None, lock: RunLock)
         remove(path)
     if found is not None and found.path.parent != output_dir:
         bring_back(found, output_dir)
-    before = read_leg(output_dir)
+    before = read_leg(output_dir) or (Leg(state.run_id, state.resumes, saved=True) if found else None)
     leg = Leg(secrets.token_hex(4), 0) if before is None else replace(before, resumes=before.resumes + 1)
     write_json(asdict(leg), output_dir / RUN_FILE)
     return leg
 
 
 def read_leg(output_dir: Path) -> Leg | None:
-    """What a directory's run noted last, None where none has begun.
-
-    Raises:
-        UserError: damaged.
-    """
-    run_file = output_dir / RUN_FILE
-    if not run_file.is_file():
-        return None
+    """What a directory's run noted last; None where none has begun or it is damaged. Checkpoints have it too."""
     try:
-        before = json.loads(run_file.read_text(encoding="utf-8"))
+        before = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
         return Leg(str(before["run_id"]), int(before["resumes"]), bool(before["saved"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run_file}: damaged ({error}); --fresh starts over") from error
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def note_saved(output_dir: Path) -> None:
@@ -135,9 +131,10 @@ def find_checkpoint(output_dir: Path, elsewhere: Path | None, experiment: Experi
     found = newest_whole([output_dir] if elsewhere is None else [output_dir, elsewhere])
     if found is not None:
         require_same_experiment(found, experiment)
-    elif (leg := read_leg(output_dir)) is not None and leg.saved:
+    elif (output_dir / RUN_FILE).exists() and ((leg := read_leg(output_dir)) is None or leg.saved):
         raise UserError(
-            f"--output-dir {output_dir}: its checkpoints have gone; put one back, or start over with --fresh"
+            f"--output-dir {output_dir}: its checkpoints have gone (or {RUN_FILE}, which would say that there were "
+            "none, is damaged); put one back, or start over with --fresh"
         )
     return found
 
@@ -202,6 +199,7 @@ def clear(output_dir: Path) -> None:
         if folder.is_dir():
             shutil.rmtree(folder)
     for name in (*FILES, RUN_FILE):  # that one last: it says whose the others are
+        (output_dir / (name + UNFINISHED)).unlink(missing_ok=True)
         (output_dir / name).unlink(missing_ok=True)
 
 
@@ -214,7 +212,9 @@ def _refuse_foreign(output_dir: Path) -> None:
             foreign.append(folder)
         elif folder.is_dir():
             foreign += [
-                path for path in folder.iterdir() if path.name not in names or path.is_symlink() or path.is_dir()
+                path
+                for path in folder.iterdir()
+                if path.name.removesuffix(UNFINISHED) not in names or path.is_symlink() or path.is_dir()
             ]
     if foreign:
         raise UserError(

@@ -14,6 +14,7 @@ from medqa.errors import UserError, listed
 from medqa.model.base import Base, base_fingerprint
 from medqa.model.precision import Precision
 from medqa.training.checkpoint import Fingerprints, Found, Identity, Moved, RunState, Trained, load_checkpoint
+from medqa.training.checkpoint_files import checkpoints
 from medqa.training.environment import changes, environment
 from medqa.yaml_core import load_yaml
 
@@ -81,9 +82,13 @@ def go_on(found: Found, trained: Trained, identity: Identity) -> RunState:
     return state
 
 
-def told_of(found: Found | None, state: RunState) -> list[tuple[str, str]]:
-    """What the plan says of going on: what was passed over, and where bits may differ."""
+def told_of(found: Found | None, state: RunState, damaged_lines: int) -> list[tuple[str, str]]:
+    """What the plan says of going on: what was passed over, what is lost, and where bits may differ."""
     lines = [("passed over", reason) for reason in (found.passed_over if found else ())]
+    if found:
+        lines.append(("resumed", f"going on after update {state.step}, from {found.path}"))
+    if damaged_lines:
+        lines.append(("lost", f"{damaged_lines} damaged lines of metrics.jsonl"))
     return lines + [
         ("not bitwise", f"from update {moved.after_step + 1} on: {', '.join(moved.changed)}")
         for moved in state.not_bitwise
@@ -99,8 +104,12 @@ def check_config(config: Path, experiment: Experiment) -> None:
     try:
         saved = load_yaml(config.read_text(encoding="utf-8", errors="replace"), str(config))
     except (OSError, UserError) as error:
+        if checkpoints(config.parent):
+            return  # their manifests say whose the run is
         raise UserError(f"{error}; --fresh starts over, or choose another --output-dir") from error
     if not isinstance(saved, dict) or not saved.keys() & Experiment.model_fields.keys():
+        if checkpoints(config.parent):
+            return
         raise UserError(
             f"{config}: not a run's, or damaged; --fresh starts over if it is a run's, or choose another --output-dir"
         )
@@ -112,9 +121,12 @@ def reads_elsewhere(config: Path, experiment: Experiment) -> bool:
     """Whether the run in this directory read its data or base model from other places than the experiment names."""
     if not config.is_file():
         return False
-    saved = load_yaml(config.read_text(encoding="utf-8", errors="replace"), str(config))
-    now = flat(experiment)
-    return any(saved.get(section, {}).get(key) != now[f"{section}.{key}"] for section, key in _split(LOCATIONS))
+    try:
+        saved = load_yaml(config.read_text(encoding="utf-8", errors="replace"), str(config))
+        now = flat(experiment)
+        return any(saved[section].get(key) != now[f"{section}.{key}"] for section, key in _split(LOCATIONS))
+    except (UserError, LookupError, TypeError, AttributeError):
+        return True  # damaged: who knows
 
 
 def _refuse(what: str, found: list[str]) -> None:

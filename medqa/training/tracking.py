@@ -38,6 +38,9 @@ class MetricsFile:
         last one. With no checkpoint, `step` is -1.
         """
         records = list(read_metrics(self.path)) if self.path.exists() else []
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        torn = bool(lines) and not lines[-1].endswith(b"\n")
+        damaged = len(lines) - torn - len(records)
         kept = [
             r
             for r in records
@@ -49,7 +52,13 @@ class MetricsFile:
         return Spent(
             max((_number(record, "elapsed_s") for record in records), default=0.0),
             int(max((_number(record, "peak_memory_bytes") for record in records), default=0)),
+            damaged,
         )
+
+    def flush(self) -> None:
+        """Have the disk hold all lines, before a checkpoint says that they need not be computed again."""
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
 
     def append(self, record: Record) -> None:
         """Add a line and hand it to the system at once; where there is no room for all of it, add none of it.
@@ -82,10 +91,14 @@ class MetricsFile:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a run's legs have taken so far, what was lost with a kill included: seconds, and peak bytes."""
+    """What a run's legs have taken so far, what was lost with a kill included: seconds, and peak bytes.
+
+    `damaged` counts lines, the last one apart, that could not be read and are lost.
+    """
 
     elapsed_s: float
     peak_memory: int
+    damaged: int
 
 
 def read_metrics(path: Path) -> Iterator[Record]:
@@ -110,13 +123,18 @@ class Tracker:
 
     def resume(self, step: int, max_steps: int) -> Spent:
         """As `MetricsFile.resume`; on the other processes, which keep no time, nothing was spent."""
-        return self._metrics.resume(step, max_steps) if self._is_main_process else Spent(0.0, 0)
+        return self._metrics.resume(step, max_steps) if self._is_main_process else Spent(0.0, 0, 0)
 
     def begin_feed(self, feed: WandbFeed, run_id: str) -> None:
         """From here on W&B is told too, first of what the legs before have recorded."""
         self.feed = feed
         if self._is_main_process:
             feed.begin(run_id, ((record["step"], wandb_names(record)) for record in read_metrics(self._metrics.path)))
+
+    def flush(self) -> None:
+        """As `MetricsFile.flush`."""
+        if self._is_main_process:
+            self._metrics.flush()
 
     def log(self, record: Record) -> None:
         """Record one step of one split: into the file, then to W&B where there is a run."""
