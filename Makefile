@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "import os; print(min(2, os.cpu_c
 # Another wheel index for torch, a CPU one say: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test test-all lint gpu-check chaos figure clean
+.PHONY: demo test test-all lint gpu-check chaos fuzz figure clean
 
 demo: $(VENV)/.run
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml train.py --exp exp_002 --tiny
@@ -33,6 +33,10 @@ gpu-check: $(VENV)/.run
 # 200 SIGKILLs and every damage to a checkpoint; the figures of one run are in benchmarks/RESULTS.md.
 chaos: $(VENV)/.run
 	$(BIN)/python -m benchmarks.chaos --out chaos.json
+
+# Generated data files; what it tries differs from run to run.
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m pytest fuzz $(PYTEST_ARGS)
 
 # The README's figure: our losses on HF Trainer's.
 figure: $(VENV)/.dev

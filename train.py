@@ -124,11 +124,9 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
         write_reports(output_dir, sources, splits, examples, stream, tokenization, training.per_device_batch_size)
         copies.start(training.keep_checkpoints, options.fresh, say)
     plan = make_plan(experiment, stream, examples, adapted, changes, accelerator, accumulation, tokenizer.decode)
-    plan.lines.extend(
-        told_of(found, state, spent.damaged) + space_needed(options.persist_to, experiment, adapted, state.step)
-    )
-    going_on = f", going on after update {state.step}" if state.step else ""
-    show_plan(console, f"{name} in {output_dir}{going_on}", plan)
+    plan.lines.extend(told_of(found, state, spent.damaged))
+    plan.lines.extend(space_needed(options.persist_to, experiment, adapted, state.step))
+    show_plan(console, f"{name} in {output_dir}", plan)
     console.print(start_wandb(accelerator, experiment, output_dir, leg.run_id, changes))
     feed = WandbFeed(accelerator, say)
     tracker.begin_feed(feed, leg.run_id)

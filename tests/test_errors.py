@@ -534,6 +534,73 @@ def test_init_from(run_copy, capsys, tmp_path):
     assert f"lora.init_from = {adapter}: no readable adapter_model.safetensors" in message
 
 
+ADAPTERS: dict[str, Callable[[Path], object]] = {
+    "empty directory": lambda d: [path.unlink() for path in d.iterdir()],
+    "no weights": lambda d: (d / "adapter_model.safetensors").unlink(),
+    "weights that are a directory": lambda d: replaced(d / "adapter_model.safetensors", Path.mkdir),
+    "weights that are a pipe": lambda d: replaced(d / "adapter_model.safetensors", os.mkfifo),
+    "empty weights": lambda d: os.truncate(d / "adapter_model.safetensors", 0),
+    "cut weights": lambda d: os.truncate(d / "adapter_model.safetensors", 5_000),
+    "cut in the header": lambda d: os.truncate(d / "adapter_model.safetensors", 100),
+    "a header beyond the file": lambda d: (d / "adapter_model.safetensors").write_bytes(b"\xff" * 7 + b"\0" + b"{}"),
+    "no safetensors": lambda d: (d / "adapter_model.safetensors").write_bytes(b"x" * 5_000),
+    "another rank": lambda d: reshaped(d, lambda name, t: torch.zeros(t.shape[0] + 1, *t.shape[1:])),
+    "other names": lambda d: reshaped(d, lambda name, t: t, lambda name: f"other.{name}"),
+    "one matrix less": lambda d: reshaped(d, lambda name, t: None if "0.mlp.up_proj.lora_A" in name else t),
+    "one matrix more": lambda d: reshaped(d, lambda name, t: t, lambda name: name, {"x": torch.zeros(3)}),
+    "a whole model": lambda d: shutil.copy(BASE_DIR / "model.safetensors", d / "adapter_model.safetensors"),
+    "pickled weights alone": lambda d: (
+        torch.save({"x": torch.zeros(3)}, d / "adapter_model.bin"), (d / "adapter_model.safetensors").unlink()
+    ),
+}  # fmt: skip
+
+
+def replaced(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
+def reshaped(directory: Path, change, rename=lambda name: name, more=None) -> None:
+    path = directory / "adapter_model.safetensors"
+    changed = {rename(name): change(name, tensor) for name, tensor in load_file(path).items()}
+    save_file({name: tensor.clone() for name, tensor in (changed | (more or {})).items() if tensor is not None}, path)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapter_directories(kind, run_copy, capsys, tmp_path):
+    adapter = run_copy / "lora_adapters"
+    ADAPTERS[kind](adapter)
+    arguments = argv(sets=(f"lora.init_from={adapter}",))
+    if kind == "weights that are a pipe":
+        assert main(arguments) == 2  # a snapshot would read it
+        message = capsys.readouterr().err
+    else:
+        message = refused(capsys, tmp_path, *arguments)
+    assert f"lora.init_from = {adapter}" in message
+
+
+def test_an_adapter_that_is_no_number_is_noticed_before_training(run_copy, capsys):
+    adapter = run_copy / "lora_adapters"
+    reshaped(adapter, lambda name, tensor: tensor * torch.nan)
+    assert main(argv(sets=(f"lora.init_from={adapter}",))) == 3
+    assert "not finite" in capsys.readouterr().err
+
+
+def test_names_from_outside_lead_nowhere(tmp_path, capsys):
+    """Names that look like paths, in the data, the settings and the experiment: all stays in the output directory."""
+    data = tmp_path / "medquad.csv"
+    rows = [f'"../../{i} what is /etc/passwd?","../../../answer {i}","../../x","../../y"' for i in range(60)]
+    data.write_text("question,answer,source,focus_area\n" + "\n".join(rows))
+    before = set(tmp_path.rglob("*"))
+    sets = ("tracking.run_name=../../evil", "tracking.group=../..", "tracking.wandb=offline", "tracking.log_model=true")
+    out = tmp_path / "deep" / "down" / "run"
+    code = main(argv("--output-dir", str(out), "--medquad", str(data), "--afrimedqa", "none", sets=sets))
+    assert code == 0, capsys.readouterr().err
+    made = set(tmp_path.rglob("*")) - before
+    assert {path for path in made if not path.is_relative_to(out)} == {out.parent, out.parent.parent}
+    assert not list(tmp_path.parent.glob("*evil*"))
+
+
 def test_an_answer_that_never_fits_is_the_users_to_mend(capsys):
     code = main(argv(sets=("tokenization.max_length=8", "tokenization.loss_on=answer")))
     assert code == 2

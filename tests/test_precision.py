@@ -7,7 +7,8 @@ from medqa.errors import UserError
 from medqa.experiment_file import load_experiment
 from medqa.model import precision
 from medqa.model.base import four_bit_unavailable
-from medqa.model.precision import resolve_precision, usable_gpu
+from medqa.model.precision import KEPT, resolve_precision, usable_gpu
+from medqa.training.environment import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,27 @@ def test_what_asks_for_no_bfloat16_stays(mixed, dtype, expected, capability, mon
     gpu(monkeypatch, "some GPU", capability)
     found = resolved(f"training.mixed_precision={mixed}", f"model.dtype={dtype}")
     assert (found.mixed_precision, found.dtype, found.reasons) == (mixed, expected, {})
+
+
+def kept(mixed_precision: str, dtype: str) -> Settings:
+    return Settings(mixed_precision=mixed_precision, dtype=dtype, quantization="none", attn_implementation="sdpa")
+
+
+@pytest.mark.parametrize("before", [("fp16", "float16"), ("no", "float32"), ("bf16", "bfloat16")])
+def test_a_run_that_goes_on_keeps_its_precision(before, monkeypatch):
+    gpu(monkeypatch, "A100", (8, 0))
+    found = resolve_precision(load_experiment("exp_001"), False, kept(*before))
+    assert (found.mixed_precision, str(found.dtype)) == (before[0], f"torch.{before[1]}")
+    assert all(why == KEPT for _, _, why in found.reasons.values())
+    assert bool(found.reasons) == (before[0] != "bf16")
+
+
+def test_where_it_cannot_be_kept_the_machine_decides(monkeypatch):
+    gpu(monkeypatch, "Tesla T4", (7, 5))
+    found = resolve_precision(load_experiment("exp_001"), False, kept("bf16", "bfloat16"))
+    assert (found.mixed_precision, found.dtype) == ("fp16", torch.float16)
+    found = resolve_precision(load_experiment("exp_001"), True, kept("bf16", "bfloat16"))
+    assert (found.mixed_precision, found.dtype) == ("no", torch.float32)
 
 
 def test_cpu_insists_whatever_there_is(monkeypatch):

@@ -183,8 +183,11 @@ def load_adapter_weights(model: PeftModel, directory: Path, what: str) -> None:
     Raises:
         UserError: no adapter there, damaged, or of another shape than this one.
     """
+    path = directory / "adapter_model.safetensors"
     try:
-        weights = load_file(directory / "adapter_model.safetensors")
+        if not path.is_file():  # opening a pipe would never end
+            raise FileNotFoundError("no such file")
+        weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{what} = {directory}: no readable adapter_model.safetensors: {error}; give a directory with a whole one"
