@@ -17,6 +17,7 @@ import torch
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # Of a place that has gone, or that has never been writable.
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV)
+GONE += (errno.ELOOP, errno.EISDIR)
 LOST = (
     "another process of this run has died or has not answered for training.process_timeout_s; stopped, the newest "
     "checkpoint stands, and the same command goes on from it"

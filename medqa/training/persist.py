@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 
 from medqa.config import Experiment
-from medqa.errors import Interrupted, UserError
+from medqa.errors import Interrupted, UserError, writing
 from medqa.training.checkpoint import MANIFEST
 from medqa.training.checkpoint_files import (
     CONTENT,
@@ -27,13 +27,14 @@ from medqa.training.checkpoint_files import (
     prune,
     put_in_place,
     remove,
+    unfinished,
 )
 from medqa.training.manifest import Damaged, read_manifest, verify
 from medqa.training.plan import parameter_counts
-from medqa.training.run_dir import ADAPTER_DIR, FILES, RUN_FILE, clear, read_leg
-from medqa.training.same_run import check_config
+from medqa.training.run_dir import ADAPTER_DIR, FILES, RUN_FILE, check_run_dir, clear, read_leg
 
 RETRY_S = 30.0
+UNSAID_WAIT_S = 2.0
 LAST_WAIT_S = 600.0  # at the end of a run, for what is not copied yet
 SIGNALLED_WAIT_S = 20.0  # what stops a run by a signal does not wait long
 
@@ -45,7 +46,7 @@ class Copies:
         self.directory = directory
         self._output_dir = output_dir
         self._thread: threading.Thread | None = None
-        self._wanted, self._idle, self._leaving = threading.Event(), threading.Event(), threading.Event()
+        self._wanted, self._leaving = threading.Event(), threading.Event()
         self._needed: set[int] = set()
         self._verified: dict[str, str] = {}  # what was copied: name to sha256, or to the manifest's checksum
 
@@ -56,18 +57,22 @@ class Copies:
         """Wait for the last copies, for a bounded time."""
         if self._thread is None:
             return
-        self._leaving.set()
-        self._idle.clear()
+        self._leaving.set()  # before the other: what is begun after it is the last round
         self._wanted.set()
         seconds = SIGNALLED_WAIT_S if kind is not None and issubclass(kind, Interrupted) else LAST_WAIT_S
-        if not self._idle.wait(seconds):
+        self._thread.join(min(UNSAID_WAIT_S, seconds))
+        if self._thread.is_alive():
+            self._say(f"--persist-to {self.directory}: copying the rest, for at most {seconds:.0f} s")
+            self._thread.join(seconds)
+        if self._thread.is_alive():
             self._say(f"--persist-to {self.directory}: not everything is there yet: {self._output_dir} has all")
 
     def check(self, experiment: Experiment, fresh: bool) -> None:
         """See that the place is there, and this run's.
 
         Raises:
-            UserError: the directory above it does not exist (a mount that is missing), or it holds another run.
+            UserError: the directory above it does not exist (a mount that is missing), it cannot be written to, or
+                it holds another run.
         """
         place, output_dir = self.directory, self._output_dir
         if place is None:
@@ -76,10 +81,9 @@ class Copies:
             raise UserError(f"--persist-to {place}: {place.absolute().parent} does not exist; is it mounted?")
         if place.absolute() == output_dir.absolute():
             raise UserError(f"--persist-to {place}: that is the output directory itself; choose another place")
-        if fresh or not (place / RUN_FILE).is_file():
+        check_run_dir(place, experiment, fresh, "--persist-to")
+        if fresh:
             return
-        if (place / "config.yaml").is_file():
-            check_config(place / "config.yaml", experiment)
         here, there = read_leg(output_dir), read_leg(place)
         if here is not None and there is not None and here.run_id != there.run_id:
             raise UserError(
@@ -90,12 +94,13 @@ class Copies:
         """Begin to copy; the first time what is there is compared with what should be.
 
         Raises:
-            UserError: `fresh`, and the place holds what no run wrote.
+            UserError: `fresh`, and the place holds what no run wrote, or cannot be cleared.
         """
         if self.directory is None:
             return
         if fresh and self.directory.is_dir():
-            clear(self.directory)
+            with writing(self.directory):
+                clear(self.directory)
         self._keep, self._say = keep, say
         self._thread = threading.Thread(target=self._work, name="persist", daemon=True)
         self._thread.start()
@@ -103,7 +108,6 @@ class Copies:
     def wake(self, needed: set[int]) -> None:
         """There is something new; the checkpoints of the steps `needed` are to be kept."""
         self._needed = needed
-        self._idle.clear()
         self._wanted.set()
 
     def _work(self) -> None:
@@ -113,26 +117,25 @@ class Copies:
         while True:
             self._wanted.wait(RETRY_S if failed else None)
             self._wanted.clear()
+            last_round = self._leaving.is_set()
             try:
                 self._mirror()
                 failed = False
+                if last_round:
+                    return
             except (OSError, Damaged) as error:
                 failed = True
                 reason = str(error)
                 if reason not in told:
                     told.add(reason)
                     self._say(f"--persist-to {self.directory}: {reason}; training goes on, it is tried again")
-            if not failed and not self._wanted.is_set():
-                self._idle.set()
-                if self._leaving.is_set():
-                    return
-            elif failed and self._leaving.is_set():
-                self._wanted.wait(1.0)
 
     def _mirror(self) -> None:
         """Bring the copy up to date: the metrics before the checkpoints that they belong to, the summary last."""
         source, target = self._output_dir, self.directory
         target.mkdir(exist_ok=True)
+        for path in unfinished(target):
+            remove(path)
         for name in (RUN_FILE, *FILES[:-1]):
             self._copy(source / name, target / name)
         for place in checkpoints(source):
@@ -143,7 +146,8 @@ class Copies:
             for path in sorted((source / ADAPTER_DIR).iterdir()):
                 self._copy(path, target / ADAPTER_DIR / path.name)
         self._copy(source / FILES[-1], target / FILES[-1])
-        prune(target, self._keep, self._needed)
+        if self._needed:  # else nothing new was saved, and which one is the best is not known
+            prune(target, self._keep, self._needed)
 
     def _copy(self, source: Path, target: Path) -> None:
         """Copy a file if it has changed, and compare what is read back."""

@@ -39,7 +39,7 @@ FILES = (CONFIG, "data_report.json", "splits.csv", "metrics.jsonl", "summary.jso
 ADAPTER_DIR_FILES = {*ADAPTER_FILES, "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
 
-def check_run_dir(output_dir: Path, experiment: Experiment, fresh: bool) -> None:
+def check_run_dir(output_dir: Path, experiment: Experiment, fresh: bool, option: str = "--output-dir") -> None:
     """See whether this experiment can run in this directory, changing nothing.
 
     Raises:
@@ -48,16 +48,16 @@ def check_run_dir(output_dir: Path, experiment: Experiment, fresh: bool) -> None
     try:
         existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     except OSError as error:
-        raise UserError(f"--output-dir {output_dir}: {error.strerror}; choose another") from error
+        raise UserError(f"{option} {output_dir}: {error.strerror}; choose another") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output-dir {output_dir}: {existing} is not a directory one can write to; choose another")
+        raise UserError(f"{option} {output_dir}: {existing} is not a directory one can write to; choose another")
     if fresh:
         return _refuse_foreign(output_dir)
     if (output_dir / CONFIG).is_file():
-        check_config(output_dir / CONFIG, experiment)
+        check_config(output_dir / CONFIG, experiment, option)
     elif not checkpoints(output_dir) and (foreign := _without_a_run(output_dir)):
         raise UserError(
-            f"--output-dir {output_dir} holds what no run wrote and this one would write over: "
+            f"{option} {output_dir} holds what no run wrote and this one would write over: "
             f"{', '.join(path.name for path in foreign)}; choose another"
         )
 
@@ -150,7 +150,8 @@ def bring_back(found: Found, output_dir: Path) -> None:
     make_way(beside)
     beside.mkdir()
     for name in CHECKPOINT_FILES:
-        copy_whole(found.path / name, beside / name)
+        shutil.copyfile(found.path / name, beside / name)
+        flush(beside / name)
     put_in_place(beside, place)
 
 

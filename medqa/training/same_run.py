@@ -95,7 +95,7 @@ def told_of(found: Found | None, state: RunState, damaged_lines: int) -> list[tu
     ]
 
 
-def check_config(config: Path, experiment: Experiment) -> None:
+def check_config(config: Path, experiment: Experiment, option: str) -> None:
     """Refuse a directory whose run is another experiment's.
 
     Raises:
@@ -106,15 +106,15 @@ def check_config(config: Path, experiment: Experiment) -> None:
     except (OSError, UserError) as error:
         if checkpoints(config.parent):
             return  # their manifests say whose the run is
-        raise UserError(f"{error}; --fresh starts over, or choose another --output-dir") from error
+        raise UserError(f"{error}; --fresh starts over, or choose another {option}") from error
     if not isinstance(saved, dict) or not saved.keys() & Experiment.model_fields.keys():
         if checkpoints(config.parent):
             return
         raise UserError(
-            f"{config}: not a run's, or damaged; --fresh starts over if it is a run's, or choose another --output-dir"
+            f"{config}: not a run's, or damaged; --fresh starts over if it is a run's, or choose another {option}"
         )
     before = {f"{s}.{k}": v for s, keys in saved.items() if isinstance(keys, dict) for k, v in keys.items()}
-    _refuse(f"--output-dir {config.parent} holds the run of another experiment", differences(before, experiment))
+    _refuse(f"{option} {config.parent} holds the run of another experiment", differences(before, experiment))
 
 
 def reads_elsewhere(config: Path, experiment: Experiment) -> bool:
