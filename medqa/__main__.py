@@ -19,9 +19,9 @@ NOT_YET = ("plan", "evaluate", "ask", "compare", "export")
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m medqa", description=__doc__.split(":")[1].strip())
+def command_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(prog="python -m medqa", description="What is done before and after a run.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in NOT_YET:
         commands.add_parser(name, help="not in this version yet", add_help=False)
@@ -36,6 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     verify.add_argument("--kills", type=int, default=6, metavar="N", help="how many times (default 6)")
     verify.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     verify.add_argument("--output-dir", type=Path, metavar="DIR", help="default: outputs/verify-resume/<run>")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    parser = command_parser()
     options, rest = parser.parse_known_args(argv)
     if options.command in NOT_YET:
         return exit_code(functools.partial(_refuse, options.command))

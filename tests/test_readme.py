@@ -1,12 +1,14 @@
 """The README says what is: its code is the code, its commands parse and name what exists, its tree is the tree."""
 
 import inspect
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from medqa.__main__ import command_parser, main
 from medqa.config import Experiment, flat
 from medqa.experiment_file import find_experiment, load_experiment
 from medqa.options import option_parser
@@ -36,6 +38,39 @@ def test_launch_lines_parse(command):
     load_experiment(options.exp, tiny=options.tiny, sets=options.set)
 
 
+def test_commands_of_the_package_parse():
+    found = [shlex.split(command)[3:] for command in COMMANDS if command.startswith("python -m medqa ")]
+    assert found
+    for words in found:
+        options, rest = command_parser().parse_known_args(words)
+        assert not rest
+        load_experiment(options.exp, tiny=options.tiny, sets=options.set)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [(["--exp", "exp_9"], "no such experiment"), (["--exp", "exp_001", "--kills", "0"], "--kills 0: at least 1")],
+)
+def test_verify_resume_refuses_what_it_cannot_do(words, said, capsys):
+    assert main(["verify-resume", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_commands_that_are_not_there_yet_say_so(capsys):
+    assert main(["compare", "a", "b"]) == 2
+    assert "python -m medqa compare: not in this version yet" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_certificate_of_the_command_line(tmp_path, capfd):
+    words = ["--exp", "exp_003", "--tiny", "--kills", "2", "--output-dir", str(tmp_path), "--cpu"]
+    assert main(["verify-resume", *words, "--set", "training.max_steps=20", "evaluation.samples=0"]) == 0
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert found["bitwise_equal"]
+    assert len(found["kills"]) == 2
+    assert json.loads((tmp_path / "certificate.json").read_text()) == found
+
+
 def test_inline_launch_lines_name_experiments():
     named = re.findall(r"--exp (\w+)", README)
     assert len(named) >= 6
@@ -62,7 +97,7 @@ def test_keys_named_are_keys():
 def test_the_tree_is_the_tree():
     tree = next(block for kind, block in BLOCKS if not kind and "loop.py" in block)
     shown = re.findall(r"([a-z_]+\.py)\b", tree)
-    files = [p.name for p in (ROOT / "medqa").rglob("*.py") if not p.name.startswith("__") and p.parent.name != "tiny"]
+    files = [p.name for p in (ROOT / "medqa").rglob("*.py") if p.name != "__init__.py" and p.parent.name != "tiny"]
     assert len(files) >= 25
     assert set(shown) == {*files, "train.py"}
 
