@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -24,7 +25,6 @@ from medqa.config import Experiment, Lora
 from medqa.errors import UserError
 from medqa.model.base import adapter_weights
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
-from medqa.training import lock
 from medqa.training.checkpoint import newest_whole
 from medqa.training.checkpoint_files import CONTENT, checkpoints, is_ours, prune, unfinished
 from medqa.training.lock import LOCK_FILE, RunLock, this_process
@@ -242,7 +242,16 @@ def test_code_in_a_checkpoint_never_runs(half, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "state",
-    [b"[]", b"{}x", b'{"step": "four"}', b'{"other": 1}', b'{"step": 4, "baseline": 3}', b"\xff", b'{"step": -1}'],
+    [
+        b"[]",
+        b"{}x",
+        b'{"step": "four"}',
+        b'{"other": 1}',
+        b'{"step": 4, "baseline": 3}',
+        b"\xff",
+        b'{"step": -1}',
+        b'{"step": 3}',
+    ],
 )
 def test_made_up_states_are_refused(state, half, capsys):
     (half / "checkpoint-4" / "state.json").write_bytes(state)
@@ -454,9 +463,10 @@ def no_flock(monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
 
 
+ALIVE = {"pid": os.getppid(), "started": psutil.Process(os.getppid()).create_time()}
 OTHERS = {
-    "of a machine that is gone": {"host": "colab-1", "boot": "x", "pid": os.getppid(), "started": 1.0},
-    "from before this boot": {**this_process(), "boot": "before", "pid": os.getppid()},
+    "of a machine that is gone": {**this_process(), **ALIVE, "host": "colab-1"},
+    "from before this boot": {**this_process(), **ALIVE, "boot": "before"},
     "of a process that is dead": {**this_process(), "pid": 2**22 - 7},
     "of a process whose number another one has": {**this_process(), "pid": os.getppid(), "started": 5.0},
     "of this process": this_process(),
@@ -475,8 +485,7 @@ def test_where_there_are_no_locks_a_left_one_holds_nobody_up(kind, half):
 
 
 @pytest.mark.usefixtures("no_flock")
-def test_where_there_are_no_locks_a_living_process_is_known_by_its_file(half, monkeypatch):
-    (half / LOCK_FILE).write_text(json.dumps(this_process()))
-    monkeypatch.setattr(lock.os, "getpid", lambda: 1)
+def test_where_there_are_no_locks_a_living_process_is_known_by_its_file(half):
+    (half / LOCK_FILE).write_text(json.dumps(this_process() | ALIVE))
     with RunLock(half) as mine, pytest.raises(UserError, match="another run is on"):
         mine.take()
