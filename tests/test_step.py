@@ -299,6 +299,22 @@ def test_an_overflow_even_without_scale_is_a_fault(tiny, own_accelerator):
     assert parts.accelerator.scaler.get_scale() == 1.0  # 4, 2 and 1 were tried; below 1 it does not go
 
 
+def test_out_of_memory_under_a_scaler_is_done_again(tiny, own_accelerator, tmp_path, monkeypatch):
+    sets = ("training.max_steps=2", "training.global_batch_size=8", "tokenization.max_length=48")
+    parts, state, calls = build(tiny("exp_001", *sets), fp16(2.0**10)), RunState(), []
+    clip = parts.accelerator.clip_grad_norm_
+
+    def full_at_first(*arguments):
+        calls.append(clip(*arguments))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return calls[-1]
+
+    monkeypatch.setattr(parts.accelerator, "clip_grad_norm_", full_at_first)
+    run_train(parts, state, tmp_path)
+    assert (state.step, state.micro_batch_rows, len(calls)) == (2, 2, 3)
+
+
 def test_a_loss_that_is_not_finite_is_no_overflow(tiny, own_accelerator):
     parts = build(tiny("exp_001", *PLAIN), fp16(2.0**10))
     before = state_of(parts)

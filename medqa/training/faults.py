@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from medqa.data.batches import MicroBatch, stable_hash
 from medqa.errors import TrainingStopped
 from medqa.model.loss import summed_loss
+from medqa.training.memory import release
 
 LOWEST_SCALE = 1.0  # an fp16 gradient that overflows even unscaled is no overflow but a fault
 
@@ -20,10 +21,16 @@ def lower(scaler: torch.amp.GradScaler) -> bool:
     if scale < LOWEST_SCALE:
         return False
     scaler.update(scale)
-    scaler.load_state_dict(
-        {**scaler.state_dict(), "_growth_tracker": 0}
-    )  # which update() with a scale leaves as it was
+    # update() with a scale leaves the count of good updates as it was.
+    scaler.load_state_dict({**scaler.state_dict(), "_growth_tracker": 0})
     return True
+
+
+def forget_attempt(accelerator: Accelerator) -> None:
+    """Make room after an update that ran out of memory, and have the scaler forget that it was begun."""
+    release(accelerator.device)
+    if accelerator.scaler is not None:
+        accelerator.scaler.update(accelerator.scaler.get_scale())
 
 
 def step_or_stop(optimizer: torch.optim.Optimizer) -> None:

@@ -16,9 +16,9 @@ from medqa.errors import Interrupted, ProcessStopped, StoppedInTime, TrainingSto
 from medqa.evaluation.loss import SplitLoss
 from medqa.model.loss import summed_loss, target_count
 from medqa.training.checkpoint import RunState
-from medqa.training.faults import lower, no_room, not_finite, step_or_stop
+from medqa.training.faults import forget_attempt, lower, no_room, not_finite, step_or_stop
 from medqa.training.interrupts import Deadline, Interrupts
-from medqa.training.memory import peak_memory, release
+from medqa.training.memory import peak_memory
 from medqa.training.tracking import Tracker
 
 
@@ -96,7 +96,7 @@ def train(
                     raise TrainingStopped(f"update {state.step + 1}: {no_room(rows, error)}") from error
                 state.micro_batch_rows = -(-rows // 2)
             if result is None:  # out here, where the error no longer holds on to what filled the memory
-                release(accelerator.device)
+                forget_attempt(accelerator)
                 say(
                     f"update {state.step + 1}: out of memory with {rows} rows in a micro-batch; the update is done "
                     f"again, and all that follow are done, with {state.micro_batch_rows}"
