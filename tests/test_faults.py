@@ -180,8 +180,8 @@ def test_what_is_no_duration_is_refused(text, capsys):
 
 @pytest.fixture
 def parts(tiny) -> Parts:
-    return build(tiny("exp_001", "lora.lora_dropout=0.0", "training.max_steps=4", "training.global_batch_size=12",
-                      "training.per_device_batch_size=6", "tokenization.max_length=64"))  # fmt: skip
+    return build(tiny("exp_001", "lora.lora_dropout=0.0", "training.max_steps=4", "training.global_batch_size=10",
+                      "training.per_device_batch_size=5", "tokenization.max_length=64"))  # fmt: skip
 
 
 def short_of_memory(monkeypatch, rows: int, from_call: int = 0) -> list[int]:
@@ -206,12 +206,12 @@ def test_out_of_memory_splits_and_gives_the_same_result(parts, tmp_path, monkeyp
     again, state, said = build(parts.experiment), RunState(), []
     tried = short_of_memory(monkeypatch, rows=2, from_call=3)  # in the second micro-batch of the second update
     records = run_train(again, state, tmp_path / "short", say=said.append)
-    assert tried == [6, 6, 6, 6, 3, *[2] * 18]
+    assert tried == [5, 5, 5, 5, 3, *[2, 2, 1] * 6]
     assert state.micro_batch_rows == 2
     assert said == [
         f"update 2: out of memory with {rows} rows in a micro-batch; the update is done again, and all that follow "
         f"are done, with {smaller}"
-        for rows, smaller in ((6, 3), (3, 2))
+        for rows, smaller in ((5, 3), (3, 2))
     ]
     for ours, theirs in zip(records, expected, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
