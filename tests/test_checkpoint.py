@@ -162,8 +162,10 @@ def test_checkpoints_that_have_gone_are_missed(half, capsys):
 
 
 @pytest.mark.parametrize(
-    "name, damage", [("training_state.pt", "cut"), (MANIFEST, "missing"), ("state.json", "a pipe")]
-)
+    "name, damage",
+    [("training_state.pt", "cut"), (MANIFEST, "missing"), ("state.json", "a pipe"), ("adapter_config.json", "empty"),
+     ("adapter_model.safetensors", "flipped")],
+)  # fmt: skip
 def test_a_run_goes_on_from_an_older_one_with_the_same_result(name, damage, half, straight, capsys):
     DAMAGES[damage](half / "checkpoint-4" / name)
     assert main(words(half)) == 0
