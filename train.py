@@ -186,8 +186,9 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
         samples = [validation[i].row for i in fixed_subset(validation, experiment.evaluation.samples, seed)]
         if accelerator.trackers and experiment.tracking.log_samples is not False:
             answers = sample_answers(adapted, tokenizer, samples, state.step, max_new_tokens=SAMPLE_TOKENS)
-            feed.attempt(lambda: log_samples(accelerator, answers, feed.first))
-        feed.attempt(lambda: log_adapter(accelerator, experiment.tracking, output_dir / ADAPTER_DIR, leg.run_id))
+            feed.attempt(lambda: log_samples(accelerator, answers, feed.first), asks=True)
+        adapter_dir = output_dir / ADAPTER_DIR
+        feed.attempt(lambda: log_adapter(accelerator, experiment.tracking, adapter_dir, leg.run_id), asks=True)
         write_json(summary, output_dir / "summary.json")
         show_result(console, summary)
     feed.finish()

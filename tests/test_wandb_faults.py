@@ -99,6 +99,19 @@ def test_without_a_fault_nothing_is_said_and_everything_is_there(runs):
     ]
 
 
+@pytest.mark.slow
+def test_a_service_process_that_hangs_is_not_waited_for_without_end(tmp_path):
+    server = WandbServer()
+    process = start(tmp_path / "run", 2, **server.environment)
+    reach(process, tmp_path / "run", 3)
+    service = service_of(process)
+    os.kill(service, signal.SIGSTOP)
+    assert process.wait(120) == 0
+    os.kill(service, signal.SIGKILL)
+    assert (tmp_path / "run.log").read_text().count(WARNING) == 1
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
 def told_once(histories: dict[str, list[dict]], directory: Path) -> None:
     """Over everything that W&B has: the figures of the metrics file, each once."""
     for key in ("train/loss", "eval/answer_loss", "test/loss"):

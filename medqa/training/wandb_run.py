@@ -16,9 +16,9 @@ from medqa.config import Experiment, Tracking
 from medqa.errors import UserError
 from medqa.hub import connects
 from medqa.training.tracking import GLOBAL_STEP
+from medqa.training.wandb_feed import FINISH_SECONDS, UPLOAD_SHARE
 
 NETWORK_SECONDS = 8
-FINISH_SECONDS = 30  # for what is not sent yet at the end of a run
 SAMPLE_COLUMNS = ["step", "source", "question", "reference", "base answer", "tuned answer", "stopped by itself"]
 
 
@@ -40,6 +40,7 @@ def start_wandb(
     mode, why = wandb_mode(tracking)
 
     os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry waits up to 12 s for a dead server
     arguments = {
         "entity": None if "WANDB_ENTITY" in os.environ else tracking.entity,
         "group": None if "WANDB_RUN_GROUP" in os.environ else tracking.group,
@@ -50,7 +51,7 @@ def start_wandb(
         "resume": "allow",
         "settings": wandb.Settings(
             init_timeout=NETWORK_SECONDS,
-            finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)),
+            finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", UPLOAD_SHARE * FINISH_SECONDS)),
             finish_timeout_raises=True,
             console="off",
         ),
