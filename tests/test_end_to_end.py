@@ -12,7 +12,7 @@ import torch
 from launching import LAUNCH, ROOT, finish, metrics, output, start, summary
 from safetensors import safe_open
 from transformers import AutoTokenizer
-from wandb_file import read_offline_run
+from wandb_file import read_finished_run
 
 from medqa.config import Experiment
 from medqa.data.batches import tokenize
@@ -155,7 +155,7 @@ def test_the_saved_template_is_the_training_prompt(runs, name):
 def test_wandb_has_what_was_logged(runs, name):
     files = list(runs[name].glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 1
-    run = read_offline_run(files[0])
+    run = read_finished_run(files[0])
     assert run.finished
     assert (run.project, run.name) == ("medqa", name)
     for record in metrics(runs[name]):

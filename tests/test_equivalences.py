@@ -356,6 +356,20 @@ def test_processes_share_out_the_same_micro_batches(with_dropout, processes):
             assert torch.equal(a.labels, b.labels)
 
 
+def test_the_order_of_rows_leaves_its_mark_however_an_update_is_cut(with_dropout):
+    parts = with_dropout
+    tokenization, pad = parts.experiment.tokenization, parts.tokenizer.pad_token_id
+
+    def mark(update, *cut):
+        return sum(m.order for m in parts.stream.micro_batches(update, *cut[:1], tokenization, pad, *cut[1:]))
+
+    assert mark(0, 4) == mark(0, 1) == mark(0, 2) == mark(0, 4, 0, 1, 3) == mark(0, 2, 0, 2) + mark(0, 2, 1, 2)
+    assert mark(0, 4) != mark(1, 4)
+    micro_batch = parts.stream.micro_batches(0, 4, tokenization, pad)[0]
+    swapped = (micro_batch.row_ids[1], micro_batch.row_ids[0], *micro_batch.row_ids[2:])
+    assert dataclasses.replace(micro_batch, row_ids=swapped).order != micro_batch.order
+
+
 def test_an_epoch_has_every_row_once(with_dropout):
     stream = with_dropout.stream
     size = len(stream.examples)

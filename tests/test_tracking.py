@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from wandb_file import OfflineRun, read_offline_run
+from wandb_file import OfflineRun, read_finished_run
 
 from medqa.config import Experiment, flat
 from medqa.errors import UserError
@@ -87,7 +87,7 @@ def summary(run) -> dict:
 
 def offline_run(directory: Path) -> OfflineRun:
     (file,) = directory.glob("wandb/offline-run-*/run-*.wandb")
-    return read_offline_run(file)
+    return read_finished_run(file)
 
 
 @pytest.fixture(scope="module")
@@ -554,7 +554,7 @@ def test_a_key_but_no_network_is_offline_within_15_seconds(unusable_url, acceler
     assert told.startswith("W&B: offline (")
     accelerator.log({"train/loss": 1.0}, step=3)
     accelerator.end_training()
-    runs = [read_offline_run(path) for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
+    runs = [read_finished_run(path) for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
     (found,) = [run for run in runs if run.history]
     assert found.id == "abcd1234"
     assert found.history[3]["train/loss"] == 1.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from launching import figures
-from wandb_file import read_offline_run
+from wandb_file import read_finished_run
 from wandb_server import WandbServer
 
 from benchmarks.chaos import Forked
@@ -163,7 +163,7 @@ def test_the_newest_offline_leg_has_everything_and_stands_alone(tmp_path):
     assert len(legs) == 1
     assert (run / "wandb" / "latest-run").resolve() == legs[0].resolve()
     assert len(list(run.glob("wandb/superseded/offline-run-*"))) == 2
-    found = read_offline_run(next(legs[0].glob("*.wandb")))
+    found = read_finished_run(next(legs[0].glob("*.wandb")))
     told_once({"leg": [found.history[step] for step in sorted(found.history)]}, run)
     # Had the leg been sent already, the next one would be told only of what is new.
     (run / "summary.json").unlink()
@@ -171,5 +171,5 @@ def test_the_newest_offline_leg_has_everything_and_stands_alone(tmp_path):
     shutil.rmtree(run / "checkpoint-30")
     assert start(run, WANDB_MODE="offline").wait(120) == 0
     (second,) = [path for path in run.glob("wandb/offline-run-*") if path != legs[0]]
-    steps = set(read_offline_run(next(second.glob("*.wandb"))).history)
+    steps = set(read_finished_run(next(second.glob("*.wandb"))).history)
     assert min(steps) == 29

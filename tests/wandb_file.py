@@ -5,6 +5,7 @@ Source: https://github.com/google/leveldb/blob/main/doc/log_format.md; W&B has n
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,14 @@ class OfflineRun:
     artifacts: list[Any] = field(default_factory=list)
     metrics: list[Any] = field(default_factory=list)
     finished: bool = False
+
+
+def read_finished_run(path: Path, seconds: float = 20.0) -> OfflineRun:
+    """As `read_offline_run`, once its end is there: W&B's service may still be writing when `finish` has returned."""
+    deadline = time.monotonic() + seconds
+    while not (run := read_offline_run(path)).finished and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return run
 
 
 def read_offline_run(path: Path) -> OfflineRun:
