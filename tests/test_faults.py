@@ -29,6 +29,7 @@ from medqa.training import persist
 from medqa.training.checkpoint import RunState, newest_whole, save_checkpoint
 from medqa.training.checkpoint_files import checkpoints
 from medqa.training.interrupts import Deadline
+from medqa.training.persist import Copies
 from medqa.training.tracking import MetricsFile, read_metrics
 from medqa.training.verify import certificate, contents
 from train import main
@@ -506,6 +507,24 @@ def test_copies_that_read_back_differently_are_noticed_and_made_again(straight, 
     assert len(spoilt) == 2
     assert "training goes on, it is tried again" in capsys.readouterr().out.replace("\n", "")
     same_files(run, there)
+
+
+def test_a_checkpoint_is_never_copied_without_its_metrics(straight, tmp_path, monkeypatch):
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoint-6")
+    copies = Copies(tmp_path / "there", run)
+    copy = copies._copy
+
+    def save_meanwhile(source: Path, target: Path) -> None:
+        copy(source, target)
+        if source.name == "metrics.jsonl" and not (run / "checkpoint-6").exists():
+            shutil.copytree(straight / "checkpoint-6", run / "checkpoint-6")
+
+    monkeypatch.setattr(copies, "_copy", save_meanwhile)
+    copies._mirror()
+    assert [path.name for path in checkpoints(tmp_path / "there")] == ["checkpoint-2", "checkpoint-4"]
+    copies._mirror()
+    assert [path.name for path in checkpoints(tmp_path / "there")][-1] == "checkpoint-6"
 
 
 def test_copies_of_another_run_are_not_mixed_with_this_one(tmp_path, capsys):

@@ -136,11 +136,12 @@ class Copies:
         target.mkdir(exist_ok=True)
         for path in unfinished(target):
             remove(path)
+        # Looked for before the metrics are read: one that is saved in between would be there without its lines.
+        places = [place for place in checkpoints(source) if is_ours(place)]
         for name in (RUN_FILE, *FILES[:-1]):
             self._copy(source / name, target / name)
-        for place in checkpoints(source):
-            if is_ours(place):
-                self._copy_checkpoint(place, target / place.name)
+        for place in places:
+            self._copy_checkpoint(place, target / place.name)
         if (source / ADAPTER_DIR).is_dir():
             (target / ADAPTER_DIR).mkdir(exist_ok=True)
             for path in sorted((source / ADAPTER_DIR).iterdir()):
