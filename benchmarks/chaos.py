@@ -67,6 +67,8 @@ class Forked:
 
 def _train(words: list[str], log: Path, environment: dict[str, str]) -> None:
     """The child: what it prints goes into the log."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]  # among them the address of a W&B service of the process that began this
     os.environ |= environment
     with log.open("ab") as output:
         os.dup2(output.fileno(), 1)

@@ -112,6 +112,18 @@ def test_a_service_process_that_hangs_is_not_waited_for_without_end(tmp_path):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+def test_a_service_process_that_is_dead_at_the_start_turns_wandb_off(tmp_path):
+    from wandb.sdk.lib.service.service_token import UnixServiceToken
+
+    address = UnixServiceToken(parent_pid=1, path="/nonexistent").env_value
+    process = start(tmp_path / "run", WANDB_MODE="offline", WANDB_SERVICE=address)
+    assert process.wait(120) == 0, (tmp_path / "run.log").read_text()
+    said = (tmp_path / "run.log").read_text()
+    assert "W&B: off (" in said
+    assert "metrics.jsonl has it all" in said
+    assert "Traceback" not in said
+
+
 def told_once(histories: dict[str, list[dict]], directory: Path) -> None:
     """Over everything that W&B has: the figures of the metrics file, each once."""
     for key in ("train/loss", "eval/answer_loss", "test/loss"):

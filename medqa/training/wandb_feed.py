@@ -162,12 +162,14 @@ def failures() -> tuple[type[Exception], ...]:
     import wandb
     from wandb.sdk.lib.asyncio_manager import AlreadyJoinedError, RunCancelledError
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
+    from wandb.sdk.lib.service.service_token import WandbServiceConnectionError
     from wandb.sdk.mailbox.mailbox import MailboxClosedError
     from wandb.sdk.mailbox.mailbox_handle import HandleAbandonedError, ServerResponseError
 
     return (
         wandb.errors.Error,  # refused credentials, among others
         WandbApiFailedError,
+        WandbServiceConnectionError,
         ServerResponseError,
         MailboxClosedError,  # the service process has gone ...
         HandleAbandonedError,  # ... and did while it was waited for

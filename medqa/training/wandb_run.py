@@ -3,6 +3,7 @@
 Nothing here prompts, and nothing delays a start for longer than `NETWORK_SECONDS`.
 """
 
+import contextlib
 import netrc
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from medqa.config import Experiment, Tracking
 from medqa.errors import UserError
 from medqa.hub import connects
 from medqa.training.tracking import GLOBAL_STEP
-from medqa.training.wandb_feed import FINISH_SECONDS, UPLOAD_SHARE
+from medqa.training.wandb_feed import FINISH_SECONDS, UPLOAD_SHARE, failures
 
 NETWORK_SECONDS = 8
 SAMPLE_COLUMNS = ["step", "source", "question", "reference", "base answer", "tuned answer", "stopped by itself"]
@@ -61,16 +62,21 @@ def start_wandb(
     if mode == "online":
         try:
             accelerator.init_trackers(project, config, {"wandb": {**arguments, "mode": mode}})
-        except unusable as error:
+        except failures() as error:
             mode, why = "offline", f" ({_gist(error)})"
             accelerator.trackers.clear()
-            wandb.teardown()  # else its service still holds the id: "run ID is in use"
+            os.environ.pop("WANDB_SERVICE", None)  # of a process before this one, maybe dead
+            with contextlib.suppress(SystemExit, *failures()):
+                wandb.teardown()  # else its service still holds the id: "run ID is in use"
     try:
         if mode == "offline":
             accelerator.init_trackers(project, config, {"wandb": {**arguments, "mode": mode}})
     except unusable as error:
         advice = "mend `tracking` or the WANDB_* variables, or use --set tracking.wandb=disabled"
         raise UserError(f"W&B: {_gist(error)}; {advice}") from error
+    except failures() as error:
+        accelerator.trackers.clear()
+        return f"W&B: off ({_gist(error)}); metrics.jsonl has it all"
     run = accelerator.get_tracker("wandb", unwrap=True)
     run.define_metric(GLOBAL_STEP)
     run.define_metric("*", step_metric=GLOBAL_STEP)
