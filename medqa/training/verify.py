@@ -115,6 +115,7 @@ def planned(records: Sequence[Record], kills: int, rng: random.Random) -> list[t
     A third of them in the middle of a save, every sixth while the process starts, the others in an update.
     """
     saves = [record["step"] for record in records if "save_s" in record]
+    saves = saves[:-1] or saves  # a kill after the last one would leave nothing to kill
     moments = ["save"] * max(1, kills // 3) + ["start"] * (kills // 6)
     moments = (moments + ["update"] * kills)[:kills]
     plan = [
