@@ -10,27 +10,32 @@ import sys
 import time
 from collections.abc import Sequence
 
-from medqa.data.batches import Stream, tokenize
+from medqa.data.batches import Stream
 from medqa.data.report import write_json, write_reports
 from medqa.data.sources import load_sources
 from medqa.data.splits import SPLITS, split_rows
+from medqa.data.tokens import tokenize
 from medqa.errors import StoppedInTime, exit_code, together, writing
 from medqa.evaluation.inference import sample_answers
-from medqa.evaluation.loss import Evaluator, fixed_subset, summarize
+from medqa.evaluation.loss import fixed_subset, summarize
 from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
 from medqa.model.base import add_lora, check_model, load_base, load_tokenizer
+from medqa.model.loss import LossModel
 from medqa.model.precision import resolve_precision
 from medqa.options import parse_options, refuse_not_yet
 from medqa.training.artifacts import make_summary, save_final_adapter
 from medqa.training.checkpoint import RunState, Trained, save_checkpoint
 from medqa.training.console import ProgressLine, make_console, quiet_libraries, show_plan, show_result
+from medqa.training.execution import choose_execution
 from medqa.training.interrupts import Deadline, Interrupts, elapsed
 from medqa.training.lock import RunLock
 from medqa.training.loop import train
 from medqa.training.memory import reset_peak
 from medqa.training.optimizer import build_optimizer
 from medqa.training.persist import Copies, space_needed
+from medqa.training.phases import Phases
 from medqa.training.plan import accumulation_steps, in_effect, make_plan
+from medqa.training.probe import choose_micro_batch, make_evaluator
 from medqa.training.processes import build_accelerator, choose_kernels, is_first_process, leave, on_main
 from medqa.training.run_dir import (
     ADAPTER_DIR,
@@ -63,7 +68,7 @@ def guarded(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib.ExitStack) -> None:
     """The run. Nothing is written until all is loaded, so a mistake changes nothing."""
-    started, deadline = time.perf_counter(), Deadline(options.stop_after)
+    started, deadline, phases = time.perf_counter(), Deadline(options.stop_after), Phases()
     quiet_libraries()
     refuse_not_yet(options)
     experiment = load_experiment(options.exp, tiny=options.tiny, locations=options.locations, sets=options.set)
@@ -91,25 +96,26 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
         return show_result(console, summary)
 
     with accelerator.main_process_first():  # so that what is fetched is fetched once
-        _, sources = together(
+        model_config, sources = together(
             lambda: check_model(experiment.model, tokenization.max_length),
             lambda: load_sources(experiment.data.medquad, experiment.data.afrimedqa),
         )
     rows = [row for source in sources for row in source.rows]
     splits = split_rows(rows, experiment.data.split, experiment.data.split_seed, tuple(experiment.data.fractions))
+    phases.done("data")
     tokenizer = load_tokenizer(experiment.model.base, tokenization.pad_token)
     examples = {split: tokenize(getattr(splits, split), tokenizer, tokenization) for split in SPLITS}
     stream = Stream(examples["train"], seed, training.global_batch_size)
+    phases.done("tokens")
 
+    execution = choose_execution(experiment, model_config, precision, accelerator.device, kept)
     with accelerator.main_process_first():
-        base = load_base(
-            experiment.model, precision, accelerator.device, len(tokenizer), seed, kept.quantization if kept else None
-        )
-    identity = identify(experiment, splits, examples, tokenizer, base, precision, accelerator)
-    adapted = add_lora(base.model, experiment.lora, seed)
+        base = load_base(experiment.model, precision, execution, accelerator.device, len(tokenizer), seed, kept)
+    identity = identify(experiment, splits, examples, tokenizer, base, precision, execution, accelerator)
+    adapted = add_lora(base.model, experiment.lora, seed, execution.padding_free)
     bare_optimizer = build_optimizer(adapted, experiment.optimizer)
     scheduler = build_scheduler(bare_optimizer, experiment.scheduler, training.max_steps)
-    model, optimizer = accelerator.prepare(adapted, bare_optimizer)
+    model, optimizer = accelerator.prepare(LossModel(adapted), bare_optimizer)
     trained = Trained(adapted, optimizer, scheduler, accelerator.scaler)
 
     state = go_on(found, trained, identity) if found else RunState()
@@ -118,20 +124,26 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     spent = tracker.resume(state.step if state.baseline else -1, training.max_steps)
     state.peak_memory = max(state.peak_memory, spent.peak_memory)
     clock = functools.partial(elapsed, max(state.elapsed_s, spent.elapsed_s) - started)
-    changes = in_effect(precision, experiment.model.quantization, base)
+    changes = in_effect(precision, execution, experiment.model.quantization, base)
+    phases.done("model")
     if accelerator.is_main_process:
         write_config(output_dir, experiment, accumulation, changes)
         write_reports(output_dir, sources, splits, examples, stream, tokenization, training.per_device_batch_size)
         copies.start(training.keep_checkpoints, options.fresh, say)
-    plan = make_plan(experiment, stream, examples, adapted, changes, accelerator, accumulation, tokenizer.decode)
+    plan = make_plan(
+        experiment, stream, examples, adapted, execution, changes, accelerator, accumulation, tokenizer.decode
+    )
     plan.lines.extend(told_of(found, state, spent.damaged))
     plan.lines.extend(space_needed(options.persist_to, experiment, adapted, state.step))
     show_plan(console, f"{name} in {output_dir}", plan)
     console.print(start_wandb(accelerator, experiment, output_dir, leg.run_id, changes))
     feed = WandbFeed(accelerator, say)
     tracker.begin_feed(feed, leg.run_id)
+    phases.done("start")
 
-    evaluator = Evaluator(model, accelerator, tokenization, tokenizer.pad_token_id, training.per_device_batch_size)
+    choose_micro_batch(state, execution, model, stream, experiment, accelerator, say)
+    phases.done("probe")
+    evaluator = make_evaluator(state, execution, model, experiment, accelerator, tokenizer.pad_token_id)
     validation = examples["validation"]
     subset = fixed_subset(validation, experiment.evaluation.rows, seed)
     fixed_rows = [validation[i] for i in subset]
@@ -143,6 +155,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
         state.best_loss = summarize(losses[subset], fixed_rows).loss
         tracker.log({"step": 0, "split": "eval", "elapsed_s": clock(), **state.baseline.record()})
     reset_peak(accelerator.device)
+    phases.done("evaluation")
 
     def save() -> None:
         tracker.flush()
@@ -166,7 +179,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
             tracker=tracker,
             interrupts=interrupts,
             deadline=deadline,
-            progress=progress.update,
+            progress=phases.until_first_update(progress.update, say),
             say=say,
             clock=clock,
         )

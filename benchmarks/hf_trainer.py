@@ -16,13 +16,17 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from medqa.config import Data, Experiment, flat
-from medqa.data.batches import IGNORED, Example, MicroBatch, Stream, tokenize
+from medqa.data.batches import IGNORED, MicroBatch, Stream
 from medqa.data.sources import load_sources
 from medqa.data.splits import Splits, split_rows
-from medqa.model.base import Base, adapter_weights, add_lora, load_base, load_tokenizer
+from medqa.data.tokens import Example, tokenize
+from medqa.model.base import Base, adapter_weights, add_lora, check_model, load_base, load_tokenizer
+from medqa.model.execution import Execution
+from medqa.model.loss import LossModel
 from medqa.model.precision import resolve_precision
 from medqa.training.checkpoint import Fingerprints, Identity, RunState, Trained
 from medqa.training.environment import environment
+from medqa.training.execution import choose_execution
 from medqa.training.interrupts import Deadline, Interrupts
 from medqa.training.loop import StepResult, train, train_step
 from medqa.training.optimizer import build_optimizer
@@ -50,6 +54,7 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     examples: dict[str, list[Example]]
     stream: Stream
+    execution: Execution
     base: Base
     adapted: PeftModel
     model: torch.nn.Module
@@ -68,7 +73,7 @@ class Parts:
         return Identity(
             experiment=flat(self.experiment),
             fingerprints=Fingerprints(data="data", tokenizer="ids", base="base"),
-            environment=environment(self.accelerator, precision, self.base),
+            environment=environment(self.accelerator, precision, self.execution, self.base),
         )
 
     def micro_batches(self, update: int) -> list[MicroBatch]:
@@ -128,14 +133,18 @@ def build(experiment: Experiment, make_accelerator: Callable[[], Accelerator] | 
         name: tokenize(getattr(splits, name), tokenizer, experiment.tokenization) for name in ("train", "validation")
     }
     stream = Stream(examples["train"], training.seed, training.global_batch_size)
-    base = load_base(experiment.model, precision, accelerator.device, len(tokenizer), training.seed)
+    model_config = check_model(experiment.model, experiment.tokenization.max_length)
+    execution = choose_execution(experiment, model_config, precision, accelerator.device, None)
+    base = load_base(experiment.model, precision, execution, accelerator.device, len(tokenizer), training.seed)
     if base.quantization != experiment.model.quantization:
         raise RuntimeError(base.reason)
-    adapted = add_lora(base.model, experiment.lora, training.seed)
+    adapted = add_lora(base.model, experiment.lora, training.seed, execution.padding_free)
     bare_optimizer = build_optimizer(adapted, experiment.optimizer)
     scheduler = build_scheduler(bare_optimizer, experiment.scheduler, training.max_steps)
-    model, optimizer = accelerator.prepare(adapted, bare_optimizer)
-    return Parts(experiment, accelerator, tokenizer, examples, stream, base, adapted, model, optimizer, scheduler)
+    model, optimizer = accelerator.prepare(LossModel(adapted), bare_optimizer)
+    return Parts(
+        experiment, accelerator, tokenizer, examples, stream, execution, base, adapted, model, optimizer, scheduler
+    )
 
 
 def run_train(

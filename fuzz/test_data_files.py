@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medqa.config import Tokenization
-from medqa.data.batches import tokenize
+from medqa.data.tokens import tokenize
 from medqa.data.sources import Source, load_sources
 from medqa.data.splits import SPLITS, split_rows
 from medqa.errors import UserError

@@ -40,7 +40,7 @@ class Model(Section):
     base: Annotated[str, Field(min_length=1)] = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
     quantization: Literal["none", "4bit"] = "none"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    dequantize: Literal["auto", "never"] = "never"
+    dequantize: Literal["auto", "never"] = "auto"
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     gradient_checkpointing: bool = False
 
@@ -115,7 +115,7 @@ class Training(Section):
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42  # what torch takes
     deterministic: bool = True
-    padding_free: bool = False
+    padding_free: bool = True
     micro_batch_tokens: Positive | None = None
     log_steps: Positive = 10
     save_steps: Positive = 50

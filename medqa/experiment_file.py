@@ -37,10 +37,7 @@ TINY_WARMUP = 4  # for recipes that warm up at all
 
 # Of the contract, what this version does not do yet: refused by name, never silently ignored.
 NOT_YET = {
-    "training.padding_free": lambda value: value is True,
-    "training.micro_batch_tokens": lambda value: value is not None,
     "training.epochs": lambda value: value is not None,
-    "model.dequantize": lambda value: value != "never",
     "data.files": bool,
     "data.split": lambda value: value == "topic",
 }

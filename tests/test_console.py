@@ -6,7 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from medqa.data.batches import Stream, tokenize
+from medqa.data.batches import Stream
+from medqa.data.tokens import tokenize
 from medqa.data.sources import load_sources
 from medqa.experiment_file import load_experiment
 from medqa.model.base import load_tokenizer

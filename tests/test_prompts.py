@@ -7,7 +7,7 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from medqa.config import Tokenization
-from medqa.data.batches import tokenize
+from medqa.data.tokens import tokenize
 from medqa.data.sources import Row
 from medqa.errors import UserError
 from medqa.model.base import load_tokenizer

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 
 from benchmarks.hf_trainer import Parts, build, run_train
 from medqa.config import Tokenization
-from medqa.data.batches import IGNORED, MicroBatch, collate, tokenize
+from medqa.data.batches import IGNORED, MicroBatch, collate
+from medqa.data.tokens import tokenize
 from medqa.data.sources import Row
 from medqa.errors import TrainingStopped
 from medqa.evaluation.loss import row_losses

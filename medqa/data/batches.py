@@ -1,4 +1,4 @@
-"""From rows to an update's micro-batches: ids, the stream of examples, padding.
+"""The stream of examples and an update's micro-batches of it, padded or laid end to end.
 
 The stream is an endless sequence of epoch permutations, each a pure function of seed and epoch; update u consumes
 positions [u*B, (u+1)*B) of it, B the global batch, straight across epoch ends. Nothing here has a state to save.
@@ -7,41 +7,33 @@ positions [u*B, (u+1)*B) of it, B the global batch, straight across epoch ends. 
 import bisect
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from itertools import pairwise
 
-import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from medqa.config import Tokenization
-from medqa.data.sources import Row
-from medqa.prompts import prompt
+from medqa.data.tokens import Example
 
-CHUNK = 1000  # rows that one call of the tokenizer gets
 IGNORED = -100  # a label that is no target, as in torch's cross_entropy
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """One row as ids (int32): BOS, prompt, answer, EOS. `answer_start` is the index of the answer's first token."""
-
-    row: Row
-    input_ids: np.ndarray
-    answer_start: int
-    truncated: bool
-
-
-@dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One forward and backward. Tensors are (examples, length), on the CPU; `position` is the first example's."""
+    """One forward and backward, on the CPU; `position` is the first example's in the stream.
+
+    Padded: `input_ids`, `attention_mask` and `labels` are (examples, length). Without padding the examples lie end to
+    end: `input_ids` and `labels` are (1, tokens), there is no mask, and `segments` has each example's length. A first
+    token of an example is never a target there, since it would be predicted from another example's last.
+    """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
     labels: torch.Tensor
     position: int
     row_ids: tuple[str, ...]
+    segments: tuple[int, ...] | None = None
 
     @property
     def order(self) -> int:
@@ -51,39 +43,18 @@ class MicroBatch:
     @property
     def tokens(self) -> int:
         """Ids that are not padding."""
-        return int(self.attention_mask.sum())
+        if self.attention_mask is not None:
+            return int(self.attention_mask.sum())
+        return self.input_ids.numel() if self.row_ids else 0
 
-
-def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> list[Example]:
-    """Each row as an `Example`.
-
-    BOS and EOS are put in by id: a special token spelled in the text (`</s>` on a web page) stays text, and EOS is
-    never cut off by accident nor there twice. A row that does not fit with its EOS is cut and has none.
-    """
-    chunks = (rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK))
-    return [example for chunk in chunks for example in _tokenize(chunk, tokenizer, tokenization)]
-
-
-def _tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> Iterator[Example]:
-    """One call of the tokenizer. Offsets take far more memory than ids, so not all rows are in one."""
-    prompts = [prompt(row.question) for row in rows]
-    encoded = tokenizer(
-        [head + row.answer for head, row in zip(prompts, rows, strict=True)],
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,  # its "longer than the maximum" is what max_length is for
-    )
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    eos = [tokenizer.eos_token_id] if tokenization.append_eos else []
-    for row, head, ids, offsets in zip(rows, prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        # A token that began in the prompt and ends in the answer predicts answer text: it counts as answer.
-        answer_start = len(bos) + bisect.bisect_right(offsets, len(head), key=itemgetter(1))
-        whole = bos + ids + eos
-        fits = len(whole) <= tokenization.max_length
-        cut = whole if fits else (bos + ids)[: tokenization.max_length]
-        yield Example(row, np.array(cut, dtype=np.int32), min(answer_start, len(cut)), not fits)
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each token, which example it is of and where in it it stands (from 0), both shaped as `labels`."""
+        if self.segments is None:
+            return tuple(torch.meshgrid(*map(torch.arange, self.labels.shape), indexing="ij"))
+        lengths = torch.tensor(self.segments)
+        example = torch.arange(len(lengths)).repeat_interleave(lengths)
+        first = lengths.cumsum(0) - lengths
+        return example[None], (torch.arange(len(example)) - first[example])[None]
 
 
 def collate(
@@ -114,14 +85,55 @@ def collate(
     return MicroBatch(input_ids, attention_mask, labels, position, tuple(example.row.id for example in examples))
 
 
-def ids_fingerprint(examples: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of all that a tokenizer makes of the data: two tokenizers that give the same ids are the same."""
-    digest = hashlib.sha256(repr((len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)).encode())
-    for name, split in sorted(examples.items()):
-        for example in split:
-            digest.update(f"{name} {example.answer_start} {len(example.input_ids)} ".encode())
-            digest.update(example.input_ids.astype("<i4").tobytes())
-    return digest.hexdigest()
+def pack(examples: Sequence[Example], loss_on: str, position: int = 0) -> MicroBatch:
+    """Examples laid end to end into one micro-batch without padding."""
+    ids = [torch.from_numpy(example.input_ids).long() for example in examples]
+    labels = [one.clone() for one in ids]
+    for example, label in zip(examples, labels, strict=True):
+        label[: max(1, example.answer_start) if loss_on == "answer" else 1] = IGNORED
+    return MicroBatch(
+        torch.cat(ids)[None],
+        None,
+        torch.cat(labels)[None],
+        position,
+        tuple(example.row.id for example in examples),
+        tuple(len(one) for one in ids),
+    )
+
+
+def nothing_to_do(example: Example, position: int) -> MicroBatch:
+    """A micro-batch without a target, for a process that has none of the update's but must take part."""
+    packed = pack([example], "all", position)
+    return MicroBatch(packed.input_ids, None, torch.full_like(packed.labels, IGNORED), position, (), packed.segments)
+
+
+def divide(lengths: Sequence[int], most_tokens: int, multiple: int = 1) -> list[int]:
+    """Where to cut a sequence of examples into as few pieces as possible, about equal, of at most so many tokens.
+
+    Args:
+        lengths: tokens of each example, each at most `most_tokens` (a longer one gets a piece of its own).
+        multiple: the number of pieces is a multiple of it where there are examples enough.
+
+    Returns:
+        The first index of each piece, and at the end the number of examples.
+    """
+    longest = max(lengths)
+    most = max(most_tokens, longest)
+    pieces = min(-(-(len(_cuts(lengths, most)) - 1) // multiple) * multiple, len(lengths))
+    caps = range(longest, most)
+    even = bisect.bisect_left(caps, True, key=lambda cap: len(_cuts(lengths, cap)) - 1 <= pieces)
+    return _cuts(lengths, longest + even)
+
+
+def _cuts(lengths: Sequence[int], most_tokens: int) -> list[int]:
+    """Where to cut so that each piece takes all it can."""
+    cuts, tokens = [0], 0
+    for i, length in enumerate(lengths):
+        if tokens and tokens + length > most_tokens:
+            cuts.append(i)
+            tokens = 0
+        tokens += length
+    return [*cuts, len(lengths)]
 
 
 @functools.lru_cache(maxsize=4)
@@ -183,3 +195,25 @@ class Stream:
         """Stream positions at which this process's micro-batches of an update begin."""
         first = update * self.global_batch_size
         yield from range(first + process_index * size, first + self.global_batch_size, size * num_processes)
+
+    def packed(
+        self,
+        update: int,
+        loss_on: str,
+        most_tokens: int,
+        multiple: int = 1,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> list[MicroBatch]:
+        """This process's micro-batches of an update (from 0) without padding: every `num_processes`-th of the update's.
+
+        The division does not depend on the number of processes, nor does the noise, as in `micro_batches`.
+
+        Args:
+            most_tokens, multiple: see `divide`.
+        """
+        first = update * self.global_batch_size
+        examples = [self.at(position) for position in range(first, first + self.global_batch_size)]
+        cuts = divide([len(example.input_ids) for example in examples], most_tokens, multiple)
+        pieces = [pack(examples[start:end], loss_on, first + start) for start, end in pairwise(cuts)]
+        return pieces[process_index::num_processes] or [nothing_to_do(examples[0], first)]

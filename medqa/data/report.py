@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from medqa.config import Tokenization
-from medqa.data.batches import Example, Stream
+from medqa.data.batches import Stream
 from medqa.data.sources import Source
 from medqa.data.splits import SPLITS, Splits, overlap_report, write_splits_csv
+from medqa.data.tokens import Example
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 

@@ -7,6 +7,7 @@ result does not depend on batch size, padding or the number of processes.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 from accelerate import Accelerator
 
 from medqa.config import Tokenization
-from medqa.data.batches import IGNORED, Example, collate, epoch_permutation
+from medqa.data.batches import IGNORED, collate, divide, epoch_permutation, pack
+from medqa.data.tokens import Example
 from medqa.errors import TrainingStopped, UserError
 from medqa.model.loss import token_losses
 
@@ -43,21 +45,73 @@ class SplitLoss:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Measures splits with one model and one tokenization."""
+    """Measures splits with one model (a `LossModel`) and one tokenization, at most `most_tokens` places at once.
+
+    Without padding where the model permits (`padding_free`); else padded to the longest of those at once.
+    """
 
     model: torch.nn.Module
     accelerator: Accelerator
     tokenization: Tokenization
     pad_token_id: int
-    batch_size: int
+    most_tokens: int
+    padding_free: bool
 
     def measure(self, examples: Sequence[Example]) -> SplitLoss:
         """The split's figures, now."""
         return summarize(self.row_losses(examples), examples)
 
     def row_losses(self, examples: Sequence[Example]) -> np.ndarray:
-        """As `row_losses`."""
-        return row_losses(self.model, examples, self.accelerator, self.tokenization, self.pad_token_id, self.batch_size)
+        """Per example: summed loss and count of its target tokens, then of its answer tokens. (examples, 4), float64.
+
+        In nats. Every process gets the whole table. The model's mode is left as it was.
+        """
+        accelerator = self.accelerator
+        table = torch.zeros(len(examples), len(COLUMNS), dtype=torch.float64)
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            mine = self._batches(examples)[accelerator.process_index :: accelerator.num_processes]
+            while mine:
+                batch = mine.pop(0)
+                try:
+                    table[batch] = self._sums([examples[i] for i in batch])
+                except torch.OutOfMemoryError:
+                    if len(batch) == 1:
+                        raise
+                    half = len(batch) // 2  # how rows are batched makes no difference to their losses
+                    mine[:0] = [batch[:half], batch[half:]]
+        self.model.train(was_training)
+        if accelerator.num_processes > 1:
+            table = accelerator.reduce(table.to(accelerator.device), "sum").cpu()
+        return table.numpy()
+
+    def _batches(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Indices of the examples that go through the model together, the longest first."""
+        by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids), reverse=True)
+        lengths = [len(examples[i].input_ids) for i in by_length]
+        cuts = [0]
+        if self.padding_free and lengths:
+            cuts = divide(lengths, self.most_tokens)
+        while cuts[-1] < len(lengths):
+            cuts.append(min(cuts[-1] + max(1, self.most_tokens // lengths[cuts[-1]]), len(lengths)))
+        return [by_length[start:end] for start, end in pairwise(cuts)]
+
+    def _sums(self, chosen: Sequence[Example]) -> torch.Tensor:
+        """The table's lines of these examples."""
+        if self.padding_free:
+            micro_batch = pack(chosen, "all")
+        else:
+            to_longest = self.tokenization.model_copy(update={"padding": "longest"})
+            micro_batch = collate(chosen, to_longest, self.pad_token_id, loss_on="all")
+        losses = token_losses(self.model, micro_batch, self.accelerator.device).cpu().double()
+        row, place = (index[:, 1:] for index in micro_batch.places())
+        is_token = micro_batch.labels[:, 1:] != IGNORED
+        is_answer = is_token & (place >= torch.tensor([example.answer_start for example in chosen])[row])
+        is_target = is_answer if self.tokenization.loss_on == "answer" else is_token
+        sums = [losses * is_target, is_target, losses * is_answer, is_answer]
+        lines = torch.zeros(len(chosen), len(COLUMNS), dtype=torch.float64)
+        return lines.index_add_(0, row.flatten(), torch.stack([each.double().flatten() for each in sums], dim=1))
 
 
 def fixed_subset(examples: Sequence[Example], rows: int | None, seed: int) -> list[int]:
@@ -67,52 +121,8 @@ def fixed_subset(examples: Sequence[Example], rows: int | None, seed: int) -> li
     return sorted(epoch_permutation(seed, 0, len(examples))[:rows])
 
 
-def row_losses(
-    model: torch.nn.Module,
-    examples: Sequence[Example],
-    accelerator: Accelerator,
-    tokenization: Tokenization,
-    pad_token_id: int,
-    batch_size: int,
-) -> np.ndarray:
-    """Per example: summed loss and count of its target tokens, then of its answer tokens. (examples, 4), float64, nats.
-
-    Every process gets the whole table. The model's mode is left as it was.
-    """
-    table = torch.zeros(len(examples), len(COLUMNS), dtype=torch.float64)
-    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids), reverse=True)
-    batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
-    unpadded = tokenization.model_copy(update={"padding": "longest"})
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        mine = batches[accelerator.process_index :: accelerator.num_processes]
-        while mine:
-            batch = mine.pop(0)
-            chosen = [examples[i] for i in batch]
-            micro_batch = collate(chosen, unpadded, pad_token_id, loss_on="all")
-            try:
-                losses = token_losses(model, micro_batch, accelerator.device).cpu().double()
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                half = len(batch) // 2  # how rows are batched makes no difference to their losses
-                mine[:0] = [batch[:half], batch[half:]]
-                continue
-            is_token = micro_batch.labels[:, 1:] != IGNORED
-            place = torch.arange(1, micro_batch.labels.shape[1])
-            is_answer = is_token & (place >= torch.tensor([[e.answer_start] for e in chosen]))
-            is_target = is_answer if tokenization.loss_on == "answer" else is_token
-            sums = [(losses * is_target).sum(1), is_target.sum(1), (losses * is_answer).sum(1), is_answer.sum(1)]
-            table[batch] = torch.stack([column.double() for column in sums], dim=1)
-    model.train(was_training)
-    if accelerator.num_processes > 1:
-        table = accelerator.reduce(table.to(accelerator.device), "sum").cpu()
-    return table.numpy()
-
-
 def summarize(table: np.ndarray, examples: Sequence[Example]) -> SplitLoss:
-    """The split's figures from `row_losses` of the same examples.
+    """The split's figures from `Evaluator.row_losses` of the same examples.
 
     Raises:
         TrainingStopped: the loss is not finite.

@@ -16,12 +16,15 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from medqa import config
 from medqa.errors import UserError
 from medqa.hub import hub_reachable
-from medqa.model.precision import KEPT, Precision
+from medqa.model.dropout import use_fast_dropout
+from medqa.model.execution import Execution
+from medqa.model.four_bit import expand, four_bit_config, four_bit_unavailable, keep_unpacked
+from medqa.model.precision import KEPT, Kept, Precision
 from medqa.prompts import chat_template
 
 # What loading a damaged, hostile or unknown model directory raises, out-of-memory excepted.
@@ -95,33 +98,36 @@ def load_tokenizer(base: str, pad_token: str) -> PreTrainedTokenizerBase:
 def load_base(
     model: config.Model,
     precision: Precision,
+    execution: Execution,
     device: torch.device,
     vocabulary: int,
     seed: int,
-    kept_quantization: str | None = None,
+    kept: Kept | None = None,
 ) -> Base:
-    """The base model on its device, frozen, in 4-bit where asked and possible, with gradient checkpointing as asked.
+    """The base model on its device, frozen, in 4-bit where asked and possible.
 
     Args:
         vocabulary: the tokenizer's size; the embeddings grow where it is larger than the model's.
-        kept_quantization: that of the checkpoint that the run goes on from; kept where the machine can.
+        kept: the settings of the checkpoint that the run goes on from; its quantization is kept where the machine can.
 
     Raises:
         UserError: it cannot be loaded, or weights are missing or of another shape.
     """
     reason = four_bit_unavailable(device, precision.dtype) if model.quantization == "4bit" else None
-    if reason is None and kept_quantization not in (None, model.quantization):
+    if reason is None and kept is not None and kept.quantization != model.quantization:
         reason = KEPT
     quantization = "none" if reason else model.quantization
     torch.manual_seed(seed)  # for the rows that growing the embeddings adds
-    loaded = _from_pretrained(model, precision, device, quantization)
+    loaded = _from_pretrained(model.base, precision, execution, device, quantization)
     loaded.requires_grad_(False)
-    if quantization == "4bit" and device.type == "cpu":
-        _keep_unpacked(loaded)
+    if quantization == "4bit" and execution.dequantize:
+        expand(loaded)
+    elif quantization == "4bit" and device.type == "cpu":
+        keep_unpacked(loaded)
     if vocabulary > loaded.get_input_embeddings().num_embeddings:
         _add_tokens(loaded, vocabulary)
     loaded.config.use_cache = False
-    if model.gradient_checkpointing:
+    if execution.gradient_checkpointing:
         # Its newer name, activation_checkpointing_enable, is not in transformers 5.17 yet.
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Base(loaded, quantization, reason)
@@ -147,8 +153,11 @@ def base_fingerprint(base: str) -> str:
     return digest.hexdigest()
 
 
-def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int) -> PeftModel:
+def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int, fast_dropout: bool = False) -> PeftModel:
     """The base with LoRA adapters in float32, the only parameters that train.
+
+    Args:
+        fast_dropout: draw dropout's noise as `dropout.py` does.
 
     Raises:
         UserError: a target module that the model does not have, or `init_from` does not fit.
@@ -172,6 +181,8 @@ def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int) -> PeftModel:
             task_type="CAUSAL_LM",
         ),
     )
+    if fast_dropout:
+        use_fast_dropout(model)
     if lora.init_from is not None:
         load_adapter_weights(model, Path(os.path.expanduser(lora.init_from)), "lora.init_from")
     return model
@@ -207,46 +218,19 @@ def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
-def four_bit_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why 4-bit cannot be had on a device; None where it can. A small layer is quantized and used, before 2 GB are."""
-    try:
-        import bitsandbytes as bnb
-        from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-
-        Bnb4BitHfQuantizer(_four_bit(dtype)).validate_environment(device_map={"": str(device)})
-        layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=dtype, quant_type="nf4").to(device)
-        layer.support_avx512bf16_for_cpu = False
-        layer(torch.ones(1, 64, device=device, dtype=dtype))
-    except torch.OutOfMemoryError:  # a RuntimeError, but no reason to fall back
-        raise
-    except (ImportError, RuntimeError, ValueError) as error:
-        return f"4-bit cannot be had here: {type(error).__name__}: {str(error).splitlines()[0]}"
-    return None
-
-
-def _four_bit(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantization (QLoRA, https://arxiv.org/abs/2305.14314)."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
 def _from_pretrained(
-    model: config.Model, precision: Precision, device: torch.device, quantization: str
+    base: str, precision: Precision, execution: Execution, device: torch.device, quantization: str
 ) -> torch.nn.Module:
     """The model as transformers loads it, every weight read from the file."""
     if device.type == "cuda":  # by number, as Accelerate compares it
         device = torch.device("cuda", torch.cuda.current_device())
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            _location(model.base),
+            _location(base),
             dtype=precision.dtype,
-            quantization_config=_four_bit(precision.dtype) if quantization == "4bit" else None,
+            quantization_config=four_bit_config(precision.dtype) if quantization == "4bit" else None,
             device_map={"": device},
-            attn_implementation=model.attn_implementation,
+            attn_implementation=execution.attn_implementation,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -254,10 +238,10 @@ def _from_pretrained(
     except torch.OutOfMemoryError:
         raise
     except LOAD_ERRORS as error:
-        raise _cannot_load(model.base, error) from error
+        raise _cannot_load(base, error) from error
     if info["missing_keys"]:
         raise UserError(
-            f"model.base = {model.base}: weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}, ...; "
+            f"model.base = {base}: weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}, ...; "
             "fetch the model again, or give another with --model"
         )
     return loaded
@@ -276,18 +260,6 @@ def _add_tokens(model: torch.nn.Module, vocabulary: int) -> None:
     bias[known:] = -torch.inf
     head.bias = torch.nn.Parameter(bias)
     model.requires_grad_(False)
-
-
-def _keep_unpacked(model: torch.nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on CPUs with AVX512-BF16.
-
-    The packed layer has no backward: gradients after it are silently wrong (cosine 0.29 to the right ones, measured).
-    """
-    import bitsandbytes as bnb
-
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _file(base: str, name: str) -> Path | None:

@@ -1,9 +1,65 @@
-"""Summed token loss. The only place that shifts labels: the logits at a position predict the id after it."""
+"""From a micro-batch to its losses. The only place that shifts labels: what stands at a position predicts the id after.
+
+Two ways to the same number. Padded, plainly: all logits of all places. Without padding: attention inside each example
+(`attention.py`), the head at the targets alone and in chunks (`head.py`).
+"""
 
 import torch
+from peft import PeftModel
 from torch.nn import functional as F
 
 from medqa.data.batches import IGNORED, MicroBatch
+from medqa.model.attention import segments_arguments
+from medqa.model.head import SummedLoss, chunked_losses
+
+
+class LossModel(torch.nn.Module):
+    """A model with its loss on top: what Accelerate wraps, so that no logits leave autocast and DDP."""
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, micro_batch: MicroBatch, device: torch.device, each: bool) -> torch.Tensor:
+        """The targets' summed loss in nats, float32; or, with `each`, the loss of each token, as in `token_losses`."""
+        targets = F.pad(micro_batch.labels[:, 1:], (0, 1), value=IGNORED).flatten()  # the last position predicts none
+        if micro_batch.segments is None:
+            return self._padded(micro_batch, targets, device, each)
+        return self._end_to_end(micro_batch, targets, device, each)
+
+    def _padded(self, micro_batch: MicroBatch, targets: torch.Tensor, device: torch.device, each: bool) -> torch.Tensor:
+        """Labels move and logits stay: slicing the logits would copy the largest tensor of the update."""
+        logits = self.model(
+            input_ids=micro_batch.input_ids.to(device, non_blocking=True),
+            attention_mask=micro_batch.attention_mask.to(device, non_blocking=True),
+            use_cache=False,
+        ).logits
+        losses = F.cross_entropy(
+            logits.float().flatten(0, 1),
+            targets.to(device, non_blocking=True),
+            ignore_index=IGNORED,
+            reduction="none" if each else "sum",
+        )
+        return losses.view(micro_batch.labels.shape)[:, :-1] if each else losses
+
+    def _end_to_end(
+        self, micro_batch: MicroBatch, targets: torch.Tensor, device: torch.device, each: bool
+    ) -> torch.Tensor:
+        """What is a target is known on the CPU, so that the device is never waited for."""
+        base = self.model.get_base_model()
+        hidden = base.get_decoder()(
+            input_ids=micro_batch.input_ids.to(device, non_blocking=True),
+            use_cache=False,
+            **segments_arguments(micro_batch.segments, base.config._attn_implementation, device),
+        ).last_hidden_state[0]
+        places = (targets != IGNORED).nonzero()[:, 0]
+        right = targets[places].to(device, non_blocking=True)
+        places = places.to(device, non_blocking=True)
+        chosen, head = hidden.index_select(0, places), base.get_output_embeddings()
+        if not each:
+            return SummedLoss.apply(chosen, head.weight, head.bias, right)
+        losses = torch.zeros(len(targets), device=device)
+        return losses.index_copy(0, places, chunked_losses(chosen, head, right))[None, :-1]
 
 
 def target_count(micro_batch: MicroBatch) -> int:
@@ -12,32 +68,16 @@ def target_count(micro_batch: MicroBatch) -> int:
 
 
 def token_losses(model: torch.nn.Module, micro_batch: MicroBatch, device: torch.device) -> torch.Tensor:
-    """The loss of each token in nats, (examples, length - 1), float32; 0 where the label does not count.
+    """The loss of each token in nats, (examples, length - 1) or (1, tokens - 1), float32; 0 where it does not count.
 
-    Entry t belongs to the id at t + 1.
+    Entry t belongs to the id at t + 1. Without padding there is no graph.
+
+    Args:
+        model: a `LossModel`, as it is or as Accelerate prepared it.
     """
-    logits, targets = _logits_and_targets(model, micro_batch, device)
-    losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
-    return losses.view(micro_batch.labels.shape)[:, :-1]
+    return model(micro_batch, device, True)
 
 
 def summed_loss(model: torch.nn.Module, micro_batch: MicroBatch, device: torch.device) -> torch.Tensor:
-    """The sum of the target tokens' losses in nats, a float32 scalar with a graph."""
-    logits, targets = _logits_and_targets(model, micro_batch, device)
-    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-
-
-def _logits_and_targets(
-    model: torch.nn.Module, micro_batch: MicroBatch, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 logits (positions, vocabulary) and the id each predicts (positions); the last position predicts none.
-
-    Labels move and logits stay: slicing the logits would copy the largest tensor of the update.
-    """
-    logits = model(
-        input_ids=micro_batch.input_ids.to(device, non_blocking=True),
-        attention_mask=micro_batch.attention_mask.to(device, non_blocking=True),
-        use_cache=False,
-    ).logits
-    targets = F.pad(micro_batch.labels[:, 1:], (0, 1), value=IGNORED).to(device, non_blocking=True)
-    return logits.float().flatten(0, 1), targets.flatten()
+    """The sum of the target tokens' losses in nats, a float32 scalar with a graph. `model` as in `token_losses`."""
+    return model(micro_batch, device, False)

@@ -26,6 +26,7 @@ class Kept(Protocol):
 
     mixed_precision: str
     dtype: str
+    quantization: str
 
 
 @dataclass(frozen=True)

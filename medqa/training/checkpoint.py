@@ -59,7 +59,8 @@ class RunState:
     """How far a run is. What follows from the step is not kept.
 
     `elapsed_s` and `peak_memory` are over all legs, `evaluation_s` is what the baseline took. `micro_batch_rows` is the
-    most examples that a micro-batch has had room for (None: as many as configured).
+    most examples that a micro-batch has had room for (None: as many as configured). Without padding `micro_batch_tokens`
+    bounds a micro-batch instead, and their number is a multiple of `micro_batch_multiple`; see `data.batches.divide`.
     """
 
     step: NonNegativeInt = 0
@@ -71,6 +72,8 @@ class RunState:
     evaluation_s: float = 0.0
     overflows: int = 0
     micro_batch_rows: PositiveInt | None = None
+    micro_batch_tokens: PositiveInt | None = None
+    micro_batch_multiple: PositiveInt = 1
     run_id: str = ""
     resumes: NonNegativeInt = 0
     baseline: SplitLoss | None = None
@@ -80,6 +83,14 @@ class RunState:
         """Remember the lowest loss on the fixed validation rows."""
         if self.best_loss is None or loss < self.best_loss:
             self.best_step, self.best_loss = step, loss
+
+    def smaller(self, rows: int, tokens: int | None) -> str:
+        """Halve the micro-batches after one of so many rows, and tokens, found no room; says from what to what."""
+        if tokens is None:
+            self.micro_batch_rows = -(-rows // 2)
+            return f"{rows} rows in a micro-batch, from now on {self.micro_batch_rows}"
+        self.micro_batch_tokens = -(-tokens // 2)
+        return f"{tokens} tokens in a micro-batch, from now on {self.micro_batch_tokens}"
 
 
 STATE = TypeAdapter(RunState)

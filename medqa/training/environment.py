@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict
 
 from medqa.model.base import Base
+from medqa.model.execution import Execution
 from medqa.model.precision import Precision
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "datasets")
@@ -28,12 +29,15 @@ class Part(BaseModel):
 
 
 class Settings(Part):
-    """The settings in effect, which a run that goes on keeps."""
+    """The settings in effect, which a run that goes on keeps. Those with a default are not in older checkpoints."""
 
     mixed_precision: Literal["bf16", "fp16", "no"]
     dtype: Literal["bfloat16", "float16", "float32"]
     quantization: Literal["none", "4bit"]
     attn_implementation: str
+    padding_free: bool = False
+    gradient_checkpointing: bool = False
+    dequantize: bool = False
 
 
 class Environment(Part):
@@ -46,7 +50,7 @@ class Environment(Part):
     versions: dict[str, str]
 
 
-def environment(accelerator: Accelerator, precision: Precision, base: Base) -> Environment:
+def environment(accelerator: Accelerator, precision: Precision, execution: Execution, base: Base) -> Environment:
     """What is in effect in this process."""
     device = accelerator.device
     on_gpu = device.type == "cuda"
@@ -56,6 +60,9 @@ def environment(accelerator: Accelerator, precision: Precision, base: Base) -> E
             dtype=str(precision.dtype).removeprefix("torch."),
             quantization=base.quantization,
             attn_implementation=base.model.config._attn_implementation,
+            padding_free=execution.padding_free,
+            gradient_checkpointing=execution.gradient_checkpointing,
+            dequantize=execution.dequantize and base.quantization == "4bit",
         ),
         device=torch.cuda.get_device_name(device) if on_gpu else f"cpu {torch.backends.cpu.get_cpu_capability()}",
         processes=accelerator.num_processes,

@@ -47,11 +47,16 @@ def step_or_stop(optimizer: torch.optim.Optimizer) -> None:
         ) from error
 
 
-def no_room(rows: int, error: torch.OutOfMemoryError) -> str:
-    """What to do where an update cannot be done again in smaller micro-batches: of several processes, or of one row."""
+def no_room(rows: int, tokens: int | None, error: torch.OutOfMemoryError) -> str:
+    """What to do where an update cannot be done again in smaller micro-batches: of several processes, or of one row.
+
+    Args:
+        rows, tokens: of the largest micro-batch; tokens None where it was padded.
+    """
     what = str(error).splitlines()[0]
     if rows > 1:
-        return f"{what}, in one of several processes; set training.per_device_batch_size={rows // 2}"
+        smaller = f"per_device_batch_size={rows // 2}" if tokens is None else f"micro_batch_tokens={tokens // 2}"
+        return f"{what}, in one of several processes; set training.{smaller}"
     return (
         f"{what}, with a single row in the micro-batch; lower tokenization.max_length, use "
         "model.gradient_checkpointing=true or model.quantization=4bit"

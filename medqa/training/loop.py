@@ -66,15 +66,7 @@ def train(
         began = started = time.perf_counter()
         result = None
         while result is None:
-            micro_batches = stream.micro_batches(
-                state.step,
-                settings.per_device_batch_size,
-                experiment.tokenization,
-                pad_token_id,
-                accelerator.process_index,
-                accelerator.num_processes,
-                state.micro_batch_rows,
-            )
+            micro_batches = next_update(stream, experiment, pad_token_id, state, accelerator)
             started = time.perf_counter()
             try:
                 result = train_step(
@@ -90,16 +82,16 @@ def train(
                 raise TrainingStopped(f"update {state.step + 1}: {error}; the newest checkpoint stands") from error
             except torch.OutOfMemoryError as error:
                 rows = max(len(micro_batch.row_ids) for micro_batch in micro_batches)
+                tokens = state.micro_batch_tokens and max(micro_batch.tokens for micro_batch in micro_batches)
                 if accelerator.num_processes > 1:
-                    raise ProcessStopped(f"update {state.step + 1}: {no_room(rows, error)}") from error
+                    raise ProcessStopped(f"update {state.step + 1}: {no_room(rows, tokens, error)}") from error
                 if rows == 1:
-                    raise TrainingStopped(f"update {state.step + 1}: {no_room(rows, error)}") from error
-                state.micro_batch_rows = -(-rows // 2)
+                    raise TrainingStopped(f"update {state.step + 1}: {no_room(rows, tokens, error)}") from error
             if result is None:  # out here, where the error no longer holds on to what filled the memory
                 forget_attempt(accelerator)
                 say(
-                    f"update {state.step + 1}: out of memory with {rows} rows in a micro-batch; the update is done "
-                    f"again, and all that follow are done, with {state.micro_batch_rows}"
+                    f"update {state.step + 1}: out of memory with {state.smaller(rows, tokens)}; the update is done "
+                    "again, and all that follow are done so"
                 )
         update_s = time.perf_counter() - started
         if state.step == first_update:
@@ -216,6 +208,19 @@ def train_step(
     step_or_stop(optimizer)
     scheduler.step()
     return StepResult(loss_value, norm_value, learning_rate, int(tokens), 1 - in_batch / places, overflows, int(order))
+
+
+def next_update(
+    stream: Stream, experiment: Experiment, pad_token_id: int, state: RunState, accelerator: Accelerator
+) -> list[MicroBatch]:
+    """This process's micro-batches of the next update, with padding as the recipe says, or without."""
+    index, processes, tokenization = accelerator.process_index, accelerator.num_processes, experiment.tokenization
+    if state.micro_batch_tokens is not None:
+        return stream.packed(
+            state.step, tokenization.loss_on, state.micro_batch_tokens, state.micro_batch_multiple, index, processes
+        )
+    rows = experiment.training.per_device_batch_size
+    return stream.micro_batches(state.step, rows, tokenization, pad_token_id, index, processes, state.micro_batch_rows)
 
 
 def token_counts(micro_batches: Sequence[MicroBatch]) -> torch.Tensor:

@@ -4,8 +4,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
+CGROUP = Path("/sys/fs/cgroup")
+SPARE = 0.9  # of what is free, what may be planned with: allocators round up, and others need some too
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -29,6 +32,24 @@ def reset_peak(device: torch.device) -> None:
             return
 
 
+def available_memory(device: torch.device, sharing: int = 1) -> int:
+    """Bytes that a run may plan with: of what is free on the GPU, or, on a CPU, on the machine and in its container.
+
+    Args:
+        sharing: how many processes share a CPU's.
+    """
+    if device.type == "cuda":
+        return int(SPARE * torch.cuda.mem_get_info(device)[0])
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:  # no container, or of the older kind
+        limit, used = "max", "0"
+    if limit != "max":
+        free = min(free, max(0, int(limit) - int(used)))
+    return int(SPARE * free / sharing)
+
+
 def release(device: torch.device) -> None:
     """Give a GPU's cached memory back, so that pieces of another size find room."""
     if device.type == "cuda":
@@ -47,3 +68,8 @@ def peak_memory(device: torch.device) -> Memory:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, None)
+
+
+def gibibytes(size: float) -> str:
+    """Bytes as GiB for a message."""
+    return f"{size / 2**30:.1f}" if size >= 0.95 * 2**30 else f"{size / 2**30:.2f}"

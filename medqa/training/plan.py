@@ -8,12 +8,12 @@ import torch
 from accelerate import Accelerator
 
 from medqa.config import Experiment, Training
-from medqa.data.batches import Example, Stream
+from medqa.data.batches import Stream
+from medqa.data.tokens import Example
 from medqa.errors import UserError
 from medqa.model.base import Base
+from medqa.model.execution import Change, Execution
 from medqa.model.precision import Precision
-
-Change = tuple[str, str, str]  # asked, in effect, why
 
 
 def accumulation_steps(training: Training, num_processes: int) -> int:
@@ -40,9 +40,9 @@ def accumulation_steps(training: Training, num_processes: int) -> int:
     )
 
 
-def in_effect(precision: Precision, asked_quantization: str, base: Base) -> dict[str, Change]:
+def in_effect(precision: Precision, execution: Execution, asked_quantization: str, base: Base) -> dict[str, Change]:
     """The settings that are not as asked: `section.key` to (asked, in effect, why)."""
-    changes = dict(precision.reasons)
+    changes = dict(precision.reasons) | dict(execution.reasons)
     if base.reason is not None:
         changes["model.quantization"] = (asked_quantization, base.quantization, base.reason)
     return changes
@@ -61,6 +61,7 @@ def make_plan(
     stream: Stream,
     examples: Mapping[str, Sequence[Example]],
     model: torch.nn.Module,
+    execution: Execution,
     changes: Mapping[str, Change],
     accelerator: Accelerator,
     accumulation: int,
@@ -74,7 +75,13 @@ def make_plan(
     warmup = f", {scheduler.warmup_steps} updates of warmup (rate 0 at the first)" if scheduler.warmup_steps else ""
     trainable, total = parameter_counts(model)
     quantization = changes.get("model.quantization", ("", experiment.model.quantization, ""))[1]
-    checkpointing = ", gradient checkpointing" if experiment.model.gradient_checkpointing else ""
+    checkpointing = ", gradient checkpointing" if execution.gradient_checkpointing else ""
+    batches = (
+        f"{training.per_device_batch_size} examples on {num_processes} process(es): "
+        f"gradient_accumulation_steps {accumulation}"
+    )
+    if execution.padding_free:
+        batches = f"examples end to end without padding, as many as memory allows, on {num_processes} process(es)"
     lines = [
         ("recipe", f"quantization {quantization}, {experiment.optimizer.name}{checkpointing}"),
         ("data", ", ".join(f"{name} {count:,}" for name, count in rows.items()) + " rows"),
@@ -83,11 +90,7 @@ def make_plan(
             f"{training.max_steps:,} of {training.global_batch_size} examples, about "
             f"{training.global_batch_size * mean_length:,.0f} tokens: {stream.epoch(training.max_steps):.2f} epochs",
         ),
-        (
-            "micro-batches",
-            f"{training.per_device_batch_size} examples on {num_processes} process(es): "
-            f"gradient_accumulation_steps {accumulation}",
-        ),
+        ("micro-batches", batches),
         (
             "rate",
             f"{experiment.optimizer.learning_rate:g}, "
@@ -100,8 +103,10 @@ def make_plan(
     if experiment.data.afrimedqa != "none":
         lines.append(("licence", "AfriMed-QA is CC BY-NC-SA 4.0: the adapter is for non-commercial use"))
     if device.type == "cpu" and total > 100e6:
-        tokens = experiment.tokenization.max_length if experiment.tokenization.padding == "max_length" else mean_length
-        hours = cpu_hours(total, tokens * training.global_batch_size * training.max_steps, experiment)
+        padded = experiment.tokenization.padding == "max_length" and not execution.padding_free
+        tokens = experiment.tokenization.max_length if padded else mean_length
+        whole = tokens * training.global_batch_size * training.max_steps
+        hours = cpu_hours(total, whole, execution.gradient_checkpointing)
         lines.append(("time", f"about {hours:,.0f} hours on this CPU; a GPU, or --tiny, is the way"))
     return Plan(lines, loss_segments(stream.at(0), experiment.tokenization.loss_on, decode))
 
@@ -129,7 +134,7 @@ def device_line(device: torch.device, num_processes: int) -> str:
     return line
 
 
-def cpu_hours(parameters: int, tokens: float, experiment: Experiment) -> float:
+def cpu_hours(parameters: int, tokens: float, checkpointing: bool) -> float:
     """Hours that training takes on this CPU, from a matrix product timed here and now.
 
     Forward and the gradient of the activations take 2 floating-point operations per parameter and token each (frozen
@@ -141,7 +146,7 @@ def cpu_hours(parameters: int, tokens: float, experiment: Experiment) -> float:
     for _ in range(3):
         a @ a
     rate = 3 * 2 * 1024**3 / (time.perf_counter() - started)
-    return (6 if experiment.model.gradient_checkpointing else 4) * parameters * tokens / rate / 3600
+    return (6 if checkpointing else 4) * parameters * tokens / rate / 3600
 
 
 def loss_segments(example: Example, loss_on: str, decode: Callable[[Sequence[int]], str]) -> list[tuple[bool, str]]:

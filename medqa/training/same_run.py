@@ -8,10 +8,11 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from medqa.config import Experiment, flat, may_change_on_resume
-from medqa.data.batches import Example, ids_fingerprint
 from medqa.data.splits import Splits
+from medqa.data.tokens import Example, ids_fingerprint
 from medqa.errors import UserError, listed
 from medqa.model.base import Base, base_fingerprint
+from medqa.model.execution import Execution
 from medqa.model.precision import Precision
 from medqa.training.checkpoint import Fingerprints, Found, Identity, Moved, RunState, Trained, load_checkpoint
 from medqa.training.checkpoint_files import checkpoints
@@ -30,6 +31,7 @@ def identify(
     tokenizer: PreTrainedTokenizerBase,
     base: Base,
     precision: Precision,
+    execution: Execution,
     accelerator: Accelerator,
 ) -> Identity:
     """Whose the checkpoints of this run are."""
@@ -40,7 +42,7 @@ def identify(
             tokenizer=ids_fingerprint(examples, tokenizer),
             base=base_fingerprint(experiment.model.base),
         ),
-        environment=environment(accelerator, precision, base),
+        environment=environment(accelerator, precision, execution, base),
     )
 
 

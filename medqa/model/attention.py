@@ -1,0 +1,159 @@
+"""Attention inside each example of a row in which examples lie end to end: causal, and never from one into another.
+
+Registered with transformers under a name of its own, so that a model family's own code calls it. There is never a
+mask of the whole row: it would cost the square of the row's length and most of what leaving padding out gains.
+"""
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from medqa.config import Experiment
+
+SEGMENTED = "medqa_segmented"
+# Families whose gradients a test compares with padded ones. Others may scale logits, cap them, or mix in other layers.
+TESTED = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def padding_needed(experiment: Experiment, model_config: Any) -> str | None:
+    """Why a model must run with padding; None where it need not."""
+    family = model_config.model_type
+    if family not in TESTED:
+        return f"{family} models have not been tested without padding, only {', '.join(TESTED)}"
+    if experiment.model.attn_implementation == "eager":
+        return "eager attention knows masks only"
+    if "lm_head" in experiment.lora.target_modules:
+        return "lm_head has an adapter, and without padding its weights must be frozen"
+    window = getattr(model_config, "sliding_window", None)
+    if window is not None and window < experiment.tokenization.max_length:
+        return f"attention in a window of {window} tokens, less than tokenization.max_length"
+    return None
+
+
+def segments_arguments(segments: Sequence[int], attention: str, device: torch.device) -> dict[str, Any]:
+    """What the model's forward is given so that attention stays inside each segment.
+
+    Names and types are those of transformers' own kernels for unpadded rows, which flash-attention reads;
+    `segments` is for `segmented_attention`. `position_ids` (1, tokens) restart at each segment.
+    """
+    lengths = torch.tensor(segments)
+    ends = lengths.cumsum(0)
+    position_ids = torch.arange(int(ends[-1])) - (ends - lengths).repeat_interleave(lengths)
+    bounds = F.pad(ends, (1, 0)).int().to(device, non_blocking=True)
+    arguments = {
+        "position_ids": position_ids[None].to(device, non_blocking=True),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(segments),
+        "max_length_k": max(segments),
+    }
+    if attention == SEGMENTED:
+        arguments["segments"] = tuple(segments)
+        # Its four dimensions say that it is a finished mask: transformers then makes none, and needs not look, waiting
+        # for the device, whether the positions restart anywhere. Nothing reads it.
+        arguments["attention_mask"] = torch.empty(1, 1, 1, 0, device=device)
+    return arguments
+
+
+def segmented_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segments: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each segment; without segments, transformers' own `sdpa`.
+
+    Args:
+        query: (1, heads, tokens, width); key and value have as many heads or a divisor of them.
+        segments: each segment's length, in order; they sum to the tokens.
+
+    Returns:
+        (1, tokens, heads, width), and no attention weights.
+    """
+    if segments is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if dropout == 0 and varlen_kernel(query.device, query.dtype):
+        return _varlen(query, key, value, scaling, kwargs["cu_seq_lens_q"], kwargs["max_length_q"]), None
+    parts = zip(*(tensor.split(segments, dim=2) for tensor in (query, key, value)), strict=True)
+    grouped = key.shape[1] != query.shape[1]
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
+        for q, k, v in parts
+    ]
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
+
+
+def segmented_mask(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """No mask without one for padding (training lays segments end to end); with one, as `sdpa` makes it."""
+    if attention_mask is None and kwargs["q_length"] == kwargs["kv_length"]:
+        return None
+    return sdpa_mask(attention_mask=attention_mask, **kwargs)
+
+
+@functools.cache
+def varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's kernel for segments of any length works here and gives what plain attention gives.
+
+    It is for 16 bits and compute capability 8.0 and up. Tried, not looked up: output and gradients of a small case.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401 (is it there?)
+    except ImportError:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(1, heads, 48, 64, generator=generator) for heads in (4, 2, 2)]
+    inputs = [tensor.to(device, dtype).requires_grad_() for tensor in made]
+    bounds = torch.tensor([0, 17, 48], dtype=torch.int32, device=device)
+    try:
+        ours = _varlen(*inputs, 0.125, bounds, 31)
+        ours_gradients = torch.autograd.grad(ours.square().sum(), inputs)
+    except (RuntimeError, NotImplementedError, ValueError):  # not built for this GPU
+        return False
+    parts = zip(*(tensor.split((17, 31), dim=2) for tensor in inputs), strict=True)
+    plain = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.125, enable_gqa=True).transpose(1, 2)
+        for q, k, v in parts
+    ]
+    theirs = torch.cat(plain, dim=1)
+    theirs_gradients = torch.autograd.grad(theirs.square().sum(), inputs)
+    pairs = zip((ours, *ours_gradients), (theirs, *theirs_gradients), strict=True)
+    return all((a - b).float().norm() <= 0.02 * b.float().norm() for a, b in pairs)
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    bounds: torch.Tensor,
+    longest: int,
+) -> torch.Tensor:
+    """As `segmented_attention`, by one kernel."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = query.shape[1] // key.shape[1]
+    grouped = {}
+    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:  # not in torch 2.11 yet
+        grouped = {"enable_gqa": True}
+    elif groups > 1:
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    flat = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    return varlen_attn(*flat, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), **grouped)[None]
+
+
+AttentionInterface.register(SEGMENTED, segmented_attention)
+AttentionMaskInterface.register(SEGMENTED, segmented_mask)

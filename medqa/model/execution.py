@@ -1,0 +1,28 @@
+"""How a recipe's update is computed. Not what: with another execution it is the same update, but for the last digits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Change = tuple[str, str, str]  # asked, in effect, why
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What is decided before the model is loaded.
+
+    Attributes:
+        padding_free: training lays examples end to end (`data.batches.pack`); else it pads as the recipe says.
+        evaluation_padding_free: evaluation does, whatever training does.
+        attn_implementation: by the name that transformers knows it under.
+        dequantize: 4-bit weights are expanded once, and kept so.
+        planned_tokens: the most tokens of a micro-batch without padding for which the plan finds room; None if not asked.
+        reasons: `section.key` to (asked, in effect, why) where the two differ.
+    """
+
+    padding_free: bool
+    evaluation_padding_free: bool
+    attn_implementation: str
+    gradient_checkpointing: bool
+    dequantize: bool
+    planned_tokens: int | None = None
+    reasons: Mapping[str, Change] = field(default_factory=dict)

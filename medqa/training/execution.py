@@ -1,0 +1,83 @@
+"""How a run's updates are computed on this machine: with or without padding, checkpointing, expanded 4-bit weights.
+
+What is decided here changes time and memory, never the update. With `training.padding_free: false` nothing is decided:
+the recipe is computed as it is written, and what it costs is what it shows. Settings of a checkpoint are kept.
+"""
+
+from typing import Any
+
+import torch
+
+from medqa.config import Experiment
+from medqa.model.attention import SEGMENTED, padding_needed
+from medqa.model.execution import Change, Execution
+from medqa.model.precision import KEPT, Precision
+from medqa.training.environment import Settings
+from medqa.training.footprint import footprint
+from medqa.training.memory import available_memory, gibibytes
+
+# A micro-batch of so many tokens keeps the processor busy; larger ones gain little. What is not needed for one of them
+# to fit (checkpointing, compressed weights) is left out.
+ENOUGH_TOKENS = {"cpu": 1024, "cuda": 4096}
+
+
+def choose_execution(
+    experiment: Experiment, model_config: Any, precision: Precision, device: torch.device, kept: Settings | None
+) -> Execution:
+    """The execution for this machine, before the model is loaded.
+
+    Args:
+        model_config: the base model's, as transformers reads it.
+        kept: the settings of the checkpoint that the run goes on from.
+    """
+    asked, model = experiment.training.padding_free, experiment.model
+    why_padded = padding_needed(experiment, model_config)
+    segmented = why_padded is None and model.attn_implementation == "sdpa"
+    attention = SEGMENTED if segmented else model.attn_implementation
+    padding_free = asked and why_padded is None
+    chosen, why, planned_tokens = (model.gradient_checkpointing, False), {"dequantize": "only without padding"}, None
+    if padding_free and kept is not None:
+        chosen, why = (kept.gradient_checkpointing, kept.dequantize), {"checkpointing": KEPT, "dequantize": KEPT}
+    elif padding_free:
+        chosen, why, planned_tokens = _what_fits(experiment, model_config, precision, device, attention)
+    checkpointing, dequantize = chosen
+    reasons: dict[str, Change] = {}
+    if padding_free != asked:
+        reasons["training.padding_free"] = ("true", "false", why_padded)
+    if checkpointing != model.gradient_checkpointing:
+        on = str(checkpointing).lower()
+        asked_on = str(model.gradient_checkpointing).lower()
+        reasons["model.gradient_checkpointing"] = (asked_on, on, why["checkpointing"])
+    if model.quantization == "4bit" and model.dequantize == "auto":
+        used = "once, and kept so" if dequantize else "never"
+        reasons["model.dequantize"] = ("auto", used, why["dequantize"])
+    return Execution(padding_free, why_padded is None, attention, checkpointing, dequantize, planned_tokens, reasons)
+
+
+def enough_tokens(experiment: Experiment, device: torch.device) -> int:
+    """Tokens of a micro-batch beyond which larger ones gain little, or of the longest example where that is more."""
+    return max(ENOUGH_TOKENS[device.type], experiment.tokenization.max_length)
+
+
+def _what_fits(
+    experiment: Experiment, model_config: Any, precision: Precision, device: torch.device, attention: str
+) -> tuple[tuple[bool, bool], dict[str, str], int]:
+    """Checkpointing and expanded weights or not, the fastest that fits; for each the reason; and room for how many tokens."""
+    model = experiment.model
+    memory, tokens = available_memory(device), enough_tokens(experiment, device)
+    ways = [(False, False), (True, False)]
+    if model.quantization == "4bit" and model.dequantize == "auto":
+        ways.insert(0, (False, True))
+    peaks = {}
+    for way in ways:  # the last one, if none fits: the probe will say
+        execution = Execution(True, True, attention, *way)
+        planned = footprint(experiment, model_config, precision, execution, model.quantization)
+        peaks[way] = gibibytes(planned.peak(tokens))
+        if planned.peak(tokens) <= memory:
+            break
+    of = f"of {gibibytes(memory)} GiB for micro-batches of {tokens:,} tokens"
+    why = {
+        "checkpointing": f"the plan without it is {peaks.get((False, False)) or peaks[way]} GiB {of}",
+        "dequantize": f"the plan with weights expanded is {peaks.get((False, True))} GiB {of}",
+    }
+    return way, why, planned.most_tokens(memory)

@@ -1,0 +1,121 @@
+"""How many tokens a micro-batch may have: found before the first update, by running the longest one that can come.
+
+Without padding an update is cut into as few micro-batches as memory allows. What memory allows is tried, not
+calculated: a full micro-batch goes forward and backward, and where it finds no room, or uses more than may be used, a
+smaller one does.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from medqa.config import Experiment
+from medqa.data.batches import MicroBatch, Stream, pack
+from medqa.data.tokens import Example
+from medqa.evaluation.loss import Evaluator
+from medqa.model.execution import Execution
+from medqa.model.loss import summed_loss
+from medqa.training.checkpoint import RunState
+from medqa.training.execution import enough_tokens
+from medqa.training.memory import available_memory, peak_memory, release, reset_peak
+
+
+def choose_micro_batch(
+    state: RunState,
+    execution: Execution,
+    model: torch.nn.Module,
+    stream: Stream,
+    experiment: Experiment,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> None:
+    """Put the most tokens of a micro-batch into the state of a run that trains without padding, unless it has them."""
+    if not execution.padding_free:
+        return
+    how = "as when the run began"
+    if state.micro_batch_tokens is None:
+        how = "as training.micro_batch_tokens says"
+        state.micro_batch_tokens = experiment.training.micro_batch_tokens
+        state.micro_batch_multiple = accelerator.num_processes
+    if state.micro_batch_tokens is None:
+        planned = execution.planned_tokens
+        state.micro_batch_tokens = find_micro_batch_tokens(model, stream.examples, experiment, accelerator, planned)
+        how = "tried with the longest that can come"
+    say(f"without padding, micro-batches of at most {state.micro_batch_tokens:,} tokens: {how}")
+
+
+def make_evaluator(
+    state: RunState,
+    execution: Execution,
+    model: torch.nn.Module,
+    experiment: Experiment,
+    accelerator: Accelerator,
+    pad_token_id: int,
+) -> Evaluator:
+    """What measures splits during a run, with about as many tokens at once as training has."""
+    padded = experiment.training.per_device_batch_size * experiment.tokenization.max_length
+    at_once = state.micro_batch_tokens or padded
+    padding_free = execution.evaluation_padding_free
+    return Evaluator(model, accelerator, experiment.tokenization, pad_token_id, at_once, padding_free)
+
+
+def find_micro_batch_tokens(
+    model: torch.nn.Module, examples: Sequence[Example], experiment: Experiment, accelerator: Accelerator, planned: int
+) -> int:
+    """The most tokens of a micro-batch, the same on all processes. No gradient is left behind.
+
+    Args:
+        model: a `LossModel` as Accelerate prepared it.
+        examples: the training examples.
+        planned: on a CPU, where a process that takes too much memory is killed, the most to try.
+    """
+    device = accelerator.device
+    longest = max(examples, key=lambda example: len(example.input_ids))
+    shortest_try = len(longest.input_ids)
+    tokens = most_in_an_update(examples, experiment.training.global_batch_size)
+    if device.type == "cpu":
+        tokens = min(tokens, enough_tokens(experiment, device), max(planned, shortest_try))
+    was_training = model.training
+    model.train()
+    while tokens > shortest_try and (fits := share_that_fits(model, full(longest, tokens), accelerator)) < 1:
+        tokens = max(shortest_try, int(fits * tokens))
+    model.train(was_training)
+    reset_peak(device)
+    found = torch.tensor([tokens], device=device)
+    return int(accelerator.gather(found).min()) if accelerator.num_processes > 1 else tokens
+
+
+def most_in_an_update(examples: Sequence[Example], global_batch_size: int) -> int:
+    """Tokens of the longest update that can come. One longer than the data repeats some of it."""
+    rounds, rest = divmod(global_batch_size, len(examples))
+    lengths = [len(example.input_ids) for example in examples]
+    return rounds * sum(lengths) + sum(heapq.nlargest(rest, lengths))
+
+
+def full(longest: Example, tokens: int) -> MicroBatch:
+    """A micro-batch of exactly so many tokens, of copies of one example, every token a target."""
+    whole, rest = divmod(tokens, len(longest.input_ids))
+    last = [Example(longest.row, np.resize(longest.input_ids, rest), 0, True)] if rest else []
+    return pack([longest] * whole + last, "all")
+
+
+def share_that_fits(model: torch.nn.Module, micro_batch: MicroBatch, accelerator: Accelerator) -> float:
+    """1.0 where a forward and backward fits into memory, else the share of its tokens to try next."""
+    device = accelerator.device
+    release(device)
+    reset_peak(device)
+    before, room = peak_memory(device).allocated, available_memory(device, accelerator.num_processes)
+    share = 0.5
+    try:
+        with accelerator.no_sync(model):
+            summed_loss(model, micro_batch, device).backward()
+        taken = peak_memory(device).allocated - before
+        share = 1.0 if taken <= room else 0.9 * room / taken
+    except torch.OutOfMemoryError:
+        pass  # half of it is tried next, out here, where the error no longer holds on to what filled the memory
+    model.zero_grad()
+    release(device)
+    return share

@@ -1,0 +1,147 @@
+"""The run's model with shapes and no contents: what it will hold and do, known before a weight is read.
+
+Made by the same calls as the model that trains, of tensors that have a type and a device but no memory.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from medqa.config import Experiment
+from medqa.model.attention import SEGMENTED
+from medqa.model.base import add_lora
+from medqa.model.execution import Execution
+from medqa.model.loss import LossModel
+from medqa.model.precision import Precision
+
+BLOCK, NESTED_BLOCK = 64, 256  # weights with one scale, and scales with one scale, in 4-bit weights
+
+
+def shape_model(
+    experiment: Experiment,
+    model_config: Any,
+    precision: Precision,
+    execution: Execution,
+    quantization: str,
+    vocabulary: int | None,
+    layers: int,
+) -> LossModel:
+    """The model of this experiment with so many layers, adapters and gradients included, ready to train.
+
+    Args:
+        model_config: as `check_model` returns it.
+        quantization: the one in effect.
+        vocabulary: the tokenizer's size, where it may be larger than the model's.
+    """
+    shallow, known = copy.deepcopy(model_config), model_config.vocab_size
+    shallow.num_hidden_layers, shallow.vocab_size = layers, max(known, vocabulary or 0)
+    if getattr(shallow, "layer_types", None):
+        shallow.layer_types = shallow.layer_types[:layers]
+    attention = execution.attn_implementation
+    if attention not in ("sdpa", "eager", SEGMENTED):  # flash-attention, which is for GPUs: as lean as sdpa
+        attention = SEGMENTED if execution.padding_free else "sdpa"
+    four_bit = quantization == "4bit" and not execution.dequantize
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(shallow, dtype=precision.dtype, attn_implementation=attention)
+        if shallow.vocab_size > known:  # as growing the embeddings leaves it
+            bias = torch.zeros(shallow.vocab_size, dtype=precision.dtype)
+            base.get_output_embeddings().bias = torch.nn.Parameter(bias)
+        if four_bit:
+            _to_four_bit(base, precision.dtype)
+        base.requires_grad_(False)
+        if execution.gradient_checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lora = experiment.lora.model_copy(update={"init_from": None})
+        model = LossModel(add_lora(base, lora, experiment.training.seed))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _materialize(model)
+        if four_bit:
+            _quantize(model, precision.dtype)
+    if precision.device_type == "cuda":
+        _fuse_dropout(model)
+    return model.train()
+
+
+def tensors_of(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Weights, buffers, and the scales of 4-bit weights, each once."""
+    yield from model.buffers()
+    for parameter in model.parameters():
+        yield parameter
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+
+
+def _materialize(model: torch.nn.Module) -> None:
+    """Every weight and buffer on a CPU, as the mode in force makes tensors; what is shared stays shared."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    if isinstance(old, torch.nn.Parameter):
+                        new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
+                        new.grad = torch.empty_like(new) if old.requires_grad else None
+                    made[id(old)] = new
+                tensors[name] = made[id(old)]
+
+
+def _to_four_bit(base: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Linear layers other than the head become bitsandbytes', as transformers does it; their weights are not yet."""
+    import bitsandbytes as bnb
+
+    head = base.get_output_embeddings()
+    for parent in list(base.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is torch.nn.Linear and layer is not head:
+                has_bias = layer.bias is not None
+                new = bnb.nn.Linear4bit(
+                    layer.in_features, layer.out_features, has_bias, compute_dtype=dtype, quant_type="nf4"
+                )
+                new.support_avx512bf16_for_cpu = False
+                setattr(parent, name, new)
+    base.is_loaded_in_4bit = True
+
+
+def _quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Weights of 4-bit layers with the tensors that NF4 with double quantization has (https://arxiv.org/abs/2305.14314)."""
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import QuantState
+
+    for layer in model.modules():
+        if not isinstance(layer, bnb.nn.Linear4bit):
+            continue
+        shape = layer.weight.shape
+        scales = -(-shape.numel() // BLOCK)
+        nested = QuantState(
+            absmax=torch.empty(-(-scales // NESTED_BLOCK)),
+            code=torch.empty(256),
+            blocksize=NESTED_BLOCK,
+            dtype=torch.float32,
+        )
+        packed = torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8)
+        layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+        layer.weight.quant_state = QuantState(
+            absmax=torch.empty(scales, dtype=torch.uint8),
+            shape=shape,
+            code=torch.empty(16),
+            blocksize=BLOCK,
+            quant_type="nf4",
+            dtype=dtype,
+            offset=torch.empty(()),
+            state2=nested,
+        )
+
+
+def _fuse_dropout(model: torch.nn.Module) -> None:
+    """Dropout as a GPU has it, with a mask of one byte; a CPU keeps one as wide as the input."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout) and module.p > 0:
+            module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]

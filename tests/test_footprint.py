@@ -1,0 +1,128 @@
+"""The memory model against memory: every byte that torch's CPU allocator gave and took in real updates."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from medqa.config import Experiment
+from medqa.data.batches import MicroBatch, collate, pack
+from medqa.data.sources import Row
+from medqa.data.tokens import Example
+from medqa.model.attention import SEGMENTED
+from medqa.model.base import add_lora, load_base
+from medqa.model.execution import Execution
+from medqa.model.loss import LossModel
+from medqa.model.precision import DTYPES, Precision
+from medqa.training.footprint import Footprint, Line, footprint
+from medqa.training.loop import train_step
+from medqa.training.optimizer import build_optimizer
+from medqa.training.shape_model import tensors_of
+
+pytestmark = pytest.mark.usefixtures("own_accelerator")
+
+MODELS = {
+    "small": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5, "vocab_size": 512},
+    "wide": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "vocab_size": 8000},
+    "deep": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 8, "vocab_size": 4000},
+}
+# model, padding, precision (mixed precision, type of the weights), quantization, checkpointing, optimizer, dequantize
+CASES = {
+    "small, max_length, fp32": ("small", "max_length", ("no", "float32"), "none", False, "adamw_torch", False),
+    "wide, longest, fp32": ("wide", "longest", ("no", "float32"), "none", False, "adamw_torch", False),
+    "deep, padding-free, bf16": ("deep", "none", ("bf16", "bfloat16"), "none", False, "adamw_torch", False),
+    "deep, padding-free, bf16, checkpointing": (
+        "deep", "none", ("bf16", "bfloat16"), "none", True, "paged_adamw_8bit", False,
+    ),
+    "wide, padding-free, chunks of the head, fp32": ("wide", "chunks", ("no", "float32"), "none", True, "adamw_torch", False),
+    "wide, max_length, 4-bit, checkpointing": (
+        "wide", "max_length", ("no", "float32"), "4bit", True, "paged_adamw_8bit", False,
+    ),
+    "deep, padding-free, 4-bit, bf16": ("deep", "none", ("bf16", "bfloat16"), "4bit", False, "adamw_torch", False),
+    "wide, padding-free, 4-bit kept expanded": ("wide", "none", ("no", "float32"), "4bit", True, "adamw_torch", True),
+    "small, longest, bf16 beside float32 weights": (
+        "small", "longest", ("bf16", "float32"), "none", False, "adamw_torch", False,
+    ),
+}  # fmt: skip
+LENGTHS = {"none": (150, 40, 256, 90, 31), "chunks": (256,) * 14}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Llamas with random weights, on disk."""
+    places = {}
+    for name, sizes in MODELS.items():
+        places[name] = tmp_path_factory.mktemp(name)
+        config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, **sizes)
+        LlamaForCausalLM(config).save_pretrained(places[name])
+    return places
+
+
+def example(length: int, vocabulary: int) -> Example:
+    ids = np.random.default_rng(length).integers(3, vocabulary, length).astype(np.int32)
+    return Example(Row(f"x:{length}", "x", "q", "a", None), ids, 5, False)
+
+
+def case(name: str, models: dict[str, Path]) -> tuple[Experiment, Precision, Execution, list[MicroBatch]]:
+    model, padding, (mixed, dtype), quantization, checkpointing, optimizer, dequantize = CASES[name]
+    free = padding in LENGTHS
+    experiment = Experiment.model_validate(
+        {
+            "model": {"base": str(models[model]), "quantization": quantization},
+            "tokenization": {"max_length": 256, "padding": "longest" if free else padding},
+            "optimizer": {"name": optimizer},
+        }
+    )
+    precision = Precision("cpu", mixed, DTYPES[dtype], {})
+    execution = Execution(free, free, SEGMENTED if free else "sdpa", checkpointing, dequantize)
+    examples = [example(length, 500) for length in LENGTHS.get(padding, (200, 90, 120, 31))]
+    if free:
+        return experiment, precision, execution, [pack(examples, "all"), pack(examples[1:], "all")]
+    tokenization = experiment.tokenization
+    return experiment, precision, execution, [collate(examples, tokenization, 2), collate(examples[1:], tokenization, 2)]
+
+
+def measured(experiment: Experiment, precision: Precision, execution: Execution, batches: list[MicroBatch]) -> int:
+    """Bytes of all tensors at the peak of the second update. The profiler sees each that is made and each that goes."""
+    accelerator = Accelerator(cpu=True, mixed_precision=precision.mixed_precision)
+    base = load_base(experiment.model, precision, execution, torch.device("cpu"), 0, 0)
+    assert base.quantization == experiment.model.quantization
+    adapted = add_lora(base.model, experiment.lora, 0)
+    bare = build_optimizer(adapted, experiment.optimizer)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(bare)
+    model, optimizer = accelerator.prepare(LossModel(adapted).train(), bare)
+
+    def update() -> None:
+        train_step(model, optimizer, scheduler, batches, accelerator=accelerator, seed=0, max_grad_norm=1.0)
+
+    update()
+    there = [*tensors_of(adapted), *(p.grad for p in adapted.parameters() if p.grad is not None)]
+    there += [t for state in bare.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in there}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        update()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert len(events) > 1000
+    live = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    assert abs(live[-1]) < 20_000  # an update leaves nothing behind
+    return sum(storages.values()) + int(live.max())
+
+
+def computed(experiment: Experiment, precision: Precision, execution: Execution, models: Path) -> Footprint:
+    config = LlamaConfig.from_pretrained(experiment.model.base)
+    return footprint(experiment, config, precision, execution, experiment.model.quantization)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_peak_is_that_of_the_allocator(name, models):
+    experiment, precision, execution, batches = case(name, models)
+    found = computed(experiment, precision, execution, models)
+    peak = measured(experiment, precision, execution, batches)
+    places = max(batch.input_ids.numel() for batch in batches)
+    print(f"{name}: {places} places, computed {found.peak(places):,}, measured {peak:,}, {found.peak(places) / peak - 1:+.1%}")
+    assert found.peak(places) == pytest.approx(peak, rel=0.1)
