@@ -20,6 +20,7 @@ from medqa.data.batches import IGNORED, MicroBatch, Stream
 from medqa.data.sources import load_sources
 from medqa.data.splits import Splits, split_rows
 from medqa.data.tokens import Example, tokenize
+from medqa.evaluation.loss import Evaluator
 from medqa.model.base import Base, adapter_weights, add_lora, check_model, load_base, load_tokenizer
 from medqa.model.execution import Execution
 from medqa.model.loss import LossModel
@@ -31,6 +32,7 @@ from medqa.training.interrupts import Deadline, Interrupts
 from medqa.training.loop import StepResult, train, train_step
 from medqa.training.optimizer import build_optimizer
 from medqa.training.plan import accumulation_steps
+from medqa.training.probe import choose_micro_batch
 from medqa.training.processes import build_accelerator
 from medqa.training.scheduler import build_scheduler
 from medqa.training.tracking import MetricsFile, Tracker, read_metrics
@@ -76,8 +78,19 @@ class Parts:
             environment=environment(self.accelerator, precision, self.execution, self.base),
         )
 
+    def evaluator(self, most_tokens: int = 1024, padding_free: bool | None = None) -> Evaluator:
+        """What measures splits: without padding where the model permits, unless told."""
+        if padding_free is None:
+            padding_free = self.execution.evaluation_padding_free
+        tokenization, pad = self.experiment.tokenization, self.tokenizer.pad_token_id
+        return Evaluator(self.model, self.accelerator, tokenization, pad, most_tokens, padding_free)
+
+    def packed(self, update: int, most_tokens: int) -> list[MicroBatch]:
+        """The update's micro-batches (from 0) without padding."""
+        return self.stream.packed(update, self.experiment.tokenization.loss_on, most_tokens)
+
     def micro_batches(self, update: int) -> list[MicroBatch]:
-        """The update's micro-batches (from 0)."""
+        """The update's micro-batches (from 0), padded."""
         return self.stream.micro_batches(
             update,
             self.experiment.training.per_device_batch_size,
@@ -164,6 +177,7 @@ def run_train(
     metrics = directory / "metrics.jsonl"
     tracker = Tracker(True, MetricsFile(metrics))
     tracker.resume(state.step, parts.experiment.training.max_steps)
+    choose_micro_batch(state, parts.execution, parts.model, parts.stream, parts.experiment, parts.accelerator, say)
     train(
         parts.accelerator,
         parts.model,

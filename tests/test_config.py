@@ -275,9 +275,6 @@ def test_wrong_values_are_refused_with_key_and_value(word):
 @pytest.mark.parametrize(
     "words, told",
     [
-        (["training.padding_free=true"], "training.padding_free = True: not in this version yet"),
-        (["training.micro_batch_tokens=4096"], "training.micro_batch_tokens = 4096: not in this version yet"),
-        (["model.dequantize=auto"], "model.dequantize = 'auto': not in this version yet"),
         (["data.files={mine: a.csv}"], "data.files = {'mine': 'a.csv'}: not in this version yet"),
         (["data.split=topic"], "data.split = 'topic': not in this version yet"),
         (["training.epochs=2", "training.max_steps=null"], "training.epochs = 2.0: not in this version yet"),

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from medqa.data.batches import Stream
-from medqa.data.tokens import tokenize
 from medqa.data.sources import load_sources
+from medqa.data.tokens import tokenize
 from medqa.experiment_file import load_experiment
 from medqa.model.base import load_tokenizer
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
@@ -127,20 +127,26 @@ def plan_of(rows, tokenizer, *sets: str, exp: str = "exp_001") -> Plan:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    from medqa.model.base import add_lora, load_base
+    from medqa.model.base import add_lora, check_model, load_base
     from medqa.model.precision import resolve_precision
+    from medqa.training.execution import choose_execution
     from medqa.training.plan import in_effect, make_plan
 
     experiment = load_experiment(exp, tiny=True, sets=sets)
     precision = resolve_precision(experiment, force_cpu=True)
     accelerator = Accelerator(cpu=True)
-    base = load_base(experiment.model, precision, torch.device("cpu"), len(tokenizer), 42)
+    device = torch.device("cpu")
+    model_config = check_model(experiment.model, experiment.tokenization.max_length)
+    execution = choose_execution(experiment, model_config, precision, device, None)
+    base = load_base(experiment.model, precision, execution, device, len(tokenizer), 42)
     model = add_lora(base.model, experiment.lora, 42)
     examples = {name: tokenize(rows, tokenizer, experiment.tokenization) for name in ("train", "validation", "test")}
     stream = Stream(examples["train"], 42, experiment.training.global_batch_size)
-    changes = in_effect(precision, experiment.model.quantization, base)
+    changes = in_effect(precision, execution, experiment.model.quantization, base)
     accumulation = accumulation_steps(experiment.training, 1)
-    plan = make_plan(experiment, stream, examples, model, changes, accelerator, accumulation, tokenizer.decode)
+    plan = make_plan(
+        experiment, stream, examples, model, execution, changes, accelerator, accumulation, tokenizer.decode
+    )
     AcceleratorState._reset_state(reset_partial_state=True)
     return plan
 

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from wandb_file import read_finished_run
 
 from medqa.config import Experiment
-from medqa.data.tokens import tokenize
 from medqa.data.sources import load_sources
+from medqa.data.tokens import tokenize
 from medqa.evaluation.loss import fixed_subset
 from medqa.experiment_file import load_experiment
 from medqa.prompts import prompt_ids

@@ -14,7 +14,6 @@ import torch
 from benchmarks.hf_trainer import Parts, build, run_train
 from medqa.data.batches import MicroBatch, Stream, collate
 from medqa.errors import Interrupted
-from medqa.evaluation.loss import row_losses, summarize
 from medqa.model.base import adapter_weights, load_adapter_weights
 from medqa.model.loss import target_count, token_losses
 from medqa.training.checkpoint import RunState, newest_whole, save_adapter, save_checkpoint
@@ -158,21 +157,18 @@ def test_checkpointing_makes_no_difference(small, dropout):
 def test_gradients_after_an_evaluation_are_those_before(without_dropout):
     """bitsandbytes repacks 4-bit weights in evaluation mode on some CPUs, and gradients are wrong from then on."""
     before = gradients_of(without_dropout, cut(without_dropout, 4))
-    evaluate(without_dropout, 4)
+    evaluate(without_dropout)
     assert_equal(gradients_of(without_dropout, cut(without_dropout, 4)), before)
 
 
-def evaluate(parts: Parts, batch_size: int, padding: str = "longest"):
-    tokenization = parts.experiment.tokenization.model_copy(update={"padding": padding})
-    examples = parts.examples["validation"]
-    table = row_losses(parts.model, examples, parts.accelerator, tokenization, parts.tokenizer.pad_token_id, batch_size)
-    return summarize(table, examples)
+def evaluate(parts: Parts, most_tokens: int = 1024, padding_free: bool | None = None):
+    return parts.evaluator(most_tokens, padding_free).measure(parts.examples["validation"])
 
 
 def test_evaluation_does_not_depend_on_batch_size_or_padding(without_dropout):
     reference = evaluate(without_dropout, 1)
-    for batch_size, padding in [(3, "longest"), (8, "max_length"), (100, "longest")]:
-        result = evaluate(without_dropout, batch_size, padding)
+    for most_tokens, padding_free in [(300, True), (10_000, True), (1, False), (300, False), (10_000, False)]:
+        result = evaluate(without_dropout, most_tokens, padding_free)
         assert (result.tokens, result.rows) == (reference.tokens, reference.rows)
         assert result.loss == pytest.approx(reference.loss, rel=LOSSES_WITHIN)
         assert result.answer_loss == pytest.approx(reference.answer_loss, rel=LOSSES_WITHIN)
@@ -191,7 +187,7 @@ def test_evaluation_is_the_sum_over_fully_padded_rows_too(without_dropout):
             micro_batch = collate([example], tokenization, parts.tokenizer.pad_token_id)
             sums.append(token_losses(parts.model, micro_batch, parts.accelerator.device).double().sum().item())
             counts.append(target_count(micro_batch))
-    loss = evaluate(parts, 8).loss
+    loss = evaluate(parts).loss
     assert loss == pytest.approx(math.fsum(sums) / sum(counts), rel=LOSSES_WITHIN)
     mean_of_means = math.fsum(s / c for s, c in zip(sums, counts, strict=True)) / len(examples)
     assert loss != pytest.approx(mean_of_means, rel=100 * LOSSES_WITHIN)
@@ -323,9 +319,9 @@ def test_noise_does_not_depend_on_the_micro_batches_before(with_dropout):
 
 def test_evaluation_has_no_noise(with_dropout):
     torch.manual_seed(1)
-    first = evaluate(with_dropout, 4).loss
+    first = evaluate(with_dropout).loss
     torch.manual_seed(2)
-    assert evaluate(with_dropout, 4).loss == first
+    assert evaluate(with_dropout).loss == first
     assert with_dropout.model.training  # as it was
 
 
@@ -398,14 +394,15 @@ def test_the_frozen_pad_token_changes_no_loss(small, tmp_path, quantization):
     assert larger.base.model.get_output_embeddings().weight.shape[0] == 1025
     assert untouched.base.model.get_output_embeddings().weight.shape[0] == 1024
 
-    ours, theirs = evaluate(larger, 4, "max_length"), evaluate(untouched, 4, "max_length")
-    assert ours.loss == pytest.approx(theirs.loss, rel=LOSSES_WITHIN)
+    for padding_free in (True, False):
+        ours, theirs = evaluate(larger, padding_free=padding_free), evaluate(untouched, padding_free=padding_free)
+        assert ours.loss == pytest.approx(theirs.loss, rel=LOSSES_WITHIN)
     assert_close(
         gradients_of(larger, cut(larger, 4, "max_length")), gradients_of(untouched, cut(untouched, 4, "max_length"))
     )
     micro_batch = cut(larger, 4, "max_length")[0]
     assert (micro_batch.input_ids == pad).any()
     with torch.no_grad():
-        logits = larger.model(input_ids=micro_batch.input_ids, attention_mask=micro_batch.attention_mask).logits
+        logits = larger.adapted(input_ids=micro_batch.input_ids, attention_mask=micro_batch.attention_mask).logits
     assert (logits[..., pad] == -math.inf).all()
     assert logits[..., :pad].isfinite().all()

@@ -146,7 +146,10 @@ OPTIONS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
         ["--persist-to", "the output directory itself"],
     ),
     "data": (lambda d: argv("--data", "mine=x.csv"), ["--data", "not in this version yet"]),
-    "padding_free": (lambda d: argv(sets=("training.padding_free=true",)), ["padding_free", "not in this version yet"]),
+    "micro-batch of no tokens": (
+        lambda d: argv(sets=("training.micro_batch_tokens=0",)),
+        ["training.micro_batch_tokens = 0", "greater than or equal to 1"],
+    ),
     "output under a file": (
         lambda d: argv("--output-dir", written(d / "file", "mine") + "/out"),
         ["/file is not a directory", "choose another"],

@@ -21,7 +21,6 @@ from accelerate.state import AcceleratorState
 from benchmarks.chaos import SHORT, Forked, kill_round, words_for
 from benchmarks.hf_trainer import Parts, build, run_train
 from medqa.errors import TrainingStopped, UserError
-from medqa.evaluation.loss import row_losses
 from medqa.model.base import adapter_weights
 from medqa.model.loss import summed_loss
 from medqa.options import duration
@@ -262,11 +261,12 @@ def test_evaluation_makes_do_with_less(parts, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return token_losses(model, micro_batch, device)
 
-    arguments = parts.model, parts.examples["train"][:9], parts.accelerator, parts.experiment.tokenization, 0
-    expected = row_losses(*arguments, 8)
+    rows = parts.examples["train"][:9]
+    expected = parts.evaluator().row_losses(rows)
     monkeypatch.setattr("medqa.evaluation.loss.token_losses", limited)
-    assert row_losses(*arguments, 8) == pytest.approx(expected, rel=1e-6)
-    assert row_losses(*arguments, 3) == pytest.approx(expected, rel=1e-6)
+    for padding_free in (True, False):
+        found = parts.evaluator(padding_free=padding_free).row_losses(rows)
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 # --- disks

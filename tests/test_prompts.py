@@ -7,8 +7,8 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from medqa.config import Tokenization
-from medqa.data.tokens import tokenize
 from medqa.data.sources import Row
+from medqa.data.tokens import tokenize
 from medqa.errors import UserError
 from medqa.model.base import load_tokenizer
 from medqa.prompts import chat_template, prompt, prompt_ids

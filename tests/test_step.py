@@ -10,10 +10,9 @@ from accelerate import Accelerator
 from benchmarks.hf_trainer import Parts, build, run_train
 from medqa.config import Tokenization
 from medqa.data.batches import IGNORED, MicroBatch, collate
-from medqa.data.tokens import tokenize
 from medqa.data.sources import Row
+from medqa.data.tokens import tokenize
 from medqa.errors import TrainingStopped
-from medqa.evaluation.loss import row_losses
 from medqa.model.base import adapter_weights
 from medqa.model.loss import target_count, token_losses
 from medqa.prompts import prompt
@@ -53,7 +52,7 @@ def by_hand(parts: Parts, micro_batches: list[MicroBatch]) -> tuple[torch.Tensor
     for micro_batch in micro_batches:
         for ids, mask in zip(micro_batch.input_ids, micro_batch.attention_mask, strict=True):
             row = ids[: int(mask.sum())]
-            log_probabilities = parts.model(input_ids=row[None]).logits[0].log_softmax(-1)
+            log_probabilities = parts.adapted(input_ids=row[None]).logits[0].log_softmax(-1)
             for place in range(1, len(row)):
                 total = total - log_probabilities[place - 1, row[place]]
                 count += 1
@@ -112,14 +111,7 @@ def test_lora_moves_and_the_base_does_not(tiny, name):
     require_adapter_gradients(parts.model)
     weights = adapter_weights(parts.adapted)
     assert all(weights[key].any() for key in weights if "lora_B" in key)  # they begin at 0
-    row_losses(
-        parts.model,
-        parts.examples["validation"][:4],
-        parts.accelerator,
-        parts.experiment.tokenization,
-        parts.tokenizer.pad_token_id,
-        2,
-    )
+    parts.evaluator().row_losses(parts.examples["validation"][:4])
     parts.step(parts.micro_batches(1))
     weights = adapter_weights(parts.adapted)
     assert all(not torch.equal(weights[key], start[key]) for key in start)
@@ -472,7 +464,7 @@ def test_only_the_answer_and_its_eos_are_targets_where_asked(parts):
     nll, count = 0.0, 0
     for example in examples:
         ids = torch.tensor(example.input_ids, dtype=torch.long)
-        log_probabilities = fresh.model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        log_probabilities = fresh.adapted(input_ids=ids[None]).logits[0].log_softmax(-1)
         for place in range(example.answer_start, len(ids)):
             nll -= log_probabilities[place - 1, ids[place]].item()
             count += 1

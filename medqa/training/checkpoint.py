@@ -59,8 +59,9 @@ class RunState:
     """How far a run is. What follows from the step is not kept.
 
     `elapsed_s` and `peak_memory` are over all legs, `evaluation_s` is what the baseline took. `micro_batch_rows` is the
-    most examples that a micro-batch has had room for (None: as many as configured). Without padding `micro_batch_tokens`
-    bounds a micro-batch instead, and their number is a multiple of `micro_batch_multiple`; see `data.batches.divide`.
+    most examples that a micro-batch has had room for (None: as many as configured). Without padding
+    `micro_batch_tokens` bounds a micro-batch instead, and their number is a multiple of `micro_batch_multiple`; see
+    `data.batches.divide`.
     """
 
     step: NonNegativeInt = 0
@@ -84,13 +85,17 @@ class RunState:
         if self.best_loss is None or loss < self.best_loss:
             self.best_step, self.best_loss = step, loss
 
-    def smaller(self, rows: int, tokens: int | None) -> str:
-        """Halve the micro-batches after one of so many rows, and tokens, found no room; says from what to what."""
+    def halve(self, rows: int, tokens: int | None) -> tuple[str, str]:
+        """Have smaller micro-batches after one of so many rows, and tokens, found no room; what was, and what will be.
+
+        Args:
+            tokens: None where micro-batches are padded, and rows are what is counted.
+        """
         if tokens is None:
             self.micro_batch_rows = -(-rows // 2)
-            return f"{rows} rows in a micro-batch, from now on {self.micro_batch_rows}"
+            return f"{rows} rows", f"{self.micro_batch_rows}"
         self.micro_batch_tokens = -(-tokens // 2)
-        return f"{tokens} tokens in a micro-batch, from now on {self.micro_batch_tokens}"
+        return f"{tokens} tokens", f"{self.micro_batch_tokens}"
 
 
 STATE = TypeAdapter(RunState)

@@ -47,6 +47,18 @@ def step_or_stop(optimizer: torch.optim.Optimizer) -> None:
         ) from error
 
 
+def sizes(micro_batches: Sequence[MicroBatch]) -> tuple[int, int | None, bool]:
+    """Of an update's largest micro-batch the rows, and the tokens (None: padded); and whether there is none smaller.
+
+    Without padding a micro-batch has room for the longest row at least, so one of no more tokens is the smallest.
+    """
+    rows = max(len(micro_batch.row_ids) for micro_batch in micro_batches)
+    if any(micro_batch.segments is None for micro_batch in micro_batches):
+        return rows, None, rows == 1
+    tokens = max(micro_batch.tokens for micro_batch in micro_batches)
+    return rows, tokens, tokens <= max(max(micro_batch.segments) for micro_batch in micro_batches)
+
+
 def no_room(rows: int, tokens: int | None, error: torch.OutOfMemoryError) -> str:
     """What to do where an update cannot be done again in smaller micro-batches: of several processes, or of one row.
 

@@ -16,7 +16,7 @@ from medqa.errors import Interrupted, ProcessStopped, StoppedInTime, TrainingSto
 from medqa.evaluation.loss import SplitLoss
 from medqa.model.loss import summed_loss, target_count
 from medqa.training.checkpoint import RunState
-from medqa.training.faults import forget_attempt, lower, no_room, not_finite, step_or_stop
+from medqa.training.faults import forget_attempt, lower, no_room, not_finite, sizes, step_or_stop
 from medqa.training.interrupts import Deadline, Interrupts
 from medqa.training.memory import peak_memory
 from medqa.training.tracking import Tracker
@@ -81,17 +81,17 @@ def train(
             except TrainingStopped as error:
                 raise TrainingStopped(f"update {state.step + 1}: {error}; the newest checkpoint stands") from error
             except torch.OutOfMemoryError as error:
-                rows = max(len(micro_batch.row_ids) for micro_batch in micro_batches)
-                tokens = state.micro_batch_tokens and max(micro_batch.tokens for micro_batch in micro_batches)
+                rows, tokens, smallest = sizes(micro_batches)
                 if accelerator.num_processes > 1:
                     raise ProcessStopped(f"update {state.step + 1}: {no_room(rows, tokens, error)}") from error
-                if rows == 1:
-                    raise TrainingStopped(f"update {state.step + 1}: {no_room(rows, tokens, error)}") from error
+                if smallest:
+                    raise TrainingStopped(f"update {state.step + 1}: {no_room(1, tokens, error)}") from error
             if result is None:  # out here, where the error no longer holds on to what filled the memory
                 forget_attempt(accelerator)
+                before, now = state.halve(rows, tokens)
                 say(
-                    f"update {state.step + 1}: out of memory with {state.smaller(rows, tokens)}; the update is done "
-                    "again, and all that follow are done so"
+                    f"update {state.step + 1}: out of memory with {before} in a micro-batch; the update is done "
+                    f"again, and all that follow are done, with {now}"
                 )
         update_s = time.perf_counter() - started
         if state.step == first_update:

@@ -1,0 +1,125 @@
+"""This project's arms of `compare.py`: the real loop, on rows that are ready."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from peft import PeftModel
+
+from benchmarks.gate import Gate, Job
+from benchmarks.worker import OURS
+from medqa.config import Experiment
+from medqa.data.batches import Stream
+from medqa.data.sources import Row
+from medqa.data.tokens import Example
+from medqa.model.base import add_lora, check_model, load_base
+from medqa.model.execution import Execution
+from medqa.model.loss import LossModel
+from medqa.model.precision import DTYPES, Precision, resolve_precision
+from medqa.training.checkpoint import RunState
+from medqa.training.execution import choose_execution
+from medqa.training.interrupts import Deadline, Interrupts
+from medqa.training.loop import StepResult, next_update, train, train_step
+from medqa.training.optimizer import build_optimizer
+from medqa.training.probe import choose_micro_batch
+from medqa.training.processes import build_accelerator, choose_kernels
+from medqa.training.scheduler import build_scheduler
+from medqa.training.tracking import MetricsFile, Tracker
+
+PAD = 2  # the stand-in's EOS
+
+
+@dataclass
+class Ours:
+    """The parts of a run, as `train.py` names them."""
+
+    experiment: Experiment
+    accelerator: Accelerator
+    stream: Stream
+    execution: Execution
+    adapted: PeftModel
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    state: RunState
+
+    def step(self, max_grad_norm: float) -> StepResult:
+        """The next update: batches as the loop makes them, then `train_step`."""
+        self.model.train()
+        result = train_step(
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            next_update(self.stream, self.experiment, PAD, self.state, self.accelerator),
+            accelerator=self.accelerator,
+            seed=self.experiment.training.seed,
+            max_grad_norm=max_grad_norm,
+        )
+        self.state.step += 1
+        return result
+
+
+def build(job: Job) -> Ours:
+    """The parts, in `train.py`'s order, with the probe's choice of a micro-batch in the state."""
+    settings: dict[str, dict] = {}
+    for key, value in job.settings.items():
+        section, _, name = key.partition(".")
+        settings.setdefault(section, {})[name] = value
+    settings["training"]["padding_free"] = OURS[job.arm]
+    experiment = Experiment.model_validate(settings)
+    training = experiment.training
+    choose_kernels(training.deterministic)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    precision = resolve_precision(experiment, force_cpu=job.device == "cpu")
+    if job.device == "cpu" and job.dtype == "bfloat16":  # never chosen for a run on a CPU; here it is compared
+        precision = Precision("cpu", "bf16", DTYPES["bfloat16"], {})
+    accelerator = build_accelerator(experiment, precision)
+    ids, _ = job.ids()
+    examples = [Example(Row(f"row:{i}", "rows", "", "", None), row, 0, False) for i, row in enumerate(ids)]
+    stream = Stream(examples, training.seed, training.global_batch_size)
+    model_config = check_model(experiment.model, experiment.tokenization.max_length)
+    execution = choose_execution(experiment, model_config, precision, accelerator.device, None)
+    if execution.padding_free != OURS[job.arm]:
+        raise RuntimeError(f"{job.arm}: {execution.reasons}")
+    base = load_base(experiment.model, precision, execution, accelerator.device, 0, training.seed)
+    adapted = add_lora(base.model, experiment.lora, training.seed, execution.padding_free)
+    bare_optimizer = build_optimizer(adapted, experiment.optimizer)
+    scheduler = build_scheduler(bare_optimizer, experiment.scheduler, training.max_steps)
+    model, optimizer = accelerator.prepare(LossModel(adapted), bare_optimizer)
+    state = RunState()
+    choose_micro_batch(state, execution, model, stream, experiment, accelerator, print)
+    return Ours(experiment, accelerator, stream, execution, adapted, model, optimizer, scheduler, state)
+
+
+def run(job: Job, gate: Gate) -> None:
+    """`medqa.training.loop.train`, held at the end of updates."""
+    parts = build(job)
+    with tempfile.TemporaryDirectory() as directory:
+        tracker = Tracker(True, MetricsFile(Path(directory) / "metrics.jsonl"))
+        tracker.resume(-1, parts.experiment.training.max_steps)
+        train(
+            parts.accelerator,
+            parts.model,
+            parts.optimizer,
+            parts.scheduler,
+            parts.stream,
+            parts.experiment,
+            PAD,
+            parts.state,
+            validate=_never,
+            save=_never,
+            tracker=tracker,
+            interrupts=Interrupts(),
+            deadline=Deadline(None),
+            progress=lambda record: gate.update_done(record["tokens"]),
+            say=print,
+            clock=lambda: 0.0,
+        )
+
+
+def _never() -> None:
+    raise AssertionError("evaluation.steps and training.save_steps should be beyond the updates asked for")
