@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "import os; print(min(2, os.cpu_c
 # Another wheel index for torch, a CPU one say: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test test-all lint gpu-check chaos fuzz figure clean
+.PHONY: demo test test-all lint gpu-check bench chaos fuzz figure clean
 
 demo: $(VENV)/.run
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml train.py --exp exp_002 --tiny
@@ -29,6 +29,11 @@ lint: $(VENV)/.dev
 # Needs a GPU: the three recipes at TinyLlama's true size, bf16 and fp16, with a stop and continuation.
 gpu-check: $(VENV)/.run
 	$(BIN)/python -m benchmarks.gpu_check
+
+# HF Trainer, its options, TRL and our loop on the same rows, on one thread: half an hour or more on a quiet machine.
+# make bench BENCH_ARGS="--full --profile --write"
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.compare --plot docs/bench.png $(BENCH_ARGS)
 
 # 200 SIGKILLs and every damage to a checkpoint; the figures of one run are in benchmarks/RESULTS.md.
 chaos: $(VENV)/.run
@@ -56,4 +61,8 @@ $(VENV)/.run: requirements.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: requirements-dev.txt requirements.txt $(VENV)/.run
 	$(PIP) -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.bench: requirements-bench.txt $(VENV)/.dev
+	$(PIP) -r requirements-bench.txt
 	touch $@

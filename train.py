@@ -98,7 +98,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     with accelerator.main_process_first():  # so that what is fetched is fetched once
         model_config, sources = together(
             lambda: check_model(experiment.model, tokenization.max_length),
-            lambda: load_sources(experiment.data.medquad, experiment.data.afrimedqa),
+            lambda: load_sources(experiment.data.medquad, experiment.data.afrimedqa, experiment.data.mcq_answers),
         )
     rows = [row for source in sources for row in source.rows]
     splits = split_rows(rows, experiment.data.split, experiment.data.split_seed, tuple(experiment.data.fractions))

@@ -1,6 +1,6 @@
 """An arm's side of the comparison: a process that does updates when told to, and says what they took.
 
-Nothing of this project but a reader of memory is imported here, so that Trainer's processes hold only what is Trainer's.
+Nothing of this project but a reader of memory is imported here, so that Trainer's processes hold what is Trainer's.
 """
 
 import json

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from medqa.config import Data, Experiment, flat
 from medqa.data.batches import IGNORED, MicroBatch, Stream
@@ -125,7 +125,8 @@ class Curve:
 def _splits(data: str) -> Splits:
     """The rows of these data settings (as JSON, which can be hashed), read once a process."""
     settings = Data.model_validate_json(data)
-    rows = [row for source in load_sources(settings.medquad, settings.afrimedqa) for row in source.rows]
+    sources = load_sources(settings.medquad, settings.afrimedqa, settings.mcq_answers)
+    rows = [row for source in sources for row in source.rows]
     return split_rows(rows, settings.split, settings.split_seed, tuple(settings.fractions))
 
 
@@ -211,9 +212,9 @@ def train_ours(experiment: Experiment, directory: Path) -> Curve:
     return Curve(figures, adapter_weights(parts.adapted), _state_tensors(parts.optimizer))
 
 
-def train_theirs(experiment: Experiment, directory: Path) -> Curve:
-    """The experiment by HF `Trainer`, which gets the stream's rows in the stream's order."""
-    parts = build(experiment)
+def make_trainer(parts: Parts, directory: Path, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
+    """HF `Trainer` for the same experiment; it gets the stream's rows in the stream's order."""
+    experiment = parts.experiment
     training, optimizer = experiment.training, experiment.optimizer
     tokenization, pad_token_id = experiment.tokenization, parts.tokenizer.pad_token_id
     positions = range(training.max_steps * training.global_batch_size)
@@ -241,13 +242,20 @@ def train_theirs(experiment: Experiment, directory: Path) -> Curve:
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = Trainer(
+    return Trainer(
         model=parts.adapted,
         args=arguments,
         train_dataset=rows,
         data_collator=functools.partial(_collate, pad_token_id=pad_token_id, length=length),
         processing_class=parts.tokenizer,
+        callbacks=list(callbacks),
     )
+
+
+def train_theirs(experiment: Experiment, directory: Path) -> Curve:
+    """The experiment by HF `Trainer`."""
+    parts = build(experiment)
+    trainer = make_trainer(parts, directory)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     figures = {name: [float(entry[name]) for entry in logs] for name in FIGURES}

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.gpu_check import MEDQUAD_LENGTHS, SHAPES
 from medqa.config import Tokenization
@@ -43,6 +44,7 @@ def make_model(directory: Path, shape: str, dtype: str) -> Path:
     The tokenizer is there because TRL and Trainer ask for one; its vocabulary is smaller than the model's, and no row
     is made with it.
     """
+    disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(**STANDIN_SHAPES[shape], bos_token_id=BOS, eos_token_id=EOS)
     LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(directory)

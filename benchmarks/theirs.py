@@ -1,5 +1,6 @@
-"""The peers of `compare.py`: HF `Trainer`, plain and with its options, and TRL's `SFTTrainer`. No module of this project
-that trains is imported, so that time and memory are theirs alone.
+"""The peers of `compare.py`: HF `Trainer`, plain and with its options, and TRL's `SFTTrainer`.
+
+No module of this project that trains is imported, so that time and memory are theirs alone.
 """
 
 import functools
@@ -34,7 +35,7 @@ OWN_PADDING = ("grouped", "rebalance", "trl", "packing")  # pad to the longest, 
 
 
 class InOrder(Trainer):
-    """`Trainer` whose batch rebalancing takes the rows in their order, so that an update has the same ones as others."""
+    """`Trainer` whose batch rebalancing takes the rows in their order: an update then has the same ones as others."""
 
     def _get_train_sampler(self, train_dataset: Sequence | None = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)

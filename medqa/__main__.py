@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 
 from medqa.errors import UserError, exit_code
-from medqa.experiment_file import default_output_dir, load_experiment
+from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
 from medqa.options import add_run_options, locations, run_words
 
-NOT_YET = ("plan", "evaluate", "ask", "compare", "export")
+NOT_YET = ("evaluate", "ask", "compare", "export")
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
@@ -25,6 +26,17 @@ def command_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in NOT_YET:
         commands.add_parser(name, help="not in this version yet", add_help=False)
+    plan = commands.add_parser(
+        "plan",
+        help="memory, tokens, operations, time and checkpoint sizes of a run, before any weight is loaded",
+        description="Memory by part and at its peak, whether it fits and with which micro-batches, with and without "
+        "4-bit weights and gradient checkpointing; tokens, padding, operations, time, bytes of a checkpoint.",
+        allow_abbrev=False,
+    )
+    add_run_options(plan)
+    plan.add_argument("--gpu", metavar="NAME_OR_GIB", help="plan for t4, l4, a10, a100, h100, h200 or so many GiB")
+    plan.add_argument("--tflops", type=float, metavar="RATE", help="TFLOP/s that the machine keeps up, for the time")
+    plan.add_argument("--json", action="store_true", help="print JSON, all memory in bytes")
     verify = commands.add_parser(
         "verify-resume",
         help="kill a run again and again, and see that it ends bit for bit as if it had been left alone",
@@ -47,7 +59,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_code(functools.partial(_refuse, options.command))
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return exit_code(lambda: verify_resume(options))
+    return exit_code(lambda: COMMANDS[options.command](options))
+
+
+def plan(options: argparse.Namespace) -> None:
+    """The `plan` command.
+
+    Raises:
+        UserError: the experiment, the model's configuration or the data cannot be had; no such GPU, or no such rate.
+    """
+    from medqa.training.console import make_console, quiet_libraries
+    from medqa.training.forecast import forecast, show_forecast
+    from medqa.training.machines import find_machine
+
+    if options.tflops is not None and not 0 < options.tflops < math.inf:
+        raise UserError(f"--tflops {options.tflops:g}: a number above 0")
+    quiet_libraries()
+    experiment = load_experiment(options.exp, tiny=options.tiny, locations=locations(options), sets=options.set)
+    machine = find_machine(experiment, options.gpu, options.cpu)
+    found = forecast(find_experiment(options.exp).stem, experiment, machine, options.tflops)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show_forecast(make_console(True), found)
 
 
 def verify_resume(options: argparse.Namespace) -> None:
@@ -89,6 +123,9 @@ def _refuse(command: str) -> None:
         UserError: always.
     """
     raise UserError(f"python -m medqa {command}: not in this version yet")
+
+
+COMMANDS = {"plan": plan, "verify-resume": verify_resume}
 
 
 if __name__ == "__main__":

@@ -65,13 +65,17 @@ class Lora(Section):
 
 
 class Data(Section):
-    """Sources (see `data/sources.py`) and the split into train, validation and test."""
+    """Sources (see `data/sources.py`) and the split into train, validation and test.
+
+    `mcq_answers: named` puts the right option before the rationale in the answer to a multiple-choice question.
+    """
 
     medquad: Annotated[str, AfterValidator(_none_word)] = (
         "kaggle:pythonafroz/medquad-medical-question-answer-for-ai-research"
     )
     afrimedqa: Annotated[str, AfterValidator(_none_word)] = "intronhealth/afrimedqa_v2"
     files: dict[str, str] = {}
+    mcq_answers: Literal["rationale", "named"] = "rationale"
     split: Literal["grouped", "topic", "random"] = "grouped"
     split_seed: Count = 42
     fractions: Annotated[list[Fraction], Field(min_length=3, max_length=3)] = [0.8, 0.1, 0.1]

@@ -1,5 +1,6 @@
 """The memory model against memory: every byte that torch's CPU allocator gave and took in real updates."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from medqa.model.base import add_lora, load_base
 from medqa.model.execution import Execution
 from medqa.model.loss import LossModel
 from medqa.model.precision import DTYPES, Precision
-from medqa.training.footprint import Footprint, footprint
+from medqa.training.footprint import Footprint, Line, footprint, optimizer_bytes
 from medqa.training.loop import train_step
 from medqa.training.optimizer import build_optimizer
 from medqa.training.shape_model import tensors_of
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("own_accelerator")
 MODELS = {
     "small": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5, "vocab_size": 512},
     "wide": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "vocab_size": 8000},
-    "deep": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 4000},
+    "deep": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 1000},
 }
 # model, padding, precision (mixed precision, type of the weights), quantization, checkpointing, optimizer, dequantize
 CASES = {
@@ -38,7 +39,9 @@ CASES = {
     "deep, padding-free, bf16, checkpointing": (
         "deep", "none", ("bf16", "bfloat16"), "none", True, "paged_adamw_8bit", False,
     ),
-    "wide, padding-free, chunks of the head, fp32": ("wide", "chunks", ("no", "float32"), "none", True, "adamw_torch", False),
+    "wide, padding-free, chunks of the head, fp32": (
+        "wide", "chunks", ("no", "float32"), "none", True, "adamw_torch", False,
+    ),
     "wide, max_length, 4-bit, checkpointing": (
         "wide", "max_length", ("no", "float32"), "4bit", True, "paged_adamw_8bit", False,
     ),
@@ -48,7 +51,7 @@ CASES = {
         "small", "longest", ("bf16", "float32"), "none", False, "adamw_torch", False,
     ),
 }  # fmt: skip
-LENGTHS = {"none": (150, 40, 256, 90, 31), "chunks": (256,) * 14}
+LENGTHS = {"none": (100, 40, 180, 31), "chunks": (256,) * 10}
 
 
 @pytest.fixture(scope="module")
@@ -119,18 +122,90 @@ def measured(experiment: Experiment, precision: Precision, execution: Execution,
     return sum(storages.values()) + int(live.max())
 
 
-def computed(experiment: Experiment, precision: Precision, execution: Execution, models: Path) -> Footprint:
+def computed(experiment: Experiment, precision: Precision, execution: Execution) -> Footprint:
     config = LlamaConfig.from_pretrained(experiment.model.base)
     return footprint(experiment, config, precision, execution, experiment.model.quantization)
 
 
+@pytest.fixture(scope="module")
+def peaks() -> dict[str, tuple[Footprint, int, int]]:
+    """Of each case measured so far: the footprint, the places of its largest micro-batch, and the peak measured."""
+    return {}
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_the_peak_is_that_of_the_allocator(name, models):
+def test_the_peak_is_that_of_the_allocator(name, models, peaks):
     experiment, precision, execution, batches = case(name, models)
-    found = computed(experiment, precision, execution, models)
+    found = computed(experiment, precision, execution)
     peak = measured(experiment, precision, execution, batches)
     places = max(batch.input_ids.numel() for batch in batches)
-    print(
-        f"{name}: {places} places, computed {found.peak(places):,}, measured {peak:,}, {found.peak(places) / peak - 1:+.1%}"
-    )
+    peaks[name] = (found, places, peak)
+    off = found.peak(places) / peak - 1
+    print(f"{name}: {places} places, computed {found.peak(places):,}, measured {peak:,}, {off:+.1%}")
     assert found.peak(places) == pytest.approx(peak, rel=0.1)
+
+
+def test_the_measurement_tells_configurations_apart(models, peaks):
+    """A control: with another case's footprint, or without one of the parts, the comparison above fails."""
+    if len(peaks) < len(CASES):
+        pytest.skip("needs the cases above")
+    free, padded = peaks["deep, padding-free, bf16"], peaks["small, max_length, fp32"]
+    checkpointed = peaks["deep, padding-free, bf16, checkpointing"]
+    for (_, places, peak), (other, _, _) in [(free, checkpointed), (checkpointed, free)]:
+        assert other.peak(places) != pytest.approx(peak, rel=0.1)
+    found, places, peak = padded
+    for part in ("logits_and_loss", "activations"):
+        less = replace(found, **{part: Line((1, 2), (0, 0))}, layers=Line((1, 2), (0, 0)))
+        assert less.peak(places) != pytest.approx(peak, rel=0.1)
+    assert found.peak(places // 2) != pytest.approx(peak, rel=0.1)
+
+
+def test_what_fits_is_what_the_peak_says(models):
+    found = computed(*case("deep, padding-free, bf16", models)[:3])
+    for memory in (20_000_000, 100_000_000, 2_000_000_000):
+        most = found.most_tokens(memory)
+        assert found.peak(most) <= memory < found.peak(most + 1)
+    assert found.most_tokens(found.fixed) == 0
+
+
+def test_a_line_goes_through_its_points():
+    line = Line((10, 20, 40), (100, 300, 400))
+    assert [line.at(tokens) for tokens in (5, 10, 15, 20, 30, 40, 60, 0)] == [0, 100, 200, 300, 350, 400, 500, 0]
+
+
+def test_all_layers_follow_from_two(models):
+    """Exactly what running all of them gives, in every part."""
+    experiment, precision, execution, _ = case("deep, padding-free, 4-bit, bf16", models)
+    found = computed(experiment, precision, execution)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medqa.training.footprint.DEPTH", 4)
+        whole = computed(experiment, precision, execution)
+    assert whole.layers.at(1000) == pytest.approx(found.layers.at(1000), rel=1e-3)
+    assert whole.logits_and_loss.at(1000) == pytest.approx(found.logits_and_loss.at(1000), rel=1e-3)
+    assert replace(whole, layers=found.layers, logits_and_loss=found.logits_and_loss) == found
+
+
+def test_optimizer_state_is_what_the_optimizers_keep():
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((8, 500), (8, 513), (8, 2048))]
+    for name in ("adamw_torch", "paged_adamw_8bit"):
+        settings = Experiment.model_validate({"optimizer": {"name": name}}).optimizer
+        optimizer = build_optimizer(torch.nn.ParameterList(parameters), settings)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        kept = [t for state in optimizer.state.values() for key, t in state.items() if torch.is_tensor(t)]
+        kept = [t for t in kept if t.numel() != 256 or t.dtype != torch.float32]  # one table for all parameters
+        assert optimizer_bytes(parameters, settings) == sum(t.numel() * t.element_size() for t in kept)
+
+
+def test_nothing_is_made_of_the_shapes(models):
+    """A model of a hundred gigabytes is as quick to plan for as a small one."""
+    config = LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
+    )
+    execution = Execution(True, True, SEGMENTED, True, False)
+    found = footprint(Experiment(), config, Precision("cuda", "bf16", torch.bfloat16, {}), execution, "none")
+    layer = 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672 + 2)
+    assert found.base == pytest.approx(2 * (80 * layer + 2 * 32000 * 8192 + 8192), rel=1e-6)
+    # With checkpointing each layer keeps its input.
+    assert found.activations.at(2000) - found.activations.at(1000) == pytest.approx(82 * 1000 * 8192 * 2, rel=0.05)

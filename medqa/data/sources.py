@@ -32,6 +32,7 @@ COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
         "answer": ("answer_rationale", "rationale"),
         "kind": ("question_type",),
         "options": ("answer_options",),
+        "correct": ("correct_answer",),
         "prompt": ("prompt",),
     },
 }
@@ -61,8 +62,11 @@ class Source:
     dropped: dict[str, int]
 
 
-def load_sources(medquad: str, afrimedqa: str) -> list[Source]:
+def load_sources(medquad: str, afrimedqa: str, mcq_answers: str = "rationale") -> list[Source]:
     """Read and clean both datasets, each given as a path, a hub id, `kaggle:owner/name` (MedQuAD only) or `none`.
+
+    With `mcq_answers` "named" the answer to a multiple-choice question begins with the right option, as the question
+    shows it; with "rationale" it is the rationale alone.
 
     Dropped, and counted by reason: "empty question", "empty answer", "unreadable options" (a multiple-choice question
     whose options are neither JSON nor a Python literal: it would make no sense without them), and "duplicate" (question
@@ -78,7 +82,7 @@ def load_sources(medquad: str, afrimedqa: str) -> list[Source]:
     seen: set[tuple[str, str]] = set()
     for name, location in used.items():
         try:
-            sources.append(_cleaned(name, location, _read(name, location), seen))
+            sources.append(_cleaned(name, location, _read(name, location), mcq_answers == "named", seen))
         except UserError as error:
             problems.append(f"{name}: {error}")
     if problems:
@@ -125,11 +129,11 @@ def _looks_like_a_path(location: str) -> bool:
     )
 
 
-def _cleaned(name: str, location: str, table: Table, seen: set[tuple[str, str]]) -> Source:
+def _cleaned(name: str, location: str, table: Table, named: bool, seen: set[tuple[str, str]]) -> Source:
     """The usable rows of `table`; `seen` holds the question-answer pairs of the rows before, and is added to."""
     _require_columns(name, location, table)
     rows, dropped = [], Counter()
-    for found in _rows(name, location, table):
+    for found in _rows(name, location, table, named):
         if isinstance(found, str):
             dropped[found] += 1
         elif (found.question, found.answer) in seen:
@@ -154,8 +158,8 @@ def _require_columns(name: str, location: str, table: Table) -> None:
         raise UserError(f"{location}: no column {wanted}; columns found: {found}. Rename them, or mend --{name}")
 
 
-def _rows(name: str, location: str, table: Table) -> Iterator[Row | str]:
-    """For each record its row, or the reason why there is none."""
+def _rows(name: str, location: str, table: Table, named: bool) -> Iterator[Row | str]:
+    """For each record its row, or the reason why there is none. `named`: answers name the right option."""
     for number, record in enumerate(table.records):
         cells = _Cells(COLUMNS[name], record, f"{location}, record {number} (the first is 0)")
         question, answer = cells.text("question"), cells.text("answer")
@@ -163,7 +167,10 @@ def _rows(name: str, location: str, table: Table) -> Iterator[Row | str]:
             yield "empty answer" if question else "empty question"
             continue
         try:
-            question = _afrimedqa_question(cells, question) if name == "afrimedqa" else question
+            if name == "afrimedqa":
+                options = _shown_options(cells)
+                question = _afrimedqa_question(cells, question, options)
+                answer = "\n\n".join([*_right_options(cells, options), answer]) if named else answer
         except ValueError:
             yield "unreadable options"
             continue
@@ -204,18 +211,29 @@ def _is_missing(cell: object) -> bool:
     return cell is None or (isinstance(cell, float) and math.isnan(cell))  # pandas writes NaN for a missing text
 
 
-def _afrimedqa_question(cells: _Cells, question: str) -> str:
-    """The question with all that is needed to answer it. Raises ValueError if its options cannot be read.
+def _shown_options(cells: _Cells) -> dict[str, str]:
+    """The options of a multiple-choice question by letter. Raises ValueError if they cannot be read.
 
-    Options are shown for the kind "mcq" and, in copies that do not tell the kind, wherever there are any.
+    They are shown for the kind "mcq" and, in copies that do not tell the kind, wherever there are any.
     """
-    kind = cells.text("kind").lower()
-    if kind == "consumer_queries":
-        return f"{cells.text('prompt')}\n{question}".strip()
-    options = _options(cells.raw("options")) if kind in ("mcq", "") else []
+    options = _options(cells.raw("options")) if cells.text("kind").lower() in ("mcq", "") else []
     lettered = zip(string.ascii_uppercase, options, strict=False)
-    # An empty option has no line, yet keeps its letter: option4 is D in every question.
-    return "\n".join([question, *(f"{letter}. {option}" for letter, option in lettered if option)])
+    # An empty option is not shown, yet keeps its letter: option4 is D in every question.
+    return {letter: option for letter, option in lettered if option}
+
+
+def _afrimedqa_question(cells: _Cells, question: str, options: dict[str, str]) -> str:
+    """The question with all that is needed to answer it."""
+    if cells.text("kind").lower() == "consumer_queries":
+        return f"{cells.text('prompt')}\n{question}".strip()
+    return "\n".join([question, *(f"{letter}. {option}" for letter, option in options.items())])
+
+
+def _right_options(cells: _Cells, options: dict[str, str]) -> list[str]:
+    """The right options (`option2`, or several), as the question shows them; none where the record does not say."""
+    numbers = [int(number) for number in re.findall(r"option(\d{1,2})\b", cells.text("correct").lower())]
+    letters = [string.ascii_uppercase[number - 1] for number in numbers if 0 < number <= len(string.ascii_uppercase)]
+    return [f"{letter}. {options[letter]}" for letter in letters if letter in options]
 
 
 def _options(cell: object) -> list[str]:

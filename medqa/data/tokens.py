@@ -2,18 +2,22 @@
 
 import bisect
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
 import numpy as np
+import tokenizers
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from medqa.config import Tokenization
 from medqa.data.sources import Row
+from medqa.data.token_cache import cached
 from medqa.prompts import prompt
 
 CHUNK = 1000  # rows that one call of the tokenizer gets
+WORTH_KEEPING = 1000  # rows whose ids are kept on disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,30 +36,58 @@ def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, tokenizati
     BOS and EOS are put in by id: a special token spelled in the text (`</s>` on a web page) stays text, and EOS is
     never cut off by accident nor there twice. A row that does not fit with its EOS is cut and has none.
     """
-    chunks = (rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK))
-    return [example for chunk in chunks for example in _tokenize(chunk, tokenizer, tokenization)]
-
-
-def _tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> Iterator[Example]:
-    """One call of the tokenizer. Offsets take far more memory than ids, so not all rows are in one."""
-    prompts = [prompt(row.question) for row in rows]
-    encoded = tokenizer(
-        [head + row.answer for head, row in zip(prompts, rows, strict=True)],
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,  # its "longer than the maximum" is what max_length is for
-    )
+    texts = [(prompt(row.question), row.answer) for row in rows]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # "</s>" in a text is text
+    if len(rows) < WORTH_KEEPING:
+        made = _tokenize(texts, backend)
+    else:
+        made = cached(_key(texts, backend), lambda: _tokenize(texts, backend))
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     eos = [tokenizer.eos_token_id] if tokenization.append_eos else []
-    for row, head, ids, offsets in zip(rows, prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        # A token that began in the prompt and ends in the answer predicts answer text: it counts as answer.
-        answer_start = len(bos) + bisect.bisect_right(offsets, len(head), key=itemgetter(1))
-        whole = bos + ids + eos
+    ends = made["lengths"].cumsum()
+    examples = []
+    for row, start, end, in_prompt in zip(rows, ends - made["lengths"], ends, made["in_prompt"].tolist(), strict=True):
+        whole = np.concatenate([bos, made["ids"][start:end], eos]).astype(np.int32)
         fits = len(whole) <= tokenization.max_length
-        cut = whole if fits else (bos + ids)[: tokenization.max_length]
-        yield Example(row, np.array(cut, dtype=np.int32), min(answer_start, len(cut)), not fits)
+        cut = whole if fits else whole[: len(whole) - len(eos)][: tokenization.max_length]
+        examples.append(Example(row, cut, min(len(bos) + in_prompt, len(cut)), not fits))
+    return examples
+
+
+def _tokenize(texts: Sequence[tuple[str, str]], backend: Tokenizer) -> dict[str, np.ndarray]:
+    """`ids` of all texts end to end, their `lengths`, and of how many the prompt is made (`in_prompt`); all int32."""
+    ids, lengths, in_prompt = [], [], []
+    for start in range(0, len(texts), CHUNK):
+        chunk = texts[start : start + CHUNK]
+        # Without offsets, which take as long as the ids; a prompt's own ids say where the answer begins.
+        encoded = [each.ids for each in backend.encode_batch_fast([p + a for p, a in chunk], add_special_tokens=False)]
+        prompts = [each.ids for each in backend.encode_batch_fast([p for p, _ in chunk], add_special_tokens=False)]
+        for text, whole, head in zip(chunk, encoded, prompts, strict=True):
+            ids.append(np.array(whole, dtype=np.int32))
+            lengths.append(len(whole))
+            in_prompt.append(len(head) if whole[: len(head)] == head else _tokens_in_prompt(text, backend))
+    return {
+        "ids": np.concatenate(ids or [np.empty(0, dtype=np.int32)]),
+        "lengths": np.array(lengths, dtype=np.int32),
+        "in_prompt": np.array(in_prompt, dtype=np.int32),
+    }
+
+
+def _tokens_in_prompt(text: tuple[str, str], backend: Tokenizer) -> int:
+    """How many tokens end within the prompt. One that ends in the answer predicts answer text: it counts as answer."""
+    offsets = backend.encode("".join(text), add_special_tokens=False).offsets
+    return bisect.bisect_right(offsets, len(text[0]), key=itemgetter(1))
+
+
+def _key(texts: Sequence[tuple[str, str]], backend: Tokenizer) -> str:
+    """sha256 of all that the ids follow from."""
+    digest = hashlib.sha256(f"1 {tokenizers.__version__} {backend.to_str()}".encode())
+    for text in texts:
+        digest.update(repr(text).encode())
+    return digest.hexdigest()
 
 
 def ids_fingerprint(examples: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase) -> str:

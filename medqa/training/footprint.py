@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from medqa.config import Experiment, Optimizer
 from medqa.data.batches import MicroBatch
@@ -23,7 +22,7 @@ from medqa.model.execution import Execution
 from medqa.model.head import CHUNK_BYTES
 from medqa.model.loss import LossModel, summed_loss
 from medqa.model.precision import Precision
-from medqa.training.shape_model import BLOCK, shape_model, tensors_of
+from medqa.training.shape_model import BLOCK, Shape, each_tensor, shape_model, tensors_of
 
 DEPTH = 2  # layers of the larger model that is run
 MOST = 2**24  # tokens of a micro-batch that are thought of
@@ -234,7 +233,7 @@ class _Storages(TorchDispatchMode):
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}  # there before, so not made here
+        self._known = {_storage(tensor)._cdata for tensor in known}  # there before, so not made here
         self.live = 0
         self.stretch = "layers"
         self.peak: dict[str, int] = {"layers": 0, "head": 0}
@@ -256,23 +255,28 @@ class _Storages(TorchDispatchMode):
     ) -> Any:
         """Run one operation and count what it made."""
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key not in self._known and key not in self._sizes:
-                self._sizes[key] = storage.nbytes()
-                self.live += self._sizes[key]
-                weakref.finalize(storage, self._gone, key)
+        each_tensor(self._count, result)
         self._note(_inside(func, args))
         return result
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = _storage(tensor)
+        key = storage._cdata
+        if key not in self._known and key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.live += self._sizes[key]
+            weakref.finalize(storage, self._gone, key)
 
     def _note(self, inside: int) -> None:
         self.peak[self.stretch] = max(self.peak[self.stretch], self.live + inside)
 
     def _gone(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    """Where a tensor's contents would be."""
+    return (tensor.inner if isinstance(tensor, Shape) else tensor).untyped_storage()
 
 
 def _inside(operation: torch._ops.OpOverload, args: tuple) -> int:

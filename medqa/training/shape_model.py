@@ -4,11 +4,10 @@ Made by the same calls as the model that trains, of tensors that have a type and
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from medqa.config import Experiment
@@ -57,13 +56,77 @@ def shape_model(
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         lora = experiment.lora.model_copy(update={"init_from": None})
         model = LossModel(add_lora(base, lora, experiment.training.seed))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        _materialize(model)
-        if four_bit:
-            _quantize(model, precision.dtype)
+    _materialize(model)
+    if four_bit:
+        _quantize(model, precision.dtype)
     if precision.device_type == "cuda":
         _fuse_dropout(model)
     return model.train()
+
+
+class Shape(torch.Tensor):
+    """A tensor that has shape, type and place (a CPU) but no memory. What is computed of one is one.
+
+    Much as torch's own FakeTensor, which does more and takes three times as long. Real tensors may come in, as token
+    ids do, and are then only a shape too; what depends on values (which places are targets) is computed of real ones.
+    """
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls: type["Shape"], inner: torch.Tensor) -> "Shape":
+        """A CPU's tensor with the type and strides of a meta tensor, which it keeps: its storage is what is counted."""
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.size(), inner.stride(), inner.storage_offset(), dtype=inner.dtype, device="cpu"
+        )
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: torch._ops.OpOverload,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """The operation on meta tensors; in place, what comes out is what went in."""
+        if func is torch.ops.aten._fused_sdp_choice.default:  # which attention kernel: a CPU's answer is wanted
+            return func(*each_tensor(_blank, args), **(kwargs or {}))
+        wrappers: dict[int, torch.Tensor] = {}
+
+        def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+            if isinstance(tensor, Shape):
+                wrappers[id(tensor.inner)] = tensor
+                return tensor.inner
+            return tensor if tensor.dim() == 0 else torch.empty_like(tensor, device="meta")
+
+        def wrapped(tensor: torch.Tensor) -> torch.Tensor:
+            return wrappers[id(tensor)] if id(tensor) in wrappers else Shape(tensor)
+
+        named = {name: each_tensor(unwrapped, value) for name, value in (kwargs or {}).items()}
+        if named.get("device") is not None:
+            named["device"] = torch.device("meta")
+        return each_tensor(wrapped, func(*each_tensor(unwrapped, args), **named))
+
+
+def each_tensor(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """`value`, an operation's argument or result, with each tensor in it replaced; quicker than torch's tree_map."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, list | tuple):
+        return type(value)(each_tensor(function, part) for part in value)
+    return value
+
+
+def _blank(tensor: torch.Tensor) -> torch.Tensor:
+    """A real tensor of the same shape, whose memory is never touched."""
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+
+
+def _empty(*size: int, dtype: torch.dtype = torch.float32) -> Shape:
+    return Shape(torch.empty(size, dtype=dtype, device="meta"))
 
 
 def tensors_of(model: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -85,10 +148,10 @@ def _materialize(model: torch.nn.Module) -> None:
                 if old is None:
                     continue
                 if id(old) not in made:
-                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    new = _empty(*old.shape, dtype=old.dtype)
                     if isinstance(old, torch.nn.Parameter):
                         new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
-                        new.grad = torch.empty_like(new) if old.requires_grad else None
+                        new.grad = _empty(*old.shape, dtype=old.dtype) if old.requires_grad else None
                     made[id(old)] = new
                 tensors[name] = made[id(old)]
 
@@ -121,21 +184,21 @@ def _quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
         shape = layer.weight.shape
         scales = -(-shape.numel() // BLOCK)
         nested = QuantState(
-            absmax=torch.empty(-(-scales // NESTED_BLOCK)),
-            code=torch.empty(256),
+            absmax=_empty(-(-scales // NESTED_BLOCK)),
+            code=_empty(256),
             blocksize=NESTED_BLOCK,
             dtype=torch.float32,
         )
-        packed = torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8)
+        packed = _empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8)
         layer.weight = torch.nn.Parameter(packed, requires_grad=False)
         layer.weight.quant_state = QuantState(
-            absmax=torch.empty(scales, dtype=torch.uint8),
+            absmax=_empty(scales, dtype=torch.uint8),
             shape=shape,
-            code=torch.empty(16),
+            code=_empty(16),
             blocksize=BLOCK,
             quant_type="nf4",
             dtype=dtype,
-            offset=torch.empty(()),
+            offset=_empty(),
             state2=nested,
         )
 
