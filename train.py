@@ -22,7 +22,7 @@ from medqa.experiment_file import default_output_dir, find_experiment, load_expe
 from medqa.model.base import add_lora, check_model, load_base, load_tokenizer
 from medqa.model.loss import LossModel
 from medqa.model.precision import resolve_precision
-from medqa.options import parse_options, refuse_not_yet
+from medqa.options import parse_options
 from medqa.training.artifacts import make_summary, save_final_adapter
 from medqa.training.checkpoint import RunState, Trained, save_checkpoint
 from medqa.training.console import ProgressLine, make_console, quiet_libraries, show_plan, show_result
@@ -36,23 +36,13 @@ from medqa.training.persist import Copies, space_needed
 from medqa.training.phases import Phases
 from medqa.training.plan import accumulation_steps, in_effect, make_plan
 from medqa.training.probe import choose_micro_batch, make_evaluator
-from medqa.training.processes import build_accelerator, choose_kernels, is_first_process, leave, on_main
-from medqa.training.run_dir import (
-    ADAPTER_DIR,
-    check_run_dir,
-    find_checkpoint,
-    finished,
-    note_saved,
-    start_run,
-    write_config,
-)
+from medqa.training.processes import build_accelerator, choose_kernels, leave, on_main
+from medqa.training.run_dir import check_run_dir, find_checkpoint, finished, note_saved, start_run, write_config
 from medqa.training.same_run import go_on, identify, told_of
 from medqa.training.scheduler import build_scheduler
 from medqa.training.tracking import MetricsFile, Tracker
 from medqa.training.wandb_feed import WandbFeed
 from medqa.training.wandb_run import log_adapter, log_samples, start_wandb
-
-SAMPLE_TOKENS = 128  # where a sample answer is cut
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +60,6 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     """The run. Nothing is written until all is loaded, so a mistake changes nothing."""
     started, deadline, phases = time.perf_counter(), Deadline(options.stop_after), Phases()
     quiet_libraries()
-    refuse_not_yet(options)
     experiment = load_experiment(options.exp, tiny=options.tiny, locations=options.locations, sets=options.set)
     name = find_experiment(options.exp).stem
     output_dir = options.output_dir or default_output_dir(options.exp, options.tiny, options.set, experiment)
@@ -79,8 +68,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     lock = leaving.enter_context(RunLock(output_dir))
     copies = leaving.enter_context(Copies(options.persist_to, output_dir))
     check_run_dir(output_dir, experiment, options.fresh)
-    if is_first_process():
-        lock.take_if_there()
+    lock.take_if_there()
     copies.check(experiment, options.fresh)
     found = None if options.fresh else find_checkpoint(output_dir, options.persist_to, experiment)
     kept = found.identity.environment.settings if found else None
@@ -128,11 +116,9 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     phases.done("model")
     if accelerator.is_main_process:
         write_config(output_dir, experiment, accumulation, changes)
-        write_reports(output_dir, sources, splits, examples, stream, tokenization, training.per_device_batch_size)
+        write_reports(output_dir, sources, splits, examples, stream, experiment, execution.padding_free)
         copies.start(training.keep_checkpoints, options.fresh, say)
-    plan = make_plan(
-        experiment, stream, examples, adapted, execution, changes, accelerator, accumulation, tokenizer.decode
-    )
+    plan = make_plan(experiment, stream, examples, adapted, execution, changes, accelerator, tokenizer.decode)
     plan.lines.extend(told_of(found, state, spent.damaged))
     plan.lines.extend(space_needed(options.persist_to, experiment, adapted, state.step))
     show_plan(console, f"{name} in {output_dir}", plan)
@@ -193,14 +179,13 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     tracker.log({"step": state.step, "split": "test", "elapsed_s": clock(), **test.record()})
     if accelerator.is_main_process:
         summary = make_summary(
-            name, experiment, state, final, test, adapted, accelerator, base, accumulation, leg, identity, clock()
+            name, experiment, state, final, test, adapted, accelerator, leg, identity, phases.seconds, clock()
         )
-        save_final_adapter(output_dir / ADAPTER_DIR, adapted, tokenizer, summary, experiment)
+        adapter_dir = save_final_adapter(output_dir, adapted, tokenizer, summary, experiment)
         samples = [validation[i].row for i in fixed_subset(validation, experiment.evaluation.samples, seed)]
         if accelerator.trackers and experiment.tracking.log_samples is not False:
-            answers = sample_answers(adapted, tokenizer, samples, state.step, max_new_tokens=SAMPLE_TOKENS)
+            answers = sample_answers(adapted, tokenizer, samples, state.step)
             feed.attempt(lambda: log_samples(accelerator, answers, feed.first), asks=True)
-        adapter_dir = output_dir / ADAPTER_DIR
         feed.attempt(lambda: log_adapter(accelerator, experiment.tracking, adapter_dir, leg.run_id), asks=True)
         write_json(summary, output_dir / "summary.json")
         show_result(console, summary)

@@ -83,18 +83,14 @@ def duration(text: str) -> float:
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, with `locations`: `section.key` to what `--model`, `--medquad` and `--afrimedqa` say."""
-    options = option_parser().parse_args(argv)
-    options.locations = locations(options)
-    return options
-
-
-def refuse_not_yet(options: argparse.Namespace) -> None:
-    """Refuse options of later versions by name.
+    """The options, with `locations`: `section.key` to what `--model`, `--medquad` and `--afrimedqa` say.
 
     Raises:
-        UserError: one of them was given.
+        UserError: an option of a later version.
     """
+    options = option_parser().parse_args(argv)
     for name in NOT_YET:
         if getattr(options, name.strip("-").replace("-", "_")) is not None:
             raise UserError(f"{name}: not in this version yet")
+    options.locations = locations(options)
+    return options

@@ -19,6 +19,14 @@ from medqa.experiment_file import load_experiment  # noqa: E402
 QUIET = ("tracking.wandb=disabled", "evaluation.steps=100000", "training.save_steps=100000")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is read from, or left in, the user's own cache; processes that tests start inherit it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MEDQA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Experiment]:
     """`tiny("exp_001", "lora.lora_dropout=0.0", ...)`: an experiment on the embedded model; later words win."""

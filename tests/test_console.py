@@ -14,7 +14,7 @@ from medqa.model.base import load_tokenizer
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
 from medqa.training import console as console_module
 from medqa.training.console import NOTEBOOK_VARIABLES, ProgressLine, make_console, show_plan, show_result
-from medqa.training.plan import Plan, accumulation_steps, loss_segments
+from medqa.training.plan import Plan, loss_segments
 
 SUMMARY = {
     "experiment": "exp [red]x[/red] [/b]",
@@ -143,10 +143,7 @@ def plan_of(rows, tokenizer, *sets: str, exp: str = "exp_001") -> Plan:
     examples = {name: tokenize(rows, tokenizer, experiment.tokenization) for name in ("train", "validation", "test")}
     stream = Stream(examples["train"], 42, experiment.training.global_batch_size)
     changes = in_effect(precision, execution, experiment.model.quantization, base)
-    accumulation = accumulation_steps(experiment.training, 1)
-    plan = make_plan(
-        experiment, stream, examples, model, execution, changes, accelerator, accumulation, tokenizer.decode
-    )
+    plan = make_plan(experiment, stream, examples, model, execution, changes, accelerator, tokenizer.decode)
     AcceleratorState._reset_state(reset_partial_state=True)
     return plan
 

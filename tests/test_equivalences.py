@@ -199,6 +199,7 @@ CONTINUED = {
     "AdamW in float32": ("exp_001", "model.quantization=none"),
     "4-bit, paged 8-bit AdamW": ("exp_002", "model.quantization=4bit"),
     "4-bit, checkpointing, [PAD]": ("exp_003", "model.quantization=4bit"),
+    "no padding, 4-bit expanded, paged 8-bit AdamW": ("exp_002", "training.padding_free=true", "model.dequantize=auto"),
 }
 
 
@@ -220,11 +221,10 @@ def assert_same_state(ours, theirs) -> None:
         assert ours == theirs
 
 
-@pytest.mark.parametrize("name, quantization", CONTINUED.values(), ids=CONTINUED)
-def test_continued_is_uninterrupted_bit_for_bit(tiny, tmp_path, name, quantization):
-    experiment = tiny(
-        name, quantization, "training.max_steps=6", "training.global_batch_size=16", "tokenization.max_length=96"
-    )
+@pytest.mark.parametrize("recipe", CONTINUED.values(), ids=CONTINUED)
+def test_continued_is_uninterrupted_bit_for_bit(tiny, tmp_path, recipe):
+    name = recipe[0]
+    experiment = tiny(*recipe, "training.max_steps=6", "training.global_batch_size=16", "tokenization.max_length=96")
     assert experiment.lora.lora_dropout == 0.05
     straight = build(experiment)
     straight_records = run_train(straight, RunState(), directory(tmp_path, "straight"))

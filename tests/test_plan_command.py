@@ -4,22 +4,28 @@ import json
 import shutil
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 import train
 from medqa.__main__ import main
 from medqa.tiny import BASE_DIR
-from medqa.training.machines import GPUS
+from medqa.training.machines import GPUS, find_machine
 from medqa.training.tracking import read_metrics
 
 SETS = ["training.max_steps=4", "evaluation.rows=4", "evaluation.samples=0", "tracking.wandb=disabled"]
 PARTS = ("base", "adapter", "optimizer", "gradients")
 
 
+KNOWN: dict[tuple[str, ...], dict] = {}  # a plan is a pure function of its words
+
+
 def planned(capsys, *words: str, exp: str = "exp_002") -> dict:
-    words = [*words, *(() if "--set" in words else ("--set",)), "training.max_steps=4"]
-    assert main(["plan", "--exp", exp, "--tiny", "--json", *words]) == 0
-    return json.loads(capsys.readouterr().out)
+    words = ("--exp", exp, *words, *(() if "--set" in words else ("--set",)), "training.max_steps=4")
+    if words not in KNOWN:
+        assert main(["plan", "--tiny", "--json", *words]) == 0
+        KNOWN[words] = json.loads(capsys.readouterr().out)
+    return KNOWN[words]
 
 
 def refused(capsys, *words: str) -> str:
@@ -57,10 +63,13 @@ def test_a_number_of_gib(capsys):
     assert small["memory"]["most_tokens"] < small["memory"]["micro_batch"] < large["memory"]["most_tokens"]
 
 
-def test_the_precision_is_that_of_the_gpu(capsys):
-    found = {name: planned(capsys, "--gpu", name)["machine"] for name in ("t4", "l4")}
-    assert (found["t4"]["mixed_precision"], found["t4"]["dtype"]) == ("fp16", "float16")
-    assert (found["l4"]["mixed_precision"], found["l4"]["dtype"]) == ("bf16", "bfloat16")
+def test_the_precision_is_that_of_the_gpu(tiny):
+    found = {name: find_machine(tiny("exp_002"), name, cpu=False).precision for name in (*GPUS, "16")}
+    assert (found["t4"].mixed_precision, found["t4"].dtype) == ("fp16", torch.float16)
+    for name in found.keys() - {"t4"}:
+        assert (found[name].mixed_precision, found[name].dtype) == ("bf16", torch.bfloat16)
+    asked = tiny("exp_002", "model.dtype=float32", "training.mixed_precision=no")
+    assert find_machine(asked, "T4", cpu=False).precision.dtype == torch.float32
 
 
 @pytest.mark.parametrize("gpu", ["rtx", "-3", "0", "nan", "inf", ""])
@@ -83,7 +92,7 @@ def test_a_rate_gives_the_time(capsys):
 
 
 def test_ways_are_ordered_as_they_must_be(capsys):
-    found = planned(capsys, "--gpu", "a100")
+    found = planned(capsys, "--gpu", "24")
     ways = {(way["quantization"], way["gradient_checkpointing"]): way for way in found["ways"]}
     assert len(ways) == 4
     assert found["memory"] == ways["4bit", False]
@@ -140,7 +149,7 @@ def test_operations_by_hand(capsys):
 def test_no_weight_is_read(capsys, tmp_path):
     bare = shutil.copytree(BASE_DIR, tmp_path / "bare")
     (bare / "model.safetensors").unlink()
-    with_weights, without = planned(capsys, "--gpu", "16"), planned(capsys, "--gpu", "16", "--model", str(bare))
+    with_weights, without = planned(capsys, "--gpu", "24"), planned(capsys, "--gpu", "24", "--model", str(bare))
     assert without == with_weights
 
 

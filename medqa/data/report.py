@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from medqa.config import Tokenization
+from medqa.config import Experiment, Tokenization
 from medqa.data.batches import Stream
 from medqa.data.sources import Source
 from medqa.data.splits import SPLITS, Splits, overlap_report, write_splits_csv
@@ -23,11 +23,11 @@ def write_reports(
     splits: Splits,
     examples: Mapping[str, Sequence[Example]],
     stream: Stream,
-    tokenization: Tokenization,
-    per_device_batch_size: int,
+    experiment: Experiment,
+    padding_free: bool,
 ) -> None:
     """`data_report.json` and `splits.csv`."""
-    report = data_report(sources, splits, examples, stream, tokenization, per_device_batch_size)
+    report = data_report(sources, splits, examples, stream, experiment, padding_free)
     write_json(report, output_dir / "data_report.json")
     write_splits_csv(splits, output_dir / "splits.csv")
 
@@ -37,8 +37,8 @@ def data_report(
     splits: Splits,
     examples: Mapping[str, Sequence[Example]],
     stream: Stream,
-    tokenization: Tokenization,
-    per_device_batch_size: int,
+    experiment: Experiment,
+    padding_free: bool,
 ) -> dict[str, Any]:
     """The report. Token lengths are in ids, BOS and EOS included, after cutting to `max_length`."""
     everything = [example for name in SPLITS for example in examples[name]]
@@ -58,7 +58,9 @@ def data_report(
         "token_lengths": {f"{q:g}": float(np.quantile(lengths, q)) for q in QUANTILES},
         "mean_token_length": float(lengths.mean()),
         "truncated_share": sum(example.truncated for example in everything) / len(everything),
-        "padding_share": padding_share(stream, tokenization, per_device_batch_size),
+        "padding_share": 0.0
+        if padding_free
+        else padding_share(stream, experiment.tokenization, experiment.training.per_device_batch_size),
         "overlap": overlap_report(splits),
     }
 

@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from medqa.data.sources import Row
 from medqa.prompts import prompt_ids
 
+SAMPLE_TOKENS = 128  # where a sample answer is cut
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -47,13 +49,13 @@ def generate_answers(
 
 
 def sample_answers(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], step: int, *, max_new_tokens: int
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], step: int
 ) -> list[list[str | int | bool]]:
     """Each row as (step, source, question, reference, base answer, tuned answer, whether that one ended by itself)."""
-    questions = [row.question for row in rows]
-    tuned = generate_answers(model, tokenizer, questions, max_new_tokens=max_new_tokens, batch_size=len(rows) or 1)
+    questions, at_once = [row.question for row in rows], len(rows) or 1
+    tuned = generate_answers(model, tokenizer, questions, max_new_tokens=SAMPLE_TOKENS, batch_size=at_once)
     with model.disable_adapter():
-        base = generate_answers(model, tokenizer, questions, max_new_tokens=max_new_tokens, batch_size=len(rows) or 1)
+        base = generate_answers(model, tokenizer, questions, max_new_tokens=SAMPLE_TOKENS, batch_size=at_once)
     return [
         [step, row.source, row.question, row.answer, untuned.text, answer.text, answer.stopped]
         for row, untuned, answer in zip(rows, base, tuned, strict=True)

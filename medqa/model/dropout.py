@@ -1,8 +1,8 @@
 """LoRA's dropout on a CPU, where torch's own takes a tenth of an update and more: the same law, drawn faster.
 
-Each number is kept with probability 1 - p and then divided by it, as in `torch.nn.Dropout`. torch draws 53 bits for each
-on one thread; 16 are enough, so p is taken to the nearest of 65,536 steps (0.05 becomes 0.0500031). The noise follows
-from torch's generator, as any, but is not that of `torch.nn.Dropout` from the same seed.
+Each number is kept with probability 1 - p and then divided by it, as in `torch.nn.Dropout`. torch draws 53 bits for
+each on one thread; 16 are enough, so p is taken to the nearest of 65,536 steps (0.05 becomes 0.0500031). The noise
+follows from torch's generator, as any, but is not that of `torch.nn.Dropout` from the same seed.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""How a recipe's update is computed. Not what: with another execution it is the same update, but for the last digits."""
+"""How a recipe's update is computed. Not what: with another execution it is the same update but for the last digits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ class Execution:
         evaluation_padding_free: evaluation does, whatever training does.
         attn_implementation: by the name that transformers knows it under.
         dequantize: 4-bit weights are expanded once, and kept so.
-        planned_tokens: the most tokens of a micro-batch without padding for which the plan finds room; None if not asked.
+        planned_tokens: the most tokens of a micro-batch without padding for which the plan has room; None: not asked.
         reasons: `section.key` to (asked, in effect, why) where the two differ.
     """
 

@@ -13,12 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from medqa.config import Experiment
 from medqa.evaluation.loss import SplitLoss
-from medqa.model.base import Base
 from medqa.prompts import prompt
 from medqa.training.checkpoint import Identity, RunState, save_adapter
 from medqa.training.environment import git_commit, versions
-from medqa.training.plan import parameter_counts
-from medqa.training.run_dir import Leg, copy_whole
+from medqa.training.plan import accumulation_steps, parameter_counts
+from medqa.training.run_dir import ADAPTER_DIR, Leg, copy_whole
 from medqa.training.tracking import EVAL_NAMES
 
 LICENCES = {
@@ -35,10 +34,9 @@ def make_summary(
     test: SplitLoss,
     model: torch.nn.Module,
     accelerator: Accelerator,
-    base: Base,
-    accumulation: int,
     leg: Leg,
     identity: Identity,
+    start_s: Mapping[str, float],
     wall_clock_s: float,
 ) -> dict[str, Any]:
     """`summary.json`."""
@@ -59,11 +57,13 @@ def make_summary(
         "resumes": leg.resumes,
         "processes": accelerator.num_processes,
         "cpu_threads": torch.get_num_threads(),
-        "gradient_accumulation_steps": accumulation,
-        "quantization": base.quantization,
+        "gradient_accumulation_steps": accumulation_steps(experiment.training, accelerator.num_processes),
+        "quantization": identity.environment.settings.quantization,
         "mixed_precision": accelerator.mixed_precision,
         "scaler_overflows": state.overflows,
         "micro_batch_rows": state.micro_batch_rows or experiment.training.per_device_batch_size,
+        "micro_batch_tokens": state.micro_batch_tokens,
+        "start_s": dict(start_s),
         "not_bitwise": [asdict(moved) for moved in state.not_bitwise],
         "data_fingerprint": identity.fingerprints.data,
         "git_commit": git_commit(),
@@ -77,13 +77,14 @@ def _figures(record: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def save_final_adapter(
-    directory: Path,
+    output_dir: Path,
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     summary: Mapping[str, Any],
     experiment: Experiment,
-) -> None:
-    """Adapter, tokenizer and model card in `directory`."""
+) -> Path:
+    """Adapter, tokenizer and model card in a directory of their own; its path."""
+    directory = output_dir / ADAPTER_DIR
     # Written elsewhere first: tokenizers has errors of its own for a full disk, and each file is replaced whole.
     with tempfile.TemporaryDirectory() as temporary:
         elsewhere = Path(temporary)
@@ -93,6 +94,7 @@ def save_final_adapter(
         directory.mkdir(exist_ok=True)
         for path in sorted(elsewhere.iterdir()):
             copy_whole(path, directory / path.name)
+    return directory
 
 
 def model_card(summary: Mapping[str, Any], experiment: Experiment) -> str:

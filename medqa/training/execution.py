@@ -62,7 +62,7 @@ def enough_tokens(experiment: Experiment, device: torch.device) -> int:
 def _what_fits(
     experiment: Experiment, model_config: Any, precision: Precision, device: torch.device, attention: str
 ) -> tuple[tuple[bool, bool], dict[str, str], int]:
-    """Checkpointing and expanded weights or not, the fastest that fits; for each the reason; and room for how many tokens."""
+    """Checkpointing and expanded weights or not, the fastest that fits; the reason for each; room for how many tokens."""
     model = experiment.model
     memory, tokens = available_memory(device), enough_tokens(experiment, device)
     ways = [(False, False), (True, False)]

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from medqa.errors import UserError
+from medqa.training.processes import is_first_process
 
 LOCK_FILE = "run.lock"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -39,12 +40,12 @@ class RunLock:
             self._file = None
 
     def take_if_there(self) -> None:
-        """Take the lock of a directory that a run has been in; nothing is written.
+        """Take the lock of a directory that a run has been in, as the first process of this one; nothing is written.
 
         Raises:
             UserError: another process holds it.
         """
-        if (self._output_dir / LOCK_FILE).is_file():
+        if is_first_process() and (self._output_dir / LOCK_FILE).is_file():
             self._take()
 
     def take(self) -> None:

@@ -64,7 +64,6 @@ def make_plan(
     execution: Execution,
     changes: Mapping[str, Change],
     accelerator: Accelerator,
-    accumulation: int,
     decode: Callable[[Sequence[int]], str],
 ) -> Plan:
     """The plan of a run on this machine."""
@@ -78,7 +77,7 @@ def make_plan(
     checkpointing = ", gradient checkpointing" if execution.gradient_checkpointing else ""
     batches = (
         f"{training.per_device_batch_size} examples on {num_processes} process(es): "
-        f"gradient_accumulation_steps {accumulation}"
+        f"gradient_accumulation_steps {accumulation_steps(training, num_processes)}"
     )
     if execution.padding_free:
         batches = f"examples end to end without padding, as many as memory allows, on {num_processes} process(es)"

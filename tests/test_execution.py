@@ -1,0 +1,364 @@
+"""How a run computes its updates: what is decided, what the probe finds, what a resume keeps, and what is said."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import AutoTokenizer, OlmoConfig, OlmoForCausalLM
+
+from benchmarks.hf_trainer import Parts, build
+from medqa.data import token_cache, tokens
+from medqa.data.batches import pack
+from medqa.data.sources import Row
+from medqa.model.base import load_base, load_tokenizer
+from medqa.model.execution import Execution
+from medqa.model.loss import summed_loss
+from medqa.model.precision import resolve_precision
+from medqa.tiny import BASE_DIR
+from medqa.training import probe
+from medqa.training.checkpoint import STATE, RunState
+from medqa.training.probe import choose_micro_batch, find_micro_batch_tokens, full, most_in_an_update
+from medqa.training.run_dir import CONFIG
+from medqa.yaml_core import load_yaml
+from train import main
+
+SHORT = (
+    "training.padding_free=true", "training.max_steps=4", "training.save_steps=2", "training.global_batch_size=8",
+    "evaluation.steps=2", "evaluation.rows=4", "evaluation.samples=0", "tokenization.max_length=64",
+    "tracking.wandb=disabled",
+)  # fmt: skip
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+@pytest.fixture(autouse=True)
+def apart():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def words(directory: Path, *sets: str, exp: str = "exp_002", options: tuple[str, ...] = ()) -> list[str]:
+    return ["--exp", exp, "--tiny", "--cpu", "--output-dir", str(directory), *options, "--set", *SHORT, *sets]
+
+
+def state(directory: Path, step: int):
+    return STATE.validate_json((directory / f"checkpoint-{step}" / "state.json").read_bytes())
+
+
+def in_effect(directory: Path) -> dict:
+    return load_yaml((directory / CONFIG).read_text(), "config.yaml")["in_effect"]
+
+
+def summary(directory: Path) -> dict:
+    return json.loads((directory / "summary.json").read_text())
+
+
+# --- a run
+
+
+def test_a_run_says_what_was_decided_and_keeps_it(tmp_path, capsys):
+    directory = tmp_path / "run"
+    assert main(words(directory, "model.dequantize=auto", exp="exp_003")) == 0
+    said = capsys.readouterr().out
+    assert "examples end to end without padding" in said
+    assert "model.gradient_checkpointing = false, not true: the plan without it is " in said
+    assert "model.dequantize = once, and kept so, not auto: the plan with weights expanded is " in said
+    most = state(directory, 4).micro_batch_tokens
+    assert f"without padding, micro-batches of at most {most:,} tokens: tried with the longest that can come" in said
+    assert summary(directory)["micro_batch_tokens"] == most
+    assert summary(directory)["quantization"] == "4bit"
+    settings = json.loads((directory / "checkpoint-4" / "manifest.json").read_text())["environment"]["settings"]
+    assert settings["padding_free"]
+    assert settings["dequantize"]
+    assert not settings["gradient_checkpointing"]
+    assert settings["attn_implementation"] == "medqa_segmented"
+    assert {"model.gradient_checkpointing", "model.dequantize"} <= in_effect(directory).keys()
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert {r["padding_share"] for r in records if r["split"] == "train"} == {0.0}
+    assert json.loads((directory / "data_report.json").read_text())["padding_share"] == 0.0
+
+
+def test_time_to_the_first_update_is_told_by_phase(tmp_path, capsys):
+    directory = tmp_path / "run"
+    assert main(words(directory)) == 0
+    phases = summary(directory)["start_s"]
+    assert list(phases) == ["imports", "data", "tokens", "model", "start", "probe", "evaluation", "first update"]
+    assert all(seconds >= 0 for seconds in phases.values())
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("first update after")]
+    assert all(phase in line for phase in phases)
+
+
+def test_a_family_that_was_not_tested_runs_plainly_and_says_so(tmp_path, capsys):
+    """OLMo's layers have Llama's names, and its gradients may well be right; nobody has looked."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
+    torch.manual_seed(0)
+    config = OlmoConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=256, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    OlmoForCausalLM(config).save_pretrained(tmp_path / "olmo")
+    tokenizer.save_pretrained(tmp_path / "olmo")
+    directory = tmp_path / "run"
+    assert main(words(directory, options=("--model", str(tmp_path / "olmo")))) == 0
+    said = capsys.readouterr().out
+    why = "olmo models have not been tested without padding, only llama, mistral, qwen2, qwen3"
+    assert f"training.padding_free = false, not true: {why}" in said
+    assert in_effect(directory)["training.padding_free"] == {"asked": "true", "used": "false", "reason": why}
+    assert summary(directory)["micro_batch_tokens"] is None
+    assert "micro-batches of at most" not in said
+
+
+# --- how many tokens
+
+
+@pytest.fixture
+def parts(tiny) -> Parts:
+    return build(tiny("exp_001", "training.padding_free=true", "tokenization.max_length=64"))
+
+
+def find(parts: Parts, planned: int = 10**9) -> int:
+    return find_micro_batch_tokens(parts.model, parts.stream.examples, parts.experiment, parts.accelerator, planned)
+
+
+def limited(monkeypatch, most: int) -> list[int]:
+    """Micro-batches of more tokens do not fit; the sizes tried."""
+    tried = []
+
+    def tries(model, micro_batch, device):
+        tried.append(micro_batch.tokens)
+        if micro_batch.tokens > most:
+            raise torch.OutOfMemoryError(FULL)
+        return summed_loss(model, micro_batch, device)
+
+    monkeypatch.setattr(probe, "summed_loss", tries)
+    return tried
+
+
+def test_the_probe_tries_the_longest_micro_batch_and_then_less(parts, monkeypatch):
+    tried = limited(monkeypatch, 300)
+    assert find(parts) == 256
+    assert tried == [1024, 512, 256]
+    assert all(p.grad is None for p in parts.adapted.parameters())
+    assert parts.model.training
+
+
+def test_the_probe_ends_at_the_longest_example(parts, monkeypatch):
+    tried = limited(monkeypatch, 0)
+    longest = max(len(example.input_ids) for example in parts.stream.examples)
+    assert find(parts) == longest
+    assert tried[-1] > longest
+
+
+def test_the_probe_takes_no_more_than_memory_has_room_for(parts, monkeypatch):
+    """What was used is more than may be: the next try is as much smaller."""
+    monkeypatch.setattr(probe, "available_memory", lambda device, sharing: 10 * 2**20)
+    used = iter([0, 100 * 2**20, 0, 9 * 2**20])
+    monkeypatch.setattr(probe, "peak_memory", lambda device: type("M", (), {"allocated": next(used)}))
+    tried = limited(monkeypatch, 10**9)
+    assert find(parts) == tried[-1] == int(0.09 * 1024)
+
+
+def test_on_a_cpu_nothing_is_tried_that_the_plan_has_no_room_for(parts, monkeypatch):
+    tried = limited(monkeypatch, 10**9)
+    assert find(parts, planned=200) == 200
+    assert tried == [200]
+
+
+def test_a_full_micro_batch_has_exactly_so_many_tokens(parts):
+    example = parts.stream.examples[0]
+    for tokens_wanted in (len(example.input_ids), 200, 1024):
+        assert full(example, tokens_wanted).tokens == tokens_wanted
+    lengths = sorted(len(e.input_ids) for e in parts.stream.examples)
+    assert most_in_an_update(parts.stream.examples, 3) == sum(lengths[-3:])
+    assert most_in_an_update(parts.stream.examples, len(lengths) + 1) == sum(lengths) + lengths[-1]
+
+
+def test_tokens_that_the_user_gives_are_not_tried(tmp_path, capsys, monkeypatch):
+    tried = limited(monkeypatch, 0)
+    assert main(words(tmp_path / "run", "training.micro_batch_tokens=100")) == 0
+    assert tried == []
+    assert "at most 100 tokens: as training.micro_batch_tokens says" in capsys.readouterr().out
+    assert state(tmp_path / "run", 4).micro_batch_tokens == 100
+
+
+def test_a_resume_keeps_the_tokens_and_the_result(tmp_path, capsys, monkeypatch):
+    """Stopped after update 2 on a machine with less memory, continued on one with more: bit for bit the same."""
+    first, straight = tmp_path / "first", tmp_path / "straight"
+    limited(monkeypatch, 300)
+    assert main(words(straight)) == 0
+    calls = []
+    monkeypatch.setattr(
+        "medqa.training.interrupts.Deadline.within", lambda self, seconds: len(calls) == 1 or calls.append(1)
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(words(first, options=("--stop-after", "1d"))) == 0
+    assert [path.name for path in first.glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    tried = limited(monkeypatch, 10**9)
+    capsys.readouterr()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(words(first)) == 0
+    assert tried == []
+    assert "micro-batches of at most 256 tokens: as when the run began" in capsys.readouterr().out
+    for name in ("lora_adapters/adapter_model.safetensors", "checkpoint-4/training_state.pt"):
+        assert (first / name).read_bytes() == (straight / name).read_bytes()
+
+
+def test_out_of_memory_later_halves_the_tokens(tmp_path, capsys, monkeypatch):
+    tried = []
+
+    def tries(model, micro_batch, device):
+        tried.append(micro_batch.tokens)
+        if len(tried) == 2:
+            raise torch.OutOfMemoryError(FULL)
+        return summed_loss(model, micro_batch, device)
+
+    monkeypatch.setattr("medqa.training.loop.summed_loss", tries)
+    assert main(words(tmp_path / "run", "lora.lora_dropout=0.0")) == 0
+    assert f"update 2: out of memory with {tried[1]} tokens in a micro-batch; " in capsys.readouterr().out
+    assert max(tried[2:]) <= -(-tried[1] // 2)
+    assert summary(tmp_path / "run")["micro_batch_tokens"] == -(-tried[1] // 2)
+
+
+def test_where_the_longest_row_alone_does_not_fit_the_run_ends(tmp_path, capsys, monkeypatch):
+    def tries(model, micro_batch, device):
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr("medqa.training.loop.summed_loss", tries)
+    assert main(words(tmp_path / "run")) == 3
+    assert "with a single row in the micro-batch; lower tokenization.max_length" in capsys.readouterr().err
+
+
+def test_two_processes_agree_on_the_smaller(parts, monkeypatch):
+    """The other one has room for 128."""
+    monkeypatch.setattr(type(parts.accelerator), "num_processes", property(lambda self: 2))
+    monkeypatch.setattr(parts.accelerator, "gather", lambda found: torch.cat([found, torch.tensor([128])]))
+    chosen = RunState()
+    choose_micro_batch(
+        chosen, parts.execution, parts.model, parts.stream, parts.experiment, parts.accelerator, lambda said: None
+    )
+    assert (chosen.micro_batch_tokens, chosen.micro_batch_multiple) == (128, 2)
+
+
+# --- 4-bit weights, expanded
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_expanded_weights_give_the_same_bits(tiny, dtype):
+    """Output and gradients, with and without autocast."""
+    experiment = tiny("exp_001", "model.dtype=bfloat16")
+    precision = resolve_precision(experiment, force_cpu=True)
+    precision = type(precision)("cpu", "bf16", getattr(torch, dtype), {})
+    found = []
+    for dequantize in (False, True):
+        execution = Execution(True, True, "sdpa", False, dequantize)
+        base = load_base(experiment.model, precision, execution, torch.device("cpu"), 1024, 0).model
+        kinds = {type(module).__name__ for module in base.modules() if isinstance(module, torch.nn.Linear)}
+        assert ("Linear4bit" in kinds) == (not dequantize)
+        assert not any(parameter.requires_grad for parameter in base.parameters())
+        embedded = base.get_input_embeddings()(torch.arange(3, 90)[None]).detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = base(inputs_embeds=embedded).logits
+        found.append((logits.detach(), torch.autograd.grad(logits.float().square().sum(), embedded)[0]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][1].any()
+
+
+# --- token ids on disk
+
+
+@pytest.fixture
+def rows():
+    return [
+        Row(f"medquad:{i}", "medquad", f"What is number {i} ?", f"It is {i} </s> and {i + 1}.", None) for i in range(8)
+    ]
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch, tiny, rows):
+    """Tokenizes with the cache on; counts how often the tokenizer was really asked."""
+    monkeypatch.setenv("MEDQA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tokens, "WORTH_KEEPING", 1)
+    made, real = [], tokens._tokenize
+    monkeypatch.setattr(tokens, "_tokenize", lambda *given: made.append(1) or real(*given))
+    tokenizer = load_tokenizer(str(BASE_DIR), "eos")
+
+    def tokenize(rows=rows, **settings):
+        tokenization = tiny("exp_001").tokenization.model_copy(update=settings)
+        examples = tokens.tokenize(rows, tokenizer, tokenization)
+        return [(e.input_ids.tolist(), e.answer_start, e.truncated) for e in examples], len(made)
+
+    return tokenize
+
+
+def files(tmp_path) -> list[Path]:
+    return sorted((tmp_path / "cache" / "tokens").iterdir())
+
+
+def test_a_second_start_does_not_tokenize_again(kept, tmp_path):
+    first, asked = kept()
+    assert asked == 1
+    assert kept() == (first, 1)
+    shorter, asked = kept(max_length=12)  # cut after the ids are read
+    assert asked == 1
+    assert all(len(ids) == 12 and truncated for ids, _, truncated in shorter)
+    assert len(files(tmp_path)) == 1
+
+
+def test_other_texts_are_other_ids(kept, rows, tmp_path):
+    kept()
+    changed = [*rows[:-1], Row("medquad:7", "medquad", "What?", "Another answer.", None)]
+    assert kept(changed)[1] == 2
+    assert len(files(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "another's"])
+def test_a_damaged_file_is_made_again(kept, tmp_path, damage):
+    first, _ = kept()
+    (path,) = files(tmp_path)
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[-3] ^= 1
+    path.write_bytes({"cut": content[:-9], "flipped": content, "empty": b"", "another's": b"\x80\x04pickle."}[damage])
+    assert kept() == (first, 2)
+    assert kept() == (first, 2)
+
+
+def test_where_nothing_can_be_kept_it_works_all_the_same(kept, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    first, asked = kept()
+    assert (asked, kept()) == (1, (first, 2))
+
+
+def test_no_more_than_so_many_files_are_kept(tmp_path, monkeypatch):
+    import numpy as np
+
+    monkeypatch.setenv("MEDQA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(token_cache, "KEPT_FILES", 3)
+    for i in range(5):
+        token_cache.cached(f"key{i}", lambda: {"a": np.arange(3)})
+        token_cache.cached("key0", lambda: {"a": np.arange(3)})  # used again and again
+    assert len(files(tmp_path)) == 3
+    assert (tmp_path / "cache" / "tokens" / "key0.safetensors").exists()
+
+
+def test_an_answer_that_begins_inside_a_token_counts_from_there(kept, rows, monkeypatch):
+    """Where a prompt's ids alone are not how the text's ids begin, places in the text decide."""
+    kept()
+    monkeypatch.setattr(tokens, "prompt", lambda question: f"Q {question} A: o")
+    joined = [Row(row.id, row.source, row.question, "ne" + row.answer, None) for row in rows]
+    examples, _ = kept(joined)
+    tokenizer = load_tokenizer(str(BASE_DIR), "eos")
+    for ids, start, _ in examples:
+        before = tokenizer.decode(ids[1:start])
+        assert "Q What" in before
+        assert not before.endswith("one")
+
+
+def test_packing_needs_no_padding_token_at_all(parts):
+    packed = pack(parts.examples["train"][:4], "all")
+    assert packed.input_ids.numel() == sum(packed.segments) == packed.tokens
