@@ -96,7 +96,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     stream = Stream(examples["train"], seed, training.global_batch_size)
     phases.done("tokens")
 
-    execution = choose_execution(experiment, model_config, precision, accelerator.device, kept)
+    execution = choose_execution(experiment, model_config, precision, accelerator.device, len(tokenizer), kept)
     with accelerator.main_process_first():
         base = load_base(experiment.model, precision, execution, accelerator.device, len(tokenizer), seed, kept)
     identity = identify(experiment, splits, examples, tokenizer, base, precision, execution, accelerator)

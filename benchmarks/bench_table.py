@@ -207,7 +207,7 @@ def section(report: Mapping[str, Any]) -> str:
         lines += [f"| {' | '.join(cells(case, name, arm))} |" for arm in case["arms"]]
         lines += [f"\n{line}." for line in profile_lines(case)]
         lines += [f"\n{ARMS[arm]} failed: {why.splitlines()[-1]}" for arm, why in case["failed"].items()]
-    lines += ["", *(f"{ARMS[arm]} was left out: {why}." for arm, why in report["left_out"].items())]
+    lines += ["", *(f"- {ARMS.get(name, name)} was left out: {why}." for name, why in report["left_out"].items())]
     return "\n".join(lines).rstrip() + "\n"
 
 

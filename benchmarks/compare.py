@@ -3,6 +3,8 @@
 Gradients are checked first: an arm that should compute Trainer's update and does not ends it. Then in each round every
 arm does the same update, one after the other, in an order that rotates; ratios are within a round, per useful token.
 "Trainer again" is Trainer a second time: what it differs by is noise. One thread; CPU seconds on a CPU, wall on a GPU.
+
+No GPU was at hand: `--device cuda`, with its Liger and torch.compile arms, has never been run.
 """
 
 import argparse
@@ -21,8 +23,8 @@ from typing import Any
 import torch
 
 from benchmarks.bench_table import draw, show, write_section
-from benchmarks.cases import ARMS, HOST, QUICK_ARMS, RECIPES, Case, absent, make_cases
-from benchmarks.flops import flops_per_token, gemm_flops
+from benchmarks.cases import ARMS, FULL, HOST, QUICK_ARMS, RECIPES, Case, absent, make_cases
+from benchmarks.flops import flops_per_token, gemm_flops, no_bfloat16
 from benchmarks.pool import Arm, ArmFailed, check_gradients, profile
 from benchmarks.standin import MEDQUAD, make_model, useful_share
 from medqa.training.environment import versions
@@ -83,22 +85,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything, as it goes into the JSON file."""
     torch.set_num_threads(1)
-    left_out = absent(options.arms, options.device)
+    left_out = dict(absent(options.arms, options.device))
     arms = [arm for arm in options.arms if arm not in left_out]
-    for arm, why in left_out.items():
-        tell(f"{arm} is left out: {why}")
+    if options.full and options.device == "cpu" and (why := no_bfloat16()):
+        left_out[FULL] = why
+    for name, why in left_out.items():
+        tell(f"{name} is left out: {why}")
     cases = make_cases(
         options.recipes,
         arms,
         options.rows,
         options.device,
         quick=options.quick,
-        full=options.full,
+        full=options.full and FULL not in left_out,
         full_rows=options.full_rows,
         host=not options.no_host,
         quantization=options.quantization,
     )
-    report = {"machine": machine(options.device), "versions": all_versions(), "left_out": dict(left_out)}
+    report = {"machine": machine(options.device), "versions": all_versions(), "left_out": left_out}
     report |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "rounds": options.rounds, "cases": {}}
     with tempfile.TemporaryDirectory() as scratch:
         for case in cases:

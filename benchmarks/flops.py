@@ -8,6 +8,7 @@ import torch
 from benchmarks.standin import STANDIN_SHAPES
 
 GEMM_SIZE = {"cpu": 1536, "cuda": 8192}
+SMALL = 384  # enough to tell whether a type is emulated
 REPEATS = {"cpu": 3, "cuda": 20}
 
 
@@ -28,9 +29,9 @@ def flops_per_token(shape: str, lengths: Sequence[int], rank: int) -> float:
     return 4 * frozen + 6 * adapter + attention
 
 
-def gemm_flops(device: str, dtype: str) -> float:
+def gemm_flops(device: str, dtype: str, size: int | None = None) -> float:
     """Floating point operations a second of one large matrix product, on one thread of a CPU: the best of a few."""
-    size = GEMM_SIZE[device]
+    size = size or GEMM_SIZE[device]
     a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     best = 0.0
     for _ in range(REPEATS[device]):
@@ -41,6 +42,14 @@ def gemm_flops(device: str, dtype: str) -> float:
         ended = time.perf_counter() if device == "cuda" else time.thread_time()
         best = max(best, 2 * size**3 / (ended - began))
     return best
+
+
+def no_bfloat16() -> str | None:
+    """Why bfloat16 is not worth comparing on this CPU; None where it is. Some only emulate it, a hundredfold slower."""
+    ours, plain = (gemm_flops("cpu", dtype, SMALL) / 1e9 for dtype in ("bfloat16", "float32"))
+    if ours >= plain / 2:
+        return None
+    return f"this CPU does not compute in bfloat16: {ours:.1f} GFLOP/s, against {plain:.0f} in float32"
 
 
 def _synchronize(device: str) -> None:

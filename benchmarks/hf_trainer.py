@@ -148,7 +148,7 @@ def build(experiment: Experiment, make_accelerator: Callable[[], Accelerator] | 
     }
     stream = Stream(examples["train"], training.seed, training.global_batch_size)
     model_config = check_model(experiment.model, experiment.tokenization.max_length)
-    execution = choose_execution(experiment, model_config, precision, accelerator.device, None)
+    execution = choose_execution(experiment, model_config, precision, accelerator.device, len(tokenizer), None)
     base = load_base(experiment.model, precision, execution, accelerator.device, len(tokenizer), training.seed)
     if base.quantization != experiment.model.quantization:
         raise RuntimeError(base.reason)

@@ -82,10 +82,11 @@ def build(job: Job) -> Ours:
     examples = [Example(Row(f"row:{i}", "rows", "", "", None), row, 0, False) for i, row in enumerate(ids)]
     stream = Stream(examples, training.seed, training.global_batch_size)
     model_config = check_model(experiment.model, experiment.tokenization.max_length)
-    execution = choose_execution(experiment, model_config, precision, accelerator.device, None)
+    vocabulary = model_config.vocab_size  # the tokenizer is not larger
+    execution = choose_execution(experiment, model_config, precision, accelerator.device, vocabulary, None)
     if execution.padding_free != OURS[job.arm]:
         raise RuntimeError(f"{job.arm}: {execution.reasons}")
-    base = load_base(experiment.model, precision, execution, accelerator.device, 0, training.seed)
+    base = load_base(experiment.model, precision, execution, accelerator.device, vocabulary, training.seed)
     adapted = add_lora(base.model, experiment.lora, training.seed, execution.padding_free)
     bare_optimizer = build_optimizer(adapted, experiment.optimizer)
     scheduler = build_scheduler(bare_optimizer, experiment.scheduler, training.max_steps)

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medqa.config import Tokenization
-from medqa.data.tokens import tokenize
 from medqa.data.sources import Source, load_sources
 from medqa.data.splits import SPLITS, split_rows
+from medqa.data.tokens import tokenize
 from medqa.errors import UserError
 from medqa.model.base import load_tokenizer
 from medqa.tiny import BASE_DIR

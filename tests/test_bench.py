@@ -13,8 +13,7 @@ import medqa.model.loss
 from benchmarks.bench_table import HEADING, figures, section, write_section
 from benchmarks.cases import ARMS, Case, absent
 from benchmarks.compare import main
-from benchmarks.flops import flops_per_token
-from benchmarks.gate import Job
+from benchmarks.flops import flops_per_token, no_bfloat16
 from benchmarks.gradient_check import (
     GRADIENT_WITHIN,
     GradientsDiffer,
@@ -46,8 +45,8 @@ def jobs(tmp_path_factory):
     scratch = tmp_path_factory.mktemp("bench")
     base = make_model(scratch / "base", "tiny", "float32")
 
-    def made(recipe: str, *arms: str, rounds: int = 0) -> dict[str, Job]:
-        case = Case(recipe, recipe, "tiny", "float32", ROWS, 1, arms, "cpu", "none")
+    def made(recipe: str, *arms: str, rounds: int = 0, dtype: str = "float32", quantization: str = "none"):
+        case = Case(recipe, recipe, "tiny", dtype, ROWS, 1, arms, "cpu", quantization)
         experiment = case.experiment(base)
         rows = case.make_rows(experiment, None).save(scratch / "rows.npz")
         return case.jobs(experiment, base, rows, rounds, scratch)
@@ -248,3 +247,20 @@ def test_trls_arms_run(name, jobs, tmp_path):
     ids, _ = job.ids()
     usual = ROWS * np.mean([len(row) for row in ids])
     assert found["tokens"] == pytest.approx(usual, rel=0.6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trainer", "padding_free"])
+@pytest.mark.parametrize("other", [{"dtype": "bfloat16"}, {"quantization": "4bit"}], ids=str)
+def test_arms_run_in_other_types(name, other, jobs, tmp_path):
+    """`--full` in bfloat16, whose speed some CPUs do not have, and `--quantization 4bit`."""
+    arm = Arm(jobs("exp_002", name, rounds=1, **other)[name], tmp_path)
+    assert arm.round(1)["tokens"] > 0
+    arm.stop()
+
+
+def test_a_cpu_that_emulates_bfloat16_is_told(monkeypatch):
+    monkeypatch.setattr("benchmarks.flops.gemm_flops", lambda device, dtype, size: 1e9 if "bf" in dtype else 8e10)
+    assert "1.0 GFLOP/s, against 80 in float32" in no_bfloat16()
+    monkeypatch.setattr("benchmarks.flops.gemm_flops", lambda device, dtype, size: 4e11 if "bf" in dtype else 8e10)
+    assert no_bfloat16() is None

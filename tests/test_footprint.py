@@ -99,7 +99,7 @@ def measured(experiment: Experiment, precision: Precision, execution: Execution,
     accelerator = Accelerator(cpu=True, mixed_precision=precision.mixed_precision)
     base = load_base(experiment.model, precision, execution, torch.device("cpu"), 0, 0)
     assert base.quantization == experiment.model.quantization
-    adapted = add_lora(base.model, experiment.lora, 0)
+    adapted = add_lora(base.model, experiment.lora, 0, execution.padding_free)
     bare = build_optimizer(adapted, experiment.optimizer)
     scheduler = torch.optim.lr_scheduler.ConstantLR(bare)
     model, optimizer = accelerator.prepare(LossModel(adapted).train(), bare)

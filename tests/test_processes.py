@@ -4,8 +4,10 @@ import json
 import signal
 
 import pytest
+import torch
 from accelerate import Accelerator
 from launching import PYTHON, finish, metrics, output, start, summary, torchrun, wait_for_update, wait_until_gone
+from safetensors.torch import load_file
 
 from medqa.training.checkpoint import newest_whole
 
@@ -64,6 +66,54 @@ def test_what_is_told_of_the_processes(runs):
     assert summary(runs[1])["gradient_accumulation_steps"] == 4
     assert output(runs[1]).count("in the loss") == 2, "the plan is printed by the main process alone"
     assert output(runs[1]).count("update 12/12") == 1
+
+
+WITHOUT_PADDING = ("training.padding_free=true", "training.micro_batch_tokens=700", "training.max_steps=8")
+
+
+def begun_on_two_ended_on_one(directory, *words):
+    """A run without padding, stopped in the middle of it on two processes."""
+    process = start(torchrun(2), directory, *words)
+    wait_for_update(process, directory, 4)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, directory) != 0
+    wait_until_gone(directory)
+    assert not (directory / "summary.json").exists()
+    assert finish(start(PYTHON, directory, *words), directory) == 0, output(directory)
+
+
+def assert_same_run(ours, theirs):
+    """Losses, gradient norms and, after all updates, every matrix of the adapter."""
+    pairs = list(zip(metrics(ours), metrics(theirs), strict=True))
+    assert len(pairs) == 8 + 2 + 1 + 1
+    for one, other in pairs:
+        for key in ("loss", "grad_norm", "answer_loss"):
+            assert one.get(key) == (None if key not in other else pytest.approx(other[key], rel=CLOSE))
+        for key in ("step", "split", "order", "tokens", "padding_share", "tokens_seen"):
+            assert one.get(key) == other.get(key)
+    adapters = [load_file(run / "lora_adapters" / "adapter_model.safetensors") for run in (ours, theirs)]
+    for name, tensor in adapters[0].items():
+        assert torch.allclose(tensor, adapters[1][name], rtol=0, atol=1e-3 * tensor.abs().max().item()), name
+
+
+def test_without_padding_two_processes_compute_what_one_does(tmp_path):
+    """Each example a micro-batch, so that one process's noise is that of two, whose number of them is even."""
+    words = (*WORDS, *WITHOUT_PADDING, "training.micro_batch_tokens=1")
+    alone = start(PYTHON, tmp_path / "one", *words)
+    begun_on_two_ended_on_one(tmp_path / "fewer", *words)
+    assert finish(alone, tmp_path / "one") == 0, output(tmp_path / "one")
+    assert_same_run(tmp_path / "one", tmp_path / "fewer")
+    assert "micro-batches of at most 1 tokens: as when the run began" in output(tmp_path / "fewer")
+
+
+@pytest.mark.slow
+def test_without_padding_one_process_goes_on_with_the_noise_of_two(tmp_path):
+    """How an update is cut, and so its noise, is that of the run's first leg."""
+    words = (*WORDS, *WITHOUT_PADDING)
+    both = start(torchrun(2), tmp_path / "two", *words)
+    begun_on_two_ended_on_one(tmp_path / "fewer", *words)
+    assert finish(both, tmp_path / "two") == 0, output(tmp_path / "two")
+    assert_same_run(tmp_path / "two", tmp_path / "fewer")
 
 
 # A rank of its own mind: out of memory, dead, or hanging in its third update.

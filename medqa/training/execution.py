@@ -22,12 +22,18 @@ ENOUGH_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 
 def choose_execution(
-    experiment: Experiment, model_config: Any, precision: Precision, device: torch.device, kept: Settings | None
+    experiment: Experiment,
+    model_config: Any,
+    precision: Precision,
+    device: torch.device,
+    vocabulary: int,
+    kept: Settings | None,
 ) -> Execution:
     """The execution for this machine, before the model is loaded.
 
     Args:
         model_config: the base model's, as transformers reads it.
+        vocabulary: the tokenizer's size.
         kept: the settings of the checkpoint that the run goes on from.
     """
     asked, model = experiment.training.padding_free, experiment.model
@@ -39,7 +45,7 @@ def choose_execution(
     if padding_free and kept is not None:
         chosen, why = (kept.gradient_checkpointing, kept.dequantize), {"checkpointing": KEPT, "dequantize": KEPT}
     elif padding_free:
-        chosen, why, planned_tokens = _what_fits(experiment, model_config, precision, device, attention)
+        chosen, why, planned_tokens = _what_fits(experiment, model_config, precision, device, vocabulary, attention)
     checkpointing, dequantize = chosen
     reasons: dict[str, Change] = {}
     if padding_free != asked:
@@ -60,9 +66,14 @@ def enough_tokens(experiment: Experiment, device: torch.device) -> int:
 
 
 def _what_fits(
-    experiment: Experiment, model_config: Any, precision: Precision, device: torch.device, attention: str
+    experiment: Experiment,
+    model_config: Any,
+    precision: Precision,
+    device: torch.device,
+    vocabulary: int,
+    attention: str,
 ) -> tuple[tuple[bool, bool], dict[str, str], int]:
-    """Checkpointing and expanded weights or not, the fastest that fits; the reason for each; room for how many tokens."""
+    """Checkpointing and expanded weights or not, the fastest that fits; why; and room for how many tokens."""
     model = experiment.model
     memory, tokens = available_memory(device), enough_tokens(experiment, device)
     ways = [(False, False), (True, False)]
@@ -71,7 +82,7 @@ def _what_fits(
     peaks = {}
     for way in ways:  # the last one, if none fits: the probe will say
         execution = Execution(True, True, attention, *way)
-        planned = footprint(experiment, model_config, precision, execution, model.quantization)
+        planned = footprint(experiment, model_config, precision, execution, model.quantization, vocabulary)
         peaks[way] = gibibytes(planned.peak(tokens))
         if planned.peak(tokens) <= memory:
             break
