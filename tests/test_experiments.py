@@ -32,6 +32,7 @@ COMMON = {
     "data.medquad": "kaggle:pythonafroz/medquad-medical-question-answer-for-ai-research",
     "data.afrimedqa": "intronhealth/afrimedqa_v2",
     "data.files": {},
+    "data.mcq_answers": "rationale",
     "data.split": "grouped",
     "data.split_seed": 42,
     "data.fractions": [0.8, 0.1, 0.1],
@@ -70,8 +71,31 @@ TABLE = {  # section.key: in exp_001, exp_002, exp_003
 ACCUMULATION = (8, 8, 4)
 
 
-def test_there_are_three_files():
-    assert [path.name for path in FILES] == [f"{name}.yaml" for name in NAMES]
+RECOMMENDED = {  # what exp_004 changes of exp_001
+    "model.dequantize": "auto",
+    "data.mcq_answers": "named",
+    "tokenization.max_length": 1024,
+    "tokenization.loss_on": "answer",
+    "optimizer.learning_rate": 5e-4,
+    "scheduler.name": "cosine",
+    "scheduler.warmup_steps": 50,
+    "training.max_steps": 1816,
+    "training.global_batch_size": 16,
+    "training.padding_free": True,
+    "evaluation.steps": 200,
+    "tracking.tags": ["exp_004"],
+}
+
+
+def test_there_are_four_files():
+    assert [path.name for path in FILES] == [f"{name}.yaml" for name in (*NAMES, "exp_004")]
+
+
+def test_the_recommended_recipe_changes_what_its_header_says():
+    plain, recommended = flat(load_experiment("exp_001")), flat(load_experiment("exp_004"))
+    assert {key: value for key, value in recommended.items() if value != plain[key]} == RECOMMENDED
+    seen = [values["training.max_steps"] * values["training.global_batch_size"] for values in (plain, recommended)]
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
