@@ -12,16 +12,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from benchmarks.hf_trainer import Parts, build, make_trainer
 from medqa.config import Experiment, Lora
 from medqa.data.batches import IGNORED, MicroBatch, divide, pack
-from medqa.model import head
+from medqa.model import fast_lora, head
 from medqa.model.attention import SEGMENTED, TESTED, padding_needed
 from medqa.model.base import add_lora
-from medqa.model.dropout import FastDropout
+from medqa.model.fast_lora import draw_bits, kept, use_fast_lora
 from medqa.model.loss import LossModel, summed_loss, target_count
 
 LOSSES_WITHIN = 1e-6  # relative
@@ -369,33 +370,86 @@ def test_processes_share_out_the_same_pieces(free, processes):
         assert loss.item() == 0
 
 
-# --- dropout's noise
+# --- LoRA on a CPU
 
 
-def test_fast_dropout_has_dropouts_law():
-    layer, x = FastDropout(0.05), torch.ones(1000, 333)
+def lora_layer(dropout: float, fast: bool) -> torch.nn.Module:
+    torch.manual_seed(0)
+    layer = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(24, 10)}).requires_grad_(False)
+    model = get_peft_model(layer, LoraConfig(r=3, lora_dropout=dropout, target_modules=["q_proj"]))
+    torch.nn.init.normal_(model.base_model.model["q_proj"].lora_B["default"].weight)
+    if fast:
+        use_fast_lora(model)
+    return model.base_model.model["q_proj"]
+
+
+def test_a_layer_computed_faster_is_the_layer():
+    x = torch.randn(2, 7, 24, requires_grad=True)
+    found = []
+    for fast in (False, True):
+        layer = lora_layer(0.0, fast)
+        y = layer(x)
+        gradients = torch.autograd.grad(
+            y.square().sum(), [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        )
+        found.append([y, *gradients])
+        assert [name for name, p in layer.named_parameters() if p.requires_grad] == [
+            "lora_A.default.weight",
+            "lora_B.default.weight",
+        ]
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_its_gradients_are_those_of_its_output_under_the_same_noise():
+    """Numerically, in float64, where nothing but the noise is random."""
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 8), (5, 6), (2, 6), (8, 2))
+    ]
+
+    def output(result, x, a, b):
+        torch.manual_seed(4)
+        return fast_lora._AddLora.apply(result.clone(), x, a, b, 0.7, fast_lora.STEPS // 3)
+
+    assert torch.autograd.gradcheck(output, tensors)
+    assert (output(*tensors) - tensors[0]).abs().max() > 0.1
+
+
+def test_elsewhere_it_is_pefts_own_formula():
+    """Under autocast, which is how a GPU trains."""
+    x, found = torch.randn(7, 24), []
+    for fast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(lora_layer(0.0, fast)(x))
+    assert torch.equal(*found)
+
+
+def test_evaluation_has_no_noise():
+    layer, x = lora_layer(0.5, True), torch.randn(7, 24)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_its_noise_has_dropouts_law():
+    dropped = round(0.05 * fast_lora.STEPS)
+    x = torch.empty(1000, 333)
     torch.manual_seed(5)
-    kept = layer(x)
-    values = kept.unique().tolist()
-    assert values[0] == 0
-    assert values[1:] == [pytest.approx(1 / 0.95, rel=1e-5)]
-    dropped = (kept == 0).float()
+    bits = draw_bits(x)
+    lost = 1 - kept(bits, dropped)
+    assert set(lost.unique().tolist()) == {0.0, 1.0}
     sigma = math.sqrt(0.05 * 0.95 / x.numel())
-    assert abs(dropped.mean().item() - 0.05) < 4 * sigma
-    for neighbour in (dropped[:, 1:] * dropped[:, :-1], dropped[1:] * dropped[:-1], dropped[:, 4:] * dropped[:, :-4]):
+    assert abs(lost.mean().item() - 0.05) < 4 * sigma
+    for neighbour in (lost[:, 1:] * lost[:, :-1], lost[1:] * lost[:-1], lost[:, 4:] * lost[:, :-4]):
         assert abs(neighbour.mean().item() - 0.05**2) < 5 * 0.05 / math.sqrt(x.numel())
     torch.manual_seed(5)
-    assert torch.equal(layer(x), kept)
-    assert not torch.equal(layer(x), kept)
+    assert torch.equal(draw_bits(x), bits)
+    assert not torch.equal(draw_bits(x), bits)
 
 
-def test_fast_dropouts_gradient_has_the_forwards_noise():
-    layer = FastDropout(0.3)
-    x = torch.randn(17, 5, requires_grad=True)
-    y = layer(x)
-    (gradient,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal((gradient == 0), (y == 0))
-    assert torch.allclose(gradient * x, y)
-    assert torch.equal(layer.eval()(x), x)
-    half = FastDropout(0.3)(torch.ones(64, dtype=torch.bfloat16))
-    assert half.dtype == torch.bfloat16
+def test_the_expectation_is_kept():
+    """Over noise, the output is that without any: what is kept is scaled up."""
+    layer, x = lora_layer(0.3, True), torch.randn(1, 24)
+    mean = layer(x.expand(20_000, 24)).mean(0)
+    assert torch.allclose(mean, layer.eval()(x)[0], atol=0.15)

@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from medqa import config
 from medqa.errors import UserError
 from medqa.hub import hub_reachable
-from medqa.model.dropout import use_fast_dropout
 from medqa.model.execution import Execution
+from medqa.model.fast_lora import use_fast_lora
 from medqa.model.four_bit import expand, four_bit_config, four_bit_unavailable, keep_unpacked
 from medqa.model.precision import KEPT, Kept, Precision
 from medqa.prompts import chat_template
@@ -153,11 +153,11 @@ def base_fingerprint(base: str) -> str:
     return digest.hexdigest()
 
 
-def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int, fast_dropout: bool = False) -> PeftModel:
+def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int, fast: bool = False) -> PeftModel:
     """The base with LoRA adapters in float32, the only parameters that train.
 
     Args:
-        fast_dropout: draw dropout's noise as `dropout.py` does.
+        fast: compute it on a CPU as `fast_lora.py` does, with other noise.
 
     Raises:
         UserError: a target module that the model does not have, or `init_from` does not fit.
@@ -181,8 +181,8 @@ def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int, fast_dropout: 
             task_type="CAUSAL_LM",
         ),
     )
-    if fast_dropout:
-        use_fast_dropout(model)
+    if fast:
+        use_fast_lora(model)
     if lora.init_from is not None:
         load_adapter_weights(model, Path(os.path.expanduser(lora.init_from)), "lora.init_from")
     return model
