@@ -1,0 +1,60 @@
+"""The experiments against each other: the arithmetic of it, and that the recommended recipe is the better one."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks.recipes import compare, main
+
+
+def measured(loss: np.ndarray, tokens: np.ndarray) -> dict:
+    return {"r": {"ids": [str(i) for i in range(len(loss))], "loss": loss, "tokens": tokens}}
+
+
+def test_the_ratio_is_that_of_two_perplexities_and_the_test_is_paired():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 60, 200).astype(float)
+    theirs = tokens * rng.gamma(4, 1, 200)  # rows differ far more than the arms do
+    ours = theirs - tokens * rng.normal(0.05, 0.02, 200)
+    line, last = compare({"a": measured(theirs, tokens), "b": measured(ours, tokens)})["readings"]["r"]
+    assert line["answer_perplexity"] == pytest.approx(math.exp(theirs.sum() / tokens.sum()))
+    assert line["ratio"] == pytest.approx(last["answer_perplexity"] / line["answer_perplexity"])
+    low, high = line["interval"]
+    assert low < line["ratio"] < high < 1
+    assert high - low < 0.02
+    assert line["wilcoxon_p"] < 1e-9
+    assert line["rows_better"] > 0.9
+
+
+def test_two_that_are_alike_are_not_told_apart():
+    rng = np.random.default_rng(1)
+    tokens = np.full(100, 20.0)
+    theirs = tokens * rng.gamma(4, 1, 100)
+    line, _ = compare({"a": measured(theirs, tokens), "b": measured(theirs + rng.normal(0, 1, 100), tokens)})[
+        "readings"
+    ]["r"]
+    assert line["interval"][0] < 1 < line["interval"][1]
+    assert line["wilcoxon_p"] > 0.01
+
+
+def test_other_rows_are_refused():
+    tokens, loss = np.ones(5), np.ones(5)
+    other = measured(loss, tokens)
+    other["r"]["ids"][0] = "another"
+    with pytest.raises(RuntimeError, match="different rows"):
+        compare({"a": other, "b": measured(loss, tokens)})
+
+
+@pytest.mark.slow
+def test_the_recommended_recipe_beats_the_others_at_equal_examples(tmp_path):
+    """On the embedded model and data, however the rows are read."""
+    assert main(["--tiny", "--out", str(tmp_path / "found.json")]) == 0
+    readings = json.loads((tmp_path / "found.json").read_text())["readings"]
+    assert len(readings) == 2
+    for lines in readings.values():
+        assert [line["arm"] for line in lines] == ["exp_001", "exp_002", "exp_003", "exp_004"]
+        for line in lines[:-1]:
+            assert line["interval"][1] < 1
+            assert line["wilcoxon_p"] < 0.05
