@@ -26,7 +26,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Needs a GPU: the three recipes at TinyLlama's true size, bf16 and fp16, with a stop and continuation.
+# Needs a GPU: the recipes at TinyLlama's true size, bf16 and fp16, with a stop and continuation.
 gpu-check: $(VENV)/.run
 	$(BIN)/python -m benchmarks.gpu_check
 

@@ -30,7 +30,7 @@ from medqa.training.execution import choose_execution
 from medqa.training.interrupts import Deadline, Interrupts, elapsed
 from medqa.training.lock import RunLock
 from medqa.training.loop import train
-from medqa.training.memory import reset_peak
+from medqa.training.memory import available_memory, reset_peak
 from medqa.training.optimizer import build_optimizer
 from medqa.training.persist import Copies, space_needed
 from medqa.training.phases import Phases
@@ -95,15 +95,17 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     examples = {split: tokenize(getattr(splits, split), tokenizer, tokenization) for split in SPLITS}
     stream = Stream(examples["train"], seed, training.global_batch_size)
     phases.done("tokens")
-
-    execution = choose_execution(experiment, model_config, precision, accelerator.device, len(tokenizer), kept)
+    memory = available_memory(accelerator.device, accelerator.num_processes)
+    execution = on_main(
+        accelerator, lambda: choose_execution(experiment, model_config, precision, memory, len(tokenizer), kept)
+    )
     with accelerator.main_process_first():
         base = load_base(experiment.model, precision, execution, accelerator.device, len(tokenizer), seed, kept)
-    identity = identify(experiment, splits, examples, tokenizer, base, precision, execution, accelerator)
-    adapted = add_lora(base.model, experiment.lora, seed, execution.padding_free)
+    adapted = add_lora(base.model, experiment.lora, seed, execution.fast_lora(accelerator.device.type))
     bare_optimizer = build_optimizer(adapted, experiment.optimizer)
     scheduler = build_scheduler(bare_optimizer, experiment.scheduler, training.max_steps)
     model, optimizer = accelerator.prepare(LossModel(adapted), bare_optimizer)
+    identity = identify(experiment, splits, examples, tokenizer, base, precision, execution, accelerator)
     trained = Trained(adapted, optimizer, scheduler, accelerator.scaler)
 
     state = go_on(found, trained, identity) if found else RunState()

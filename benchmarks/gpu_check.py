@@ -1,4 +1,4 @@
-"""The three recipes at TinyLlama's true size on this machine's GPU: `make gpu-check`.
+"""The recipes at TinyLlama's true size on this machine's GPU: `make gpu-check`.
 
 Each recipe runs through `train.py` itself for 20 updates, in bf16 and in fp16 with the scaler: twice straight, and once
 stopped in the middle by a real SIGTERM and continued. The table has the losses, the time of an update, the peak memory,
@@ -35,7 +35,7 @@ from medqa.tiny import BASE_DIR
 from medqa.training.environment import versions
 from medqa.training.tracking import read_metrics
 
-RECIPES = ("exp_001", "exp_002", "exp_003")
+RECIPES = ("exp_001", "exp_002", "exp_003", "exp_004")
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 SHAPES: dict[str, dict[str, int]] = {
     "tinyllama": {
@@ -54,7 +54,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 1100,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 1024,
     },
 }
 MEDQUAD_LENGTHS = (5.5, 0.85)  # of the log-normal whose median, mean and share over 512 tokens are like MedQuAD's

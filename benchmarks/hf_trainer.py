@@ -30,6 +30,7 @@ from medqa.training.environment import environment
 from medqa.training.execution import choose_execution
 from medqa.training.interrupts import Deadline, Interrupts
 from medqa.training.loop import StepResult, train, train_step
+from medqa.training.memory import available_memory
 from medqa.training.optimizer import build_optimizer
 from medqa.training.plan import accumulation_steps
 from medqa.training.probe import choose_micro_batch
@@ -148,11 +149,13 @@ def build(experiment: Experiment, make_accelerator: Callable[[], Accelerator] | 
     }
     stream = Stream(examples["train"], training.seed, training.global_batch_size)
     model_config = check_model(experiment.model, experiment.tokenization.max_length)
-    execution = choose_execution(experiment, model_config, precision, accelerator.device, len(tokenizer), None)
+    execution = choose_execution(
+        experiment, model_config, precision, available_memory(accelerator.device), len(tokenizer), None
+    )
     base = load_base(experiment.model, precision, execution, accelerator.device, len(tokenizer), training.seed)
     if base.quantization != experiment.model.quantization:
         raise RuntimeError(base.reason)
-    adapted = add_lora(base.model, experiment.lora, training.seed, execution.padding_free)
+    adapted = add_lora(base.model, experiment.lora, training.seed, execution.fast_lora("cpu"))
     bare_optimizer = build_optimizer(adapted, experiment.optimizer)
     scheduler = build_scheduler(bare_optimizer, experiment.scheduler, training.max_steps)
     model, optimizer = accelerator.prepare(LossModel(adapted), bare_optimizer)

@@ -23,6 +23,7 @@ from medqa.training.checkpoint import RunState
 from medqa.training.execution import choose_execution
 from medqa.training.interrupts import Deadline, Interrupts
 from medqa.training.loop import StepResult, next_update, train, train_step
+from medqa.training.memory import available_memory
 from medqa.training.optimizer import build_optimizer
 from medqa.training.probe import choose_micro_batch
 from medqa.training.processes import build_accelerator, choose_kernels
@@ -83,11 +84,13 @@ def build(job: Job) -> Ours:
     stream = Stream(examples, training.seed, training.global_batch_size)
     model_config = check_model(experiment.model, experiment.tokenization.max_length)
     vocabulary = model_config.vocab_size  # the tokenizer is not larger
-    execution = choose_execution(experiment, model_config, precision, accelerator.device, vocabulary, None)
+    execution = choose_execution(
+        experiment, model_config, precision, available_memory(accelerator.device), vocabulary, None
+    )
     if execution.padding_free != OURS[job.arm]:
         raise RuntimeError(f"{job.arm}: {execution.reasons}")
     base = load_base(experiment.model, precision, execution, accelerator.device, vocabulary, training.seed)
-    adapted = add_lora(base.model, experiment.lora, training.seed, execution.padding_free)
+    adapted = add_lora(base.model, experiment.lora, training.seed, execution.fast_lora(job.device))
     bare_optimizer = build_optimizer(adapted, experiment.optimizer)
     scheduler = build_scheduler(bare_optimizer, experiment.scheduler, training.max_steps)
     model, optimizer = accelerator.prepare(LossModel(adapted), bare_optimizer)

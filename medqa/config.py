@@ -169,6 +169,7 @@ class Experiment(Section):
 def may_change_on_resume(key: str, experiment: Experiment) -> bool:
     """Whether a run may go on although this `section.key` changed: nothing computed before or after depends on it.
 
+    (`training.micro_batch_tokens`: but for the last digits, and dropout's noise; the run says so.)
     `training.max_steps` may grow under a constant rate, where no update depends on how many follow.
     """
     if key == "training.max_steps":
@@ -179,6 +180,7 @@ def may_change_on_resume(key: str, experiment: Experiment) -> bool:
         "training.save_minutes",
         "training.keep_checkpoints",
         "training.process_timeout_s",
+        "training.micro_batch_tokens",
         "evaluation.steps",
         "evaluation.rows",
         "evaluation.samples",

@@ -71,7 +71,10 @@ def exit_code(body: Callable[[], None]) -> int:
         where = error.filename or "the output directory"
         return _say(f"error: {where}: {error.strerror}; free space, then start again", EXIT_USER_ERROR)
     except torch.OutOfMemoryError as error:
-        advice = "lower training.per_device_batch_size or tokenization.max_length, or use model.quantization=4bit"
+        advice = (
+            "lower training.per_device_batch_size (training.micro_batch_tokens without padding) or "
+            "tokenization.max_length, or use model.quantization=4bit"
+        )
         return _say(f"training stopped: {str(error).splitlines()[0]}; {advice}", EXIT_TRAINING_STOPPED)
     except ProcessStopped as error:
         return _say_alone(f"training stopped: {error}", EXIT_TRAINING_STOPPED)

@@ -341,7 +341,8 @@ def test_what_may_change_on_resume():
     free = {key for key in flat(cosine) if may_change_on_resume(key, cosine)}
     assert {key for key in free if not key.startswith("tracking.")} == {
         "training.log_steps", "training.save_steps", "training.save_minutes", "training.keep_checkpoints",
-        "training.process_timeout_s", "evaluation.steps", "evaluation.rows", "evaluation.samples",
+        "training.process_timeout_s", "training.micro_batch_tokens", "evaluation.steps",
+        "evaluation.rows", "evaluation.samples",
     }  # fmt: skip
     assert free >= {key for key in flat(cosine) if key.startswith("tracking.")}
 

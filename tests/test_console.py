@@ -137,7 +137,7 @@ def plan_of(rows, tokenizer, *sets: str, exp: str = "exp_001") -> Plan:
     accelerator = Accelerator(cpu=True)
     device = torch.device("cpu")
     model_config = check_model(experiment.model, experiment.tokenization.max_length)
-    execution = choose_execution(experiment, model_config, precision, device, len(tokenizer), None)
+    execution = choose_execution(experiment, model_config, precision, 2**33, len(tokenizer), None)
     base = load_base(experiment.model, precision, execution, device, len(tokenizer), 42)
     model = add_lora(base.model, experiment.lora, 42)
     examples = {name: tokenize(rows, tokenizer, experiment.tokenization) for name in ("train", "validation", "test")}

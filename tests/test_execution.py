@@ -12,12 +12,13 @@ from benchmarks.hf_trainer import Parts, build
 from medqa.data import token_cache, tokens
 from medqa.data.batches import pack
 from medqa.data.sources import Row
+from medqa.model import attention
 from medqa.model.base import load_base, load_tokenizer
 from medqa.model.execution import Execution
 from medqa.model.loss import summed_loss
 from medqa.model.precision import resolve_precision
 from medqa.tiny import BASE_DIR
-from medqa.training import probe
+from medqa.training import memory, probe
 from medqa.training.checkpoint import STATE, RunState
 from medqa.training.probe import choose_micro_batch, find_micro_batch_tokens, full, most_in_an_update
 from medqa.training.run_dir import CONFIG
@@ -111,6 +112,91 @@ def test_a_family_that_was_not_tested_runs_plainly_and_says_so(tmp_path, capsys)
     assert "micro-batches of at most" not in said
 
 
+# --- kernels
+
+
+@pytest.fixture
+def one_kernel(monkeypatch):
+    """A stand-in, on a CPU, for the kernel that does all segments at once; it notes whether gradients were on."""
+    calls = []
+
+    def kernel(query, key, value, scaling, bounds, longest):
+        calls.append(torch.is_grad_enabled())
+        lengths = bounds.diff().tolist()
+        assert max(lengths) == longest
+        parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+        return torch.cat([
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+            .transpose(1, 2)
+            for q, k, v in parts
+        ], dim=1)  # fmt: skip
+
+    monkeypatch.setattr(attention, "_varlen", kernel)
+    return calls
+
+
+def test_one_kernel_for_all_segments_is_tried_before_the_model_runs_and_then_used(one_kernel, monkeypatch, parts):
+    """Tried under `no_grad` too, where it has gradients all the same; within a forward it is only looked up."""
+    packed = parts.packed(0, 300)
+    expected = gradients(parts, packed)
+    assert one_kernel == []
+    with torch.no_grad():
+        assert attention._varlen_works(torch.device("cpu"), torch.float32)
+    assert one_kernel == [True]
+    monkeypatch.setattr(attention, "VARLEN", {("cpu", torch.float32)})
+    found = gradients(parts, packed)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, expected, strict=True))
+    layers = len(parts.base.model.model.layers)
+    assert len(one_kernel) == 1 + len(packed) * layers
+    parts.base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again = gradients(parts, packed)
+    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+    assert len(one_kernel) == 1 + 3 * len(packed) * layers
+
+
+def gradients(parts: Parts, packed: list) -> list[torch.Tensor]:
+    """Of one update, after which the weights are put back."""
+    parts.model.train()
+    trained = [parameter for parameter in parts.adapted.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trained]
+    parts.step(packed)
+    with torch.no_grad():
+        for parameter, kept_value in zip(trained, before, strict=True):
+            parameter.copy_(kept_value)
+    return [parameter.grad.clone() for parameter in trained]
+
+
+def test_a_kernel_that_is_wrong_is_not_used(one_kernel, monkeypatch):
+    right = attention._varlen
+    monkeypatch.setattr(attention, "_varlen", lambda *given: 1.1 * right(*given))
+    assert not attention._varlen_works(torch.device("cpu"), torch.float32)
+
+    def unbuilt(*given):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(attention, "_varlen", unbuilt)
+    assert not attention._varlen_works(torch.device("cpu"), torch.float32)
+
+    def full(*given):
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(attention, "_varlen", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        attention._varlen_works(torch.device("cpu"), torch.float32)
+
+
+def test_a_containers_limit_counts_and_the_files_it_has_read_do_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    free = memory.available_memory(torch.device("cpu"))
+    stat = "file 700\ninactive_file 600"
+    for name, text in (("memory.max", "1000"), ("memory.current", "900"), ("memory.stat", stat)):
+        (tmp_path / name).write_text(text + "\n")
+    assert memory.available_memory(torch.device("cpu")) == int(0.9 * 700)
+    assert memory.available_memory(torch.device("cpu"), sharing=2) == int(0.9 * 350)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_memory(torch.device("cpu")) == pytest.approx(free, rel=0.2)
+
+
 # --- how many tokens
 
 
@@ -155,10 +241,11 @@ def test_the_probe_ends_at_the_longest_example(parts, monkeypatch):
 def test_the_probe_takes_no_more_than_memory_has_room_for(parts, monkeypatch):
     """What was used is more than may be: the next try is as much smaller."""
     monkeypatch.setattr(probe, "available_memory", lambda device, sharing: 10 * 2**20)
-    used = iter([0, 100 * 2**20, 0, 9 * 2**20])
+    used = iter([0, 100 * 2**20, 0, 8 * 2**20])
     monkeypatch.setattr(probe, "peak_memory", lambda device: type("M", (), {"allocated": next(used)}))
+    monkeypatch.setattr(probe, "optimizer_bytes", lambda parameters, optimizer: 2 * 2**20)  # that comes later
     tried = limited(monkeypatch, 10**9)
-    assert find(parts) == tried[-1] == int(0.09 * 1024)
+    assert find(parts) == tried[-1] == int(0.9 * 8 / 100 * 1024)
 
 
 def test_on_a_cpu_nothing_is_tried_that_the_plan_has_no_room_for(parts, monkeypatch):
@@ -205,6 +292,22 @@ def test_a_resume_keeps_the_tokens_and_the_result(tmp_path, capsys, monkeypatch)
     assert "micro-batches of at most 256 tokens: as when the run began" in capsys.readouterr().out
     for name in ("lora_adapters/adapter_model.safetensors", "checkpoint-4/training_state.pt"):
         assert (first / name).read_bytes() == (straight / name).read_bytes()
+
+
+def test_a_run_that_goes_on_may_be_given_fewer_tokens_and_not_more(tmp_path, capsys):
+    """What an out-of-memory of one of several processes tells the user to do."""
+    directory = tmp_path / "run"
+    assert main(words(directory, "training.max_steps=2", exp="exp_001")) == 0
+    before = state(directory, 2).micro_batch_tokens
+    for step, given, told in ((3, before + 500, "as when the run began"), (4, 90, "as training.micro_batch_tokens")):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        sets = (f"training.max_steps={step}", f"training.micro_batch_tokens={given}")
+        assert main(words(directory, *sets, exp="exp_001")) == 0
+        assert told in capsys.readouterr().out
+        assert state(directory, step).micro_batch_tokens == min(before, given)
+    assert summary(directory)["not_bitwise"] == [
+        {"after_step": 3, "changed": [f"micro_batch_tokens {before} before, 90 now"]}
+    ]
 
 
 def test_out_of_memory_later_halves_the_tokens(tmp_path, capsys, monkeypatch):

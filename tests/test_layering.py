@@ -184,7 +184,8 @@ class WithoutThem(PathFinder):
 sys.meta_path = [WithoutThem if finder is PathFinder else finder for finder in sys.meta_path]
 sys.path.insert(0, {str(ROOT)!r})
 import train
-words = ["--exp", "exp_001", "--tiny", "--cpu", "--output-dir", "out", "--set", "training.max_steps=1"]
+words = ["--exp", "exp_004", "--tiny", "--cpu", "--output-dir", "out", "--set", "training.max_steps=4"]
+words += ["model.dequantize=never", "training.global_batch_size=4"]
 sys.exit(train.main([*words, "evaluation.rows=4", "evaluation.samples=1", "tracking.wandb=auto"]))
 """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}

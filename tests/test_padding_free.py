@@ -173,7 +173,7 @@ def test_targets_in_the_answer_alone(tiny):
 def test_checkpointing_changes_nothing(tiny, monkeypatch):
     """Turned on where the plan finds no room without it."""
     without = make(tiny, ("exp_001", "none"), True)
-    monkeypatch.setattr("medqa.training.execution.available_memory", lambda device: 1)
+    monkeypatch.setattr("benchmarks.hf_trainer.available_memory", lambda device: 1)
     parts = make(tiny, ("exp_001", "none"), True)
     assert parts.base.model.is_gradient_checkpointing
     used, why = parts.execution.reasons["model.gradient_checkpointing"][1:]

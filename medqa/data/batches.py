@@ -112,7 +112,8 @@ def divide(lengths: Sequence[int], most_tokens: int, multiple: int = 1) -> list[
 
     Args:
         lengths: tokens of each example, each at most `most_tokens` (a longer one gets a piece of its own).
-        multiple: the number of pieces is a multiple of it where there are examples enough.
+        multiple: there are at most so many pieces as the next multiple of it, so that none of as many processes idles
+            for long; fewer where fewer are as even.
 
     Returns:
         The first index of each piece, and at the end the number of examples.

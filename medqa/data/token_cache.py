@@ -5,6 +5,7 @@ as if it were not there. Several processes and runs may share the folder: files 
 into it. Only numbers are read.
 """
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -42,9 +43,10 @@ def _read(path: Path) -> Arrays | None:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
             whole = (file.metadata() or {}).get(CHECKSUM) == _checksum(arrays)
-        os.utime(path)  # used now
     except (OSError, SafetensorError):
         return None
+    with contextlib.suppress(OSError):  # another user's
+        os.utime(path)  # used now
     return arrays if whole else None
 
 
@@ -52,9 +54,10 @@ def _write(path: Path, arrays: Arrays) -> None:
     """Keep the arrays; where there is no room or no permission, do without."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(save(arrays, metadata={CHECKSUM: _checksum(arrays)}))
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as beside:
+            unfinished = Path(beside, path.name)
+            unfinished.write_bytes(save(arrays, metadata={CHECKSUM: _checksum(arrays)}))
+            os.replace(unfinished, path)
         files = sorted(path.parent.glob("*.safetensors"), key=lambda each: each.stat().st_mtime)
         for old in files[:-KEPT_FILES]:
             old.unlink(missing_ok=True)

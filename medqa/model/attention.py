@@ -4,7 +4,6 @@ Registered with transformers under a name of its own, so that a model family's o
 mask of the whole row: it would cost the square of the row's length and most of what leaving padding out gains.
 """
 
-import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from medqa.config import Experiment
 
 SEGMENTED = "medqa_segmented"
+VARLEN: set[tuple[str, torch.dtype]] = set()  # where one kernel does all segments; see `find_varlen_kernel`
 # Families whose gradients a test compares with padded ones. Others may scale logits, cap them, or mix in other layers.
 TESTED = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -84,10 +84,13 @@ def segmented_attention(
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if dropout == 0 and varlen_kernel(query.device, query.dtype):
+    if dropout == 0 and (query.device.type, query.dtype) in VARLEN:
         return _varlen(query, key, value, scaling, kwargs["cu_seq_lens_q"], kwargs["max_length_q"]), None
-    parts = zip(*(tensor.split(segments, dim=2) for tensor in (query, key, value)), strict=True)
     grouped = key.shape[1] != query.shape[1]
+    if grouped and query.device.type == "cuda":  # else older GPUs would be left with the kernel that needs most memory
+        groups, grouped = query.shape[1] // key.shape[1], False
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    parts = zip(*(tensor.split(segments, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = [
         F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
         for q, k, v in parts
@@ -102,14 +105,22 @@ def segmented_mask(attention_mask: torch.Tensor | None = None, **kwargs: Any) ->
     return sdpa_mask(attention_mask=attention_mask, **kwargs)
 
 
-@functools.cache
-def varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's kernel for segments of any length works here and gives what plain attention gives.
+def find_varlen_kernel(device: torch.device) -> None:
+    """See whether torch's kernel for segments of any length works on a device, and use it from then on.
 
-    It is for 16 bits and compute capability 8.0 and up. Tried, not looked up: output and gradients of a small case.
+    Before the model runs: within a forward the trial would have no gradients under `no_grad`, and would be among what a
+    checkpointed layer thinks it has saved.
     """
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
+    if device.type == "cuda":
+        VARLEN.update((device.type, dtype) for dtype in (torch.bfloat16, torch.float16) if _varlen_works(device, dtype))
+
+
+@torch.enable_grad()
+def _varlen_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel gives what plain attention gives, output and gradients, in a small case.
+
+    It is for 16 bits and compute capability 8.0 and up. Tried, not looked up.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn  # noqa: F401 (is it there?)
     except ImportError:
@@ -121,6 +132,8 @@ def varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         ours = _varlen(*inputs, 0.125, bounds, 31)
         ours_gradients = torch.autograd.grad(ours.square().sum(), inputs)
+    except torch.OutOfMemoryError:  # a RuntimeError, but no answer
+        raise
     except (RuntimeError, NotImplementedError, ValueError):  # not built for this GPU
         return False
     parts = zip(*(tensor.split((17, 31), dim=2) for tensor in inputs), strict=True)

@@ -113,10 +113,7 @@ def load_base(
     Raises:
         UserError: it cannot be loaded, or weights are missing or of another shape.
     """
-    reason = four_bit_unavailable(device, precision.dtype) if model.quantization == "4bit" else None
-    if reason is None and kept is not None and kept.quantization != model.quantization:
-        reason = KEPT
-    quantization = "none" if reason else model.quantization
+    quantization, reason = quantization_in_effect(model, precision, device, kept)
     torch.manual_seed(seed)  # for the rows that growing the embeddings adds
     loaded = _from_pretrained(model.base, precision, execution, device, quantization)
     loaded.requires_grad_(False)
@@ -131,6 +128,16 @@ def load_base(
         # Its newer name, activation_checkpointing_enable, is not in transformers 5.17 yet.
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Base(loaded, quantization, reason)
+
+
+def quantization_in_effect(
+    model: config.Model, precision: Precision, device: torch.device, kept: Kept | None = None
+) -> tuple[str, str | None]:
+    """The quantization that can be had, and why where it is not the one asked for; `kept` as in `load_base`."""
+    reason = four_bit_unavailable(device, precision.dtype) if model.quantization == "4bit" else None
+    if reason is None and kept is not None and kept.quantization != model.quantization:
+        reason = KEPT
+    return ("none" if reason else model.quantization), reason
 
 
 def base_fingerprint(base: str) -> str:

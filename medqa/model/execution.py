@@ -26,3 +26,7 @@ class Execution:
     dequantize: bool
     planned_tokens: int | None = None
     reasons: Mapping[str, Change] = field(default_factory=dict)
+
+    def fast_lora(self, device_type: str) -> bool:
+        """Whether LoRA is computed as `fast_lora.py` does."""
+        return self.padding_free and device_type == "cpu"

@@ -13,7 +13,7 @@ STEPS = 2**16  # a 16-bit number is below one of them with a probability known e
 
 
 def use_fast_lora(model: torch.nn.Module) -> None:
-    """Have every LoRA layer of a model computed so, on a CPU in float32; elsewhere PEFT's own formula holds."""
+    """Have every LoRA layer of a model on a CPU computed so; in other types than float32 PEFT's own formula holds."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.lora_variant.update(dict.fromkeys(module.active_adapters, FastLora()))
@@ -55,7 +55,7 @@ class _AddLora(torch.autograd.Function):
             flat = flat * kept(bits, dropped)
         ctx.scale, ctx.dropped = scaling * STEPS / (STEPS - dropped), dropped
         inner = flat @ a.t()
-        result.flatten(0, -2).addmm_(inner, b.t(), alpha=ctx.scale)
+        result.view(-1, result.shape[-1]).addmm_(inner, b.t(), alpha=ctx.scale)
         ctx.mark_dirty(result)
         ctx.save_for_backward(x, a, b, inner, bits)
         return result

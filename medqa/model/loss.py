@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 from medqa.data.batches import IGNORED, MicroBatch
-from medqa.model.attention import segments_arguments
+from medqa.model.attention import find_varlen_kernel, segments_arguments
 from medqa.model.head import SummedLoss, chunked_losses
 
 
@@ -19,6 +19,7 @@ class LossModel(torch.nn.Module):
     def __init__(self, model: PeftModel) -> None:
         super().__init__()
         self.model = model
+        find_varlen_kernel(next(model.parameters()).device)
 
     def forward(self, micro_batch: MicroBatch, device: torch.device, each: bool) -> torch.Tensor:
         """The targets' summed loss in nats, float32; or, with `each`, the loss of each token, as in `token_losses`."""

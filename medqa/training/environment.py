@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict
 
+from medqa.model.attention import SEGMENTED, VARLEN
 from medqa.model.base import Base
 from medqa.model.execution import Execution
 from medqa.model.precision import Precision
@@ -59,7 +60,7 @@ def environment(accelerator: Accelerator, precision: Precision, execution: Execu
             mixed_precision=precision.mixed_precision,
             dtype=str(precision.dtype).removeprefix("torch."),
             quantization=base.quantization,
-            attn_implementation=base.model.config._attn_implementation,
+            attn_implementation=_attention(base.model.config._attn_implementation),
             padding_free=execution.padding_free,
             gradient_checkpointing=execution.gradient_checkpointing,
             dequantize=execution.dequantize and base.quantization == "4bit",
@@ -69,6 +70,11 @@ def environment(accelerator: Accelerator, precision: Precision, execution: Execu
         cpu_threads=None if on_gpu else torch.get_num_threads(),
         versions=versions(),
     )
+
+
+def _attention(implementation: str) -> str:
+    """The attention kernel. Without padding a GPU may have one that does all segments, to other last digits."""
+    return f"{implementation}, varlen" if implementation == SEGMENTED and VARLEN else implementation
 
 
 def changes(before: Environment, now: Environment) -> list[str]:

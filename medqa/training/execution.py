@@ -10,11 +10,12 @@ import torch
 
 from medqa.config import Experiment
 from medqa.model.attention import SEGMENTED, padding_needed
+from medqa.model.base import quantization_in_effect
 from medqa.model.execution import Change, Execution
 from medqa.model.precision import KEPT, Precision
 from medqa.training.environment import Settings
 from medqa.training.footprint import footprint
-from medqa.training.memory import available_memory, gibibytes
+from medqa.training.memory import gibibytes
 
 # A micro-batch of so many tokens keeps the processor busy; larger ones gain little. What is not needed for one of them
 # to fit (checkpointing, compressed weights) is left out.
@@ -25,7 +26,7 @@ def choose_execution(
     experiment: Experiment,
     model_config: Any,
     precision: Precision,
-    device: torch.device,
+    memory: int,
     vocabulary: int,
     kept: Settings | None,
 ) -> Execution:
@@ -33,56 +34,60 @@ def choose_execution(
 
     Args:
         model_config: the base model's, as transformers reads it.
+        memory: bytes that may be planned with.
         vocabulary: the tokenizer's size.
         kept: the settings of the checkpoint that the run goes on from.
     """
     asked, model = experiment.training.padding_free, experiment.model
+    quantization, _ = quantization_in_effect(model, precision, torch.device(precision.device_type), kept)
     why_padded = padding_needed(experiment, model_config)
     segmented = why_padded is None and model.attn_implementation == "sdpa"
     attention = SEGMENTED if segmented else model.attn_implementation
-    padding_free = asked and why_padded is None
+    padding_free = asked and why_padded is None and (kept is None or kept.padding_free)
     chosen, why, planned_tokens = (model.gradient_checkpointing, False), {"dequantize": "only without padding"}, None
     if padding_free and kept is not None:
         chosen, why = (kept.gradient_checkpointing, kept.dequantize), {"checkpointing": KEPT, "dequantize": KEPT}
     elif padding_free:
-        chosen, why, planned_tokens = _what_fits(experiment, model_config, precision, device, vocabulary, attention)
+        chosen, why, planned_tokens = _what_fits(
+            experiment, model_config, precision, memory, vocabulary, attention, quantization
+        )
     checkpointing, dequantize = chosen
     reasons: dict[str, Change] = {}
     if padding_free != asked:
-        reasons["training.padding_free"] = ("true", "false", why_padded)
+        reasons["training.padding_free"] = ("true", "false", why_padded or KEPT)
     if checkpointing != model.gradient_checkpointing:
         on = str(checkpointing).lower()
         asked_on = str(model.gradient_checkpointing).lower()
         reasons["model.gradient_checkpointing"] = (asked_on, on, why["checkpointing"])
-    if model.quantization == "4bit" and model.dequantize == "auto":
+    if quantization == "4bit" and model.dequantize == "auto":
         used = "once, and kept so" if dequantize else "never"
         reasons["model.dequantize"] = ("auto", used, why["dequantize"])
     return Execution(padding_free, why_padded is None, attention, checkpointing, dequantize, planned_tokens, reasons)
 
 
-def enough_tokens(experiment: Experiment, device: torch.device) -> int:
+def enough_tokens(experiment: Experiment, device_type: str) -> int:
     """Tokens of a micro-batch beyond which larger ones gain little, or of the longest example where that is more."""
-    return max(ENOUGH_TOKENS[device.type], experiment.tokenization.max_length)
+    return max(ENOUGH_TOKENS[device_type], experiment.tokenization.max_length)
 
 
 def _what_fits(
     experiment: Experiment,
     model_config: Any,
     precision: Precision,
-    device: torch.device,
+    memory: int,
     vocabulary: int,
     attention: str,
+    quantization: str,
 ) -> tuple[tuple[bool, bool], dict[str, str], int]:
     """Checkpointing and expanded weights or not, the fastest that fits; why; and room for how many tokens."""
-    model = experiment.model
-    memory, tokens = available_memory(device), enough_tokens(experiment, device)
+    tokens = enough_tokens(experiment, precision.device_type)
     ways = [(False, False), (True, False)]
-    if model.quantization == "4bit" and model.dequantize == "auto":
+    if quantization == "4bit" and experiment.model.dequantize == "auto":
         ways.insert(0, (False, True))
     peaks = {}
     for way in ways:  # the last one, if none fits: the probe will say
         execution = Execution(True, True, attention, *way)
-        planned = footprint(experiment, model_config, precision, execution, model.quantization, vocabulary)
+        planned = footprint(experiment, model_config, precision, execution, quantization, vocabulary)
         peaks[way] = gibibytes(planned.peak(tokens))
         if planned.peak(tokens) <= memory:
             break

@@ -69,9 +69,10 @@ def no_room(rows: int, tokens: int | None, error: torch.OutOfMemoryError) -> str
     if rows > 1:
         smaller = f"per_device_batch_size={rows // 2}" if tokens is None else f"micro_batch_tokens={tokens // 2}"
         return f"{what}, in one of several processes; set training.{smaller}"
+    padded = "" if tokens is None else "training.padding_free=false with "
     return (
-        f"{what}, with a single row in the micro-batch; lower tokenization.max_length, use "
-        "model.gradient_checkpointing=true or model.quantization=4bit"
+        f"{what}, with a single row in the micro-batch; lower tokenization.max_length, or use "
+        f"model.quantization=4bit or {padded}model.gradient_checkpointing=true"
     )
 
 

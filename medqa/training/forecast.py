@@ -108,7 +108,7 @@ def _chosen(
         asked = experiment.model.gradient_checkpointing
         return next(way for way in ours if way["gradient_checkpointing"] == asked)
     ours.sort(key=lambda way: (not way["dequantized"], way["gradient_checkpointing"]))
-    enough = enough_tokens(experiment, torch.device(machine.precision.device_type))
+    enough = enough_tokens(experiment, machine.precision.device_type)
     return next((way for way in ours if way["most_tokens"] >= enough), ours[-1])
 
 
@@ -128,7 +128,7 @@ def _way(
     if execution.padding_free:
         places = experiment.training.micro_batch_tokens or min(most, run["largest_update"])
         if machine.precision.device_type == "cpu":
-            places = min(places, enough_tokens(experiment, torch.device("cpu")))
+            places = min(places, enough_tokens(experiment, "cpu"))
         places = max(places, run["longest_example"])
     peak = found.peak(places)
     return {

@@ -43,10 +43,12 @@ def available_memory(device: torch.device, sharing: int = 1) -> int:
     free = psutil.virtual_memory().available
     try:
         limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     except OSError:  # no container, or of the older kind
-        limit, used = "max", "0"
+        return int(SPARE * free / sharing)
     if limit != "max":
-        free = min(free, max(0, int(limit) - int(used)))
+        cached = int(counts.get("inactive_file", 0))  # of files read; given up as soon as it is needed
+        free = min(free, max(0, int(limit) - int(used) + cached))
     return int(SPARE * free / sharing)
 
 

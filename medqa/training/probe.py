@@ -18,8 +18,9 @@ from medqa.data.tokens import Example
 from medqa.evaluation.loss import Evaluator
 from medqa.model.execution import Execution
 from medqa.model.loss import summed_loss
-from medqa.training.checkpoint import RunState
+from medqa.training.checkpoint import Moved, RunState
 from medqa.training.execution import enough_tokens
+from medqa.training.footprint import optimizer_bytes
 from medqa.training.memory import available_memory, peak_memory, release, reset_peak
 
 
@@ -32,14 +33,21 @@ def choose_micro_batch(
     accelerator: Accelerator,
     say: Callable[[str], None],
 ) -> None:
-    """Put the most tokens of a micro-batch into the state of a run that trains without padding, unless it has them."""
+    """Put the most tokens of a micro-batch into the state of a run that trains without padding.
+
+    A run that goes on keeps its own, or takes fewer where the user gives fewer.
+    """
     if not execution.padding_free:
         return
+    before, given = state.micro_batch_tokens, experiment.training.micro_batch_tokens
     how = "as when the run began"
-    if state.micro_batch_tokens is None:
-        how = "as training.micro_batch_tokens says"
-        state.micro_batch_tokens = experiment.training.micro_batch_tokens
+    if before is None:
         state.micro_batch_multiple = accelerator.num_processes
+    if given is not None and (before is None or given < before):  # never more: the run may have found no room for it
+        how = "as training.micro_batch_tokens says"
+        state.micro_batch_tokens = given
+        if before is not None:
+            state.not_bitwise.append(Moved(state.step, [f"micro_batch_tokens {before} before, {given} now"]))
     if state.micro_batch_tokens is None:
         planned = execution.planned_tokens
         state.micro_batch_tokens = find_micro_batch_tokens(model, stream.examples, experiment, accelerator, planned)
@@ -63,7 +71,11 @@ def make_evaluator(
 
 
 def find_micro_batch_tokens(
-    model: torch.nn.Module, examples: Sequence[Example], experiment: Experiment, accelerator: Accelerator, planned: int
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    experiment: Experiment,
+    accelerator: Accelerator,
+    planned: int | None,
 ) -> int:
     """The most tokens of a micro-batch, the same on all processes. No gradient is left behind.
 
@@ -76,11 +88,13 @@ def find_micro_batch_tokens(
     longest = max(examples, key=lambda example: len(example.input_ids))
     shortest_try = len(longest.input_ids)
     tokens = most_in_an_update(examples, experiment.training.global_batch_size)
-    if device.type == "cpu":
-        tokens = min(tokens, enough_tokens(experiment, device), max(planned, shortest_try))
+    if device.type == "cpu" and planned is not None:
+        tokens = min(tokens, enough_tokens(experiment, device.type), max(planned, shortest_try))
     was_training = model.training
     model.train()
-    while tokens > shortest_try and (fits := share_that_fits(model, full(longest, tokens), accelerator)) < 1:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    later = optimizer_bytes(trained, experiment.optimizer)  # made in the first step, and there from then on
+    while tokens > shortest_try and (fits := share_that_fits(model, full(longest, tokens), accelerator, later)) < 1:
         tokens = max(shortest_try, int(fits * tokens))
     model.train(was_training)
     reset_peak(device)
@@ -102,18 +116,22 @@ def full(longest: Example, tokens: int) -> MicroBatch:
     return pack([longest] * whole + last, "all")
 
 
-def share_that_fits(model: torch.nn.Module, micro_batch: MicroBatch, accelerator: Accelerator) -> float:
-    """1.0 where a forward and backward fits into memory, else the share of its tokens to try next."""
+def share_that_fits(model: torch.nn.Module, micro_batch: MicroBatch, accelerator: Accelerator, later: int) -> float:
+    """1.0 where a forward and backward fits into memory, else the share of its tokens to try next.
+
+    Args:
+        later: bytes that must stay free for what is not there yet.
+    """
     device = accelerator.device
     release(device)
     reset_peak(device)
-    before, room = peak_memory(device).allocated, available_memory(device, accelerator.num_processes)
+    before, room = peak_memory(device).allocated, available_memory(device, accelerator.num_processes) - later
     share = 0.5
     try:
         with accelerator.no_sync(model):
             summed_loss(model, micro_batch, device).backward()
         taken = peak_memory(device).allocated - before
-        share = 1.0 if taken <= room else 0.9 * room / taken
+        share = 1.0 if taken <= room else max(0.0, 0.9 * room / taken)
     except torch.OutOfMemoryError:
         pass  # half of it is tried next, out here, where the error no longer holds on to what filled the memory
     model.zero_grad()

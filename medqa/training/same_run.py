@@ -21,6 +21,7 @@ from medqa.yaml_core import load_yaml
 
 # These may lie elsewhere than before: their fingerprints say whether they are the same.
 LOCATIONS = {"data.medquad", "data.afrimedqa", "model.base"}
+LATER_KEYS = {"data.mcq_answers"}  # not yet in runs of the first versions
 WHAT = {"data": "the data", "tokenizer": "the token ids of the data", "base": "the base model"}
 
 
@@ -47,7 +48,11 @@ def identify(
 
 
 def differences(before: Mapping[str, Any], experiment: Experiment) -> list[str]:
-    """What makes `experiment` another one than that whose values were `before`, by `section.key`."""
+    """What makes `experiment` another one than that whose values were `before`, by `section.key`.
+
+    A key that there was not yet had what is now its default.
+    """
+    before = {**{key: default for key, default in flat(Experiment()).items() if key in LATER_KEYS}, **before}
     return [
         f"{key}: {before.get(key)!r} there, {value!r} now"
         for key, value in flat(experiment).items()

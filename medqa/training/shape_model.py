@@ -55,7 +55,7 @@ def shape_model(
         if execution.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         lora = experiment.lora.model_copy(update={"init_from": None})
-        fast = execution.padding_free and precision.device_type == "cpu"
+        fast = execution.fast_lora(precision.device_type)
         model = LossModel(add_lora(base, lora, experiment.training.seed, fast))
     _materialize(model)
     if four_bit:
