@@ -8,7 +8,7 @@ import bisect
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -103,7 +103,7 @@ def pack(examples: Sequence[Example], loss_on: str, position: int = 0) -> MicroB
 
 def nothing_to_do(example: Example, position: int) -> MicroBatch:
     """A micro-batch without a target, for a process that has none of the update's but must take part."""
-    packed = pack([example], "all", position)
+    packed = pack([replace(example, input_ids=example.input_ids[:1])], "all", position)
     return MicroBatch(packed.input_ids, None, torch.full_like(packed.labels, IGNORED), position, (), packed.segments)
 
 
