@@ -215,6 +215,7 @@ def test_an_arm_that_cannot_run_says_why(jobs, tmp_path):
         Arm(job, tmp_path)
 
 
+@pytest.mark.slow
 def test_quick_runs_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["--quick", "--recipes", "exp_002", "--no-host", "--arms", "trainer", "padding_free"]

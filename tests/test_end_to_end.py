@@ -117,7 +117,7 @@ def test_metrics_hold_together(runs, name):
     assert report["overlap"]["held_out"]["question_or_answer"]["rows"] == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[:2]), NAMES[2]])
 def test_the_adapter_alone_in_a_fresh_process_has_the_final_loss(runs, name, tmp_path):
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps(validation_ids(runs[name], name)))

@@ -91,6 +91,7 @@ def test_both_sides_have_8_bit_optimizer_state(recipe, ours, theirs):
     assert all((torch.uint8 in found) == (recipe == "exp_002") for found in types)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not STORIES.exists(), reason=f"no other pre-trained base in {STORIES}")
 def test_parity_on_another_base(short, tmp_path):
     """Another architecture's sizes, another tokenizer; a linear schedule, which no experiment has."""
