@@ -79,6 +79,7 @@ def run(job: Job, gate: Gate) -> None:
     size = job.rows_per_update
     lengths = [len(row) for row in rows]
     known = [sum(lengths[i : i + size]) for i in range(0, len(lengths), size)]
+    known = [known[i % len(known)] for i in range(job.updates)]  # few rows come again, epoch after epoch
     trainer.add_callback(Hold(gate, Counted(trainer.model.get_base_model()) if job.arm == "packing" else known))
     trainer.train()
 
