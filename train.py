@@ -190,7 +190,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
             feed.attempt(lambda: log_samples(accelerator, answers, feed.first), asks=True)
         feed.attempt(lambda: log_adapter(accelerator, experiment.tracking, adapter_dir, leg.run_id), asks=True)
         write_json(summary, output_dir / "summary.json")
-        show_result(console, summary)
+        show_result(console, summary, adapter_dir)
     feed.finish()
     leave(accelerator)
 

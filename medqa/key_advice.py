@@ -75,12 +75,24 @@ OTHER_TOOLS_NAMES = {
 }
 
 
+# Where the key that was probably meant is not quite the same thing.
+UNLIKE = {
+    "gradient_accumulation_steps": "it is batch size x accumulation x GPUs",
+    "gradient_accumulation": "it is batch size x accumulation x GPUs",
+    "batch_size": "it is batch size x accumulation x GPUs",
+    "train_batch_size": "it is batch size x accumulation x GPUs",
+    "packing": "it leaves padding out without changing which rows an update has",
+    "sample_packing": "it leaves padding out without changing which rows an update has",
+}
+
+
 def meant(key: str) -> str:
     """`; did you mean section.key?` where there is a probable one."""
     known = list(flat(Experiment()))
     last = key.split(".")[-1]
     if last in OTHER_TOOLS_NAMES:
-        return f"; did you mean {OTHER_TOOLS_NAMES[last]}?"
+        unlike = f" ({UNLIKE[last]})" if last in UNLIKE else ""
+        return f"; did you mean {OTHER_TOOLS_NAMES[last]}?{unlike}"
     same_name = [name for name in known if name.split(".")[1] == last]
     neighbours = [name for name in known if name.startswith(key.split(".")[0] + ".")]
     sections = [] if "." in key else difflib.get_close_matches(key, Experiment.model_fields, 1)

@@ -7,6 +7,7 @@ redrawn there floods the page), plain lines.
 import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -99,8 +100,8 @@ class ProgressLine:
             self._console.print(f"update {step}/{self._max_steps}  {figures}  about {left} left", soft_wrap=True)
 
 
-def show_result(console: Console, summary: Mapping[str, Any]) -> None:
-    """Baseline against final on the validation set, and the test set once."""
+def show_result(console: Console, summary: Mapping[str, Any], adapter_dir: Path | None = None) -> None:
+    """Baseline against final on the validation set, and the test set once; and where the adapter is."""
     table = Table(title=f"{summary['experiment']}: before and after", title_justify="left")
     table.add_column("")
     for column in ("validation, untuned", "validation, tuned", "test, tuned"):
@@ -113,6 +114,8 @@ def show_result(console: Console, summary: Mapping[str, Any]) -> None:
         f"{summary['updates']} updates in {summary['wall_clock_s']:.0f} s, "
         f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB ({summary['memory_device']})"
     )
+    if adapter_dir is not None:
+        console.print(f"adapter in {adapter_dir}", soft_wrap=True)
 
 
 def _shortened(text: str, length: int = 600) -> str:

@@ -190,12 +190,13 @@ def show_forecast(console: Console, forecast: dict[str, Any]) -> None:
     console.print(table)
     console.print("Logits and loss, and what is inside a layer, are not there at once: the larger counts.")
 
-    title = f"of {machine['usable'] / 2**30:.1f} GiB that a run may plan with"
+    title = f"of {machine['usable'] / 2**30:.2f} GiB that a run may plan with; > is the way it takes"
     table = Table(title=title, title_justify="left")
-    for column in ("weights", "checkpointing", "places", "peak GiB", "fits", "most places"):
-        table.add_column(column, justify="left" if column in ("weights", "checkpointing") else "right")
+    for column in ("", "weights", "checkpointing", "places", "peak GiB", "fits", "most places"):
+        table.add_column(column, justify="left" if column in ("", "weights", "checkpointing") else "right")
     for way in forecast["ways"]:
         table.add_row(
+            ">" if way == memory else "",
             machine["dtype"] if way["quantization"] == "none" else "4bit" + ", expanded" * way["dequantized"],
             "yes" if way["gradient_checkpointing"] else "no",
             f"{way['micro_batch']:,}",
@@ -205,6 +206,7 @@ def show_forecast(console: Console, forecast: dict[str, Any]) -> None:
             style="bold" if way == memory else None,
         )
     console.print(table)
+    console.print("Places are the tokens of a micro-batch, padding included. The time is that of the updates alone.")
 
 
 def _shown_time(time: dict[str, Any] | None) -> str:

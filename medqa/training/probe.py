@@ -37,9 +37,11 @@ def choose_micro_batch(
 
     A run that goes on keeps its own, or takes fewer where the user gives fewer.
     """
-    if not execution.padding_free:
-        return
     before, given = state.micro_batch_tokens, experiment.training.micro_batch_tokens
+    if not execution.padding_free:
+        if given is not None:
+            say("training.micro_batch_tokens has no effect with padding: training.per_device_batch_size counts there")
+        return
     how = "as when the run began"
     if before is None:
         state.micro_batch_multiple = accelerator.num_processes
