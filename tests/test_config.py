@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from medqa.config import Experiment, flat, may_change_on_resume
 from medqa.errors import UserError
 from medqa.experiment_file import default_output_dir, load_experiment, parse_sets
-from medqa.key_advice import OTHER_TOOLS_NAMES
+from medqa.key_advice import OTHER_TOOLS_NAMES, UNLIKE
 from medqa.options import parse_options
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
 from medqa.training.run_dir import write_config
@@ -247,6 +247,13 @@ def test_other_tools_names_suggest_the_key(name, meant, tmp_path):
     file = tmp_path / "flat.yaml"  # as those tools write it, without sections
     file.write_text(f"{name}: 1\ntraining: {{max_steps: 3}}\n")
     assert f"{file}: {name}: no such section; did you mean {meant}?" in refusal(exp=str(file))
+
+
+def test_what_is_not_quite_the_same_is_said():
+    assert "did you mean training.padding_free? (it leaves padding out without" in refusal("training.packing=true")
+    told = refusal("training.gradient_accumulation_steps=8")
+    assert "did you mean training.global_batch_size? (it is batch size x accumulation x GPUs)" in told
+    assert set(UNLIKE) <= set(OTHER_TOOLS_NAMES)
 
 
 def test_every_suggestion_is_a_key():

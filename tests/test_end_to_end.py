@@ -183,6 +183,7 @@ def head(path: Path, records: int, target: Path) -> None:
 
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs the full datasets in ../shared")
+@pytest.mark.slow
 def test_real_data_on_a_real_small_model(tmp_path):
     medquad, afrimedqa = tmp_path / "medquad.csv", tmp_path / "afrimedqa.csv"
     head(SHARED / "data" / "medquad.csv", 200, medquad)

@@ -691,6 +691,7 @@ def process(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedP
     )
 
 
+@pytest.mark.slow
 def test_two_mistakes_as_processes(tmp_path):
     results = {}
 

@@ -271,6 +271,13 @@ def test_tokens_that_the_user_gives_are_not_tried(tmp_path, capsys, monkeypatch)
     assert state(tmp_path / "run", 4).micro_batch_tokens == 100
 
 
+def test_tokens_that_have_no_effect_are_told_of(tmp_path, capsys):
+    assert main(words(tmp_path / "run", "training.padding_free=false", "training.micro_batch_tokens=100")) == 0
+    said = capsys.readouterr().out
+    assert "training.micro_batch_tokens has no effect with padding" in said
+    assert f"adapter in {tmp_path / 'run' / 'lora_adapters'}" in said
+
+
 def test_a_resume_keeps_the_tokens_and_the_result(tmp_path, capsys, monkeypatch):
     """Stopped after update 2 on a machine with less memory, continued on one with more: bit for bit the same."""
     first, straight = tmp_path / "first", tmp_path / "straight"

@@ -374,6 +374,7 @@ def test_the_metrics_file_is_never_torn(what, room, tmp_path):
 # --- another machine
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_with_other_threads_says_so(straight, tmp_path, capsys):
     directory = Path(shutil.copytree(straight, tmp_path / "run"))
     shutil.rmtree(directory / "checkpoint-6")
