@@ -163,6 +163,7 @@ def test_an_online_run_that_is_killed_goes_on_without_doubled_or_lost_steps(kill
     told_once({"server": server.history}, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_newest_offline_leg_has_everything_and_stands_alone(tmp_path):
     run = tmp_path / "run"
     for step in (7, 17):
