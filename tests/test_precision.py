@@ -6,7 +6,7 @@ import torch
 from medqa.errors import UserError
 from medqa.experiment_file import load_experiment
 from medqa.model import precision
-from medqa.model.base import four_bit_unavailable
+from medqa.model.four_bit import four_bit_unavailable
 from medqa.model.precision import KEPT, resolve_precision, usable_gpu
 from medqa.training.environment import Settings
 

@@ -23,8 +23,8 @@ from medqa.errors import UserError
 from medqa.hub import hub_reachable
 from medqa.model.execution import Execution
 from medqa.model.fast_lora import use_fast_lora
-from medqa.model.four_bit import expand, four_bit_config, four_bit_unavailable, keep_unpacked
-from medqa.model.precision import KEPT, Kept, Precision
+from medqa.model.four_bit import expand, four_bit_config, keep_unpacked, quantization_in_effect
+from medqa.model.precision import Kept, Precision
 from medqa.prompts import chat_template
 
 # What loading a damaged, hostile or unknown model directory raises, out-of-memory excepted.
@@ -128,16 +128,6 @@ def load_base(
         # Its newer name, activation_checkpointing_enable, is not in transformers 5.17 yet.
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Base(loaded, quantization, reason)
-
-
-def quantization_in_effect(
-    model: config.Model, precision: Precision, device: torch.device, kept: Kept | None = None
-) -> tuple[str, str | None]:
-    """The quantization that can be had, and why where it is not the one asked for; `kept` as in `load_base`."""
-    reason = four_bit_unavailable(device, precision.dtype) if model.quantization == "4bit" else None
-    if reason is None and kept is not None and kept.quantization != model.quantization:
-        reason = KEPT
-    return ("none" if reason else model.quantization), reason
 
 
 def base_fingerprint(base: str) -> str:

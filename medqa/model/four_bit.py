@@ -3,6 +3,19 @@
 import torch
 from transformers import BitsAndBytesConfig
 
+from medqa import config
+from medqa.model.precision import KEPT, Kept, Precision
+
+
+def quantization_in_effect(
+    model: config.Model, precision: Precision, device: torch.device, kept: Kept | None = None
+) -> tuple[str, str | None]:
+    """The quantization that can be had, and why where it is not the one asked for; `kept` as in `base.load_base`."""
+    reason = four_bit_unavailable(device, precision.dtype) if model.quantization == "4bit" else None
+    if reason is None and kept is not None and kept.quantization != model.quantization:
+        reason = KEPT
+    return ("none" if reason else model.quantization), reason
+
 
 def four_bit_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why 4-bit cannot be had on a device; None where it can. A small layer is quantized and used, before 2 GB are."""

@@ -10,8 +10,8 @@ import torch
 
 from medqa.config import Experiment
 from medqa.model.attention import SEGMENTED, padding_needed
-from medqa.model.base import quantization_in_effect
 from medqa.model.execution import Change, Execution
+from medqa.model.four_bit import quantization_in_effect
 from medqa.model.precision import KEPT, Precision
 from medqa.training.environment import Settings
 from medqa.training.footprint import footprint
