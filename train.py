@@ -1,7 +1,4 @@
-"""One run, from top to bottom: `accelerate launch train.py --exp exp_002`.
-
-Hardly any logic is here: each line makes one part of the run and gives it a name. The loop is `medqa/training/loop.py`.
-"""
+"""One run, `accelerate launch train.py --exp exp_002`, from top to bottom; its loop is `medqa/training/loop.py`."""
 
 import argparse
 import contextlib
@@ -46,13 +43,14 @@ from medqa.training.wandb_run import log_adapter, log_samples, start_wandb
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run with these options; the exit code says how it ended (`medqa/errors.py`)."""
-    return exit_code(lambda: guarded(parse_options(argv)))
+    """Run with these options; the exit code says how it ended (`medqa/errors.py`), before a signal ends the process."""
+    with Interrupts() as interrupts:
+        return exit_code(lambda: guarded(parse_options(argv), interrupts))
 
 
-def guarded(options: argparse.Namespace) -> None:
+def guarded(options: argparse.Namespace, interrupts: Interrupts) -> None:
     """The run, with what must be let go of however it ends."""
-    with Interrupts() as interrupts, contextlib.ExitStack() as leaving:
+    with interrupts.until_over(), contextlib.ExitStack() as leaving:
         run(options, interrupts, leaving)
 
 

@@ -667,6 +667,27 @@ def test_a_signal_in_training_is_noted_and_a_second_one_ends_it():
             signal.raise_signal(signal.SIGINT)
 
 
+def test_a_signal_does_not_end_a_run_that_has_ended_before_it_has_said_how(capsys, monkeypatch, tmp_path):
+    """As of a launcher that stops all processes because one has died."""
+
+    class Late(RuntimeError):
+        def __str__(self) -> str:  # asked while the message is made
+            signal.raise_signal(signal.SIGTERM)
+            return "[gloo/pair.cc] Connection closed by peer"
+
+    def lost(*_: object) -> None:
+        raise Late
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("train.find_experiment", lost)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the process has ended without a word"))
+    try:
+        assert main(argv("--output-dir", str(tmp_path / "run"))) == 3
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "process 0: another process of this run has died or has not answered" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words", [["--nope"], [], ["--exp"], ["--exp", "exp_001", "--set"], ["--exp", "exp_001", "--tin"]]
 )

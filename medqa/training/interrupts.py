@@ -4,12 +4,14 @@ Under `accelerate launch` the trainer is a child that outlives a killed launcher
 by a signal of its own (SIGUSR1), which must not count as the second, impatient one after a Ctrl-C that both received.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 import psutil
@@ -27,6 +29,7 @@ class Interrupts:
         self.received: int | None = None
         self._seen: Counter[int] = Counter()
         self.finish_update = False  # set by the loop: note the signal instead of raising
+        self._over = False
         self._previous: dict[int, signal.Handlers | object] = {}
 
     def __enter__(self) -> "Interrupts":
@@ -39,7 +42,20 @@ class Interrupts:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def until_over(self) -> Iterator[None]:
+        """After it no signal stops anything any more, for the run has ended, and how is being said.
+
+        Where one of several processes dies, the launcher ends the others, maybe before they have told of it.
+        """
+        try:
+            yield
+        finally:
+            self._over = True
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self._over:
+            return
         # A second signal may be an echo of the first: the launcher has died of it, or torch's hands it on as SIGTERM,
         # maybe to a process that got it already.
         handed_on = signum == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ
