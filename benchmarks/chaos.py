@@ -10,6 +10,7 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
+import runpy
 import shutil
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from medqa.training.verify import contents, verify_resume
 
 EXPERIMENTS = ("exp_001", "exp_002", "exp_003")
 KILLS_A_ROUND = 10
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 # Few, short rows and updates: most of the time is spent in what is to be interrupted.
 SHORT = (
     "training.max_steps=24", "training.save_steps=4", "training.global_batch_size=8", "evaluation.steps=6",
@@ -42,12 +44,21 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 class Forked:
-    """A process with `train.py`'s main, forked from a server that has imported everything; `Popen`'s three methods."""
+    """A process with `train.py`'s main, or another script's, forked from a server that has imported everything.
 
-    def __init__(self, words: list[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
+    It has `Popen`'s methods, but for `wait`, which returns None when its time is over.
+    """
+
+    def __init__(
+        self,
+        words: list[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        script: Path = TRAIN,
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["train"])
-        self._process = context.Process(target=_train, args=(words, log, dict(environment or {})))
+        self._process = context.Process(target=_train, args=(words, log, dict(environment or {}), script))
         self._process.start()
         self.pid = self._process.pid
 
@@ -59,23 +70,27 @@ class Forked:
         """SIGKILL."""
         self._process.kill()
 
+    def send_signal(self, number: int) -> None:
+        """A signal, to a process that has not ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
     def wait(self, timeout: float | None = None) -> int | None:
         """The exit code, once it has one."""
         self._process.join(timeout)
         return self._process.exitcode
 
 
-def _train(words: list[str], log: Path, environment: dict[str, str]) -> None:
+def _train(words: list[str], log: Path, environment: dict[str, str], script: Path) -> None:
     """The child: what it prints goes into the log."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "ACCELERATE_"))]:
         del os.environ[name]  # among them the address of a W&B service of the process that began this
     os.environ |= environment
     with log.open("ab") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    import train
-
-    sys.exit(train.main(words))
+    sys.argv = [str(script), *words]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def words_for(experiment: str) -> list[str]:

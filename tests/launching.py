@@ -10,52 +10,101 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.chaos import TRAIN, Forked
+
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = [sys.executable]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"]
 TIMING = {"elapsed_s", "update_s", "tokens_per_s", "save_s", "peak_memory_bytes", "peak_reserved_bytes"}
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NETRC": "/nonexistent"}
 SECONDS = 300  # a limit against hanging, not a measure
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def torchrun(processes: int) -> list[str]:
     """`torchrun` on a free port of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return [
         *PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-        "--master_addr", "127.0.0.1", "--master_port", str(port),
+        "--master_addr", "127.0.0.1", "--master_port", str(free_port()),
     ]  # fmt: skip
 
 
 def start(
     launcher: list[str], output_dir: Path, *words: str, script: Sequence[str] = ("train.py",)
 ) -> subprocess.Popen[str]:
-    """`train.py` in a process group of its own, one thread each, without a network."""
+    """`train.py` by a launcher, in a process group of its own, one thread each, without a network."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NETRC": "/nonexistent", "PYTHONPATH": str(ROOT)}
-    log = output_dir.with_name(output_dir.name + ".log").open("a")
+    environment |= QUIET | {"PYTHONPATH": str(ROOT)}
+    log = log_of(output_dir).open("a")
     command = [*launcher, *script, "--cpu", "--output-dir", str(output_dir), *words]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
     )
 
 
-def finish(process: subprocess.Popen[str], output_dir: Path, seconds: float = SECONDS) -> int:
+class Group:
+    """A run on so many processes, forked (no imports to wait for), as a launcher would start them."""
+
+    def __init__(
+        self, output_dir: Path, *words: str, processes: int = 1, script: Path = TRAIN, leading: Sequence[str] = ()
+    ) -> None:
+        self._log = log_of(output_dir)
+        self._log.touch()
+        together = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        command = [*leading, "--cpu", "--output-dir", str(output_dir), *words]
+        self.processes = []
+        for rank in map(str, range(processes)):
+            ranked = together | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+            self.processes.append(Forked(command, self._log, QUIET | ranked, script))
+
+    def poll(self) -> int | None:
+        """None while all run; then the exit code of one that has ended, of one that failed if there is one."""
+        codes = [process.poll() for process in self.processes]
+        return next((code for code in codes if code), None if None in codes else 0)
+
+    def send_signal(self, number: int) -> None:
+        """To each of them."""
+        for process in self.processes:
+            process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL to each of them."""
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, seconds: float | None = None) -> int:
+        """The exit code, once all have ended; raises as `Popen.wait` does."""
+        for process in self.processes:
+            if process.wait(seconds) is None:
+                raise subprocess.TimeoutExpired(str(self._log), seconds or 0)
+        return self.poll() or 0
+
+
+def finish(process: subprocess.Popen[str] | Group, output_dir: Path, seconds: float = SECONDS) -> int:
     """Wait for the end; the exit code. Its output is in the assertion if it takes too long."""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill() if isinstance(process, Group) else os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError(f"still running after {seconds} s:\n{output(output_dir)}") from None
+
+
+def log_of(output_dir: Path) -> Path:
+    """Where what a run prints goes."""
+    return output_dir.with_name(output_dir.name + ".log")
 
 
 def output(output_dir: Path) -> str:
     """What all processes of a run have printed."""
-    return output_dir.with_name(output_dir.name + ".log").read_text()
+    return log_of(output_dir).read_text()
 
 
-def wait_for_update(process: subprocess.Popen[str], output_dir: Path, step: int) -> None:
+def wait_for_update(process: subprocess.Popen[str] | Group, output_dir: Path, step: int) -> None:
     """Return as soon as the update stands in `metrics.jsonl`."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:

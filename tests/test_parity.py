@@ -14,7 +14,7 @@ from medqa.model.base import adapter_weights
 from medqa.model.loss import summed_loss, target_count
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
-UPDATES = 8
+UPDATES = 6
 FIGURES_WITHIN = 1e-6  # relative
 WEIGHTS_WITHIN = 1e-5  # of the largest value in the tensor
 RECIPES = {"exp_001": (4, 8), "exp_002": (4, 8), "exp_003": (8, 4)}  # micro-batch x accumulation

@@ -6,14 +6,25 @@ import signal
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import PYTHON, finish, metrics, output, start, summary, torchrun, wait_for_update, wait_until_gone
+from launching import (
+    SECONDS,
+    Group,
+    finish,
+    metrics,
+    output,
+    start,
+    summary,
+    torchrun,
+    wait_for_update,
+    wait_until_gone,
+)
 from safetensors.torch import load_file
 
 from medqa.training.checkpoint import newest_whole
 
 WORDS = (
-    "--exp", "exp_001", "--tiny", "--set", "training.max_steps=12", "training.save_steps=50", "evaluation.steps=6",
-    "evaluation.rows=8", "tracking.wandb=disabled",
+    "--exp", "exp_001", "--tiny", "--set", "training.max_steps=20", "training.save_steps=50", "evaluation.steps=10",
+    "evaluation.rows=8", "tracking.wandb=disabled", "training.global_batch_size=16",
 )  # fmt: skip
 CLOSE = 1e-5
 
@@ -23,20 +34,19 @@ def runs(tmp_path_factory):
     """The same run on one process, on two, begun on two and ended on one, and the reverse."""
     place = tmp_path_factory.mktemp("processes")
     one, two, fewer, more = (place / name for name in ("one", "two", "fewer", "more"))
-    alone = start(PYTHON, one, *WORDS)
+    alone = Group(one, *WORDS)
     together = start(torchrun(2), two, *WORDS)
     assert finish(alone, one) == 0, output(one)
     assert finish(together, two) == 0, output(two)
-    first = {fewer: start(torchrun(2), fewer, *WORDS), more: start(PYTHON, more, *WORDS)}
-    for directory, process in first.items():
-        wait_for_update(process, directory, 4)
-        process.send_signal(signal.SIGTERM)
-    for directory, process in first.items():
-        assert finish(process, directory) != 0
-        wait_until_gone(directory)
+    for directory, first in ((more, Group(more, *WORDS)), (fewer, start(torchrun(2), fewer, *WORDS))):
+        wait_for_update(first, directory, 3)
+        first.send_signal(signal.SIGTERM)
+        assert finish(first, directory) != 0
+    wait_until_gone(fewer)
+    for directory in (more, fewer):
         assert not (directory / "summary.json").exists()
         assert len(list(directory.glob("checkpoint-*"))) == 1
-    second = {fewer: start(PYTHON, fewer, *WORDS), more: start(torchrun(2), more, *WORDS)}
+    second = {fewer: Group(fewer, *WORDS), more: Group(more, *WORDS, processes=2)}
     for directory, process in second.items():
         assert finish(process, directory) == 0, output(directory)
     return one, two, fewer, more
@@ -62,30 +72,29 @@ def test_evaluation_is_the_same(runs):
 def test_what_is_told_of_the_processes(runs):
     assert (summary(runs[0])["processes"], summary(runs[1])["processes"]) == (1, 2)
     assert [change["changed"] for change in summary(runs[3])["not_bitwise"]] == [["processes 1 before, 2 now"]]
-    assert summary(runs[0])["gradient_accumulation_steps"] == 8
-    assert summary(runs[1])["gradient_accumulation_steps"] == 4
+    assert summary(runs[0])["gradient_accumulation_steps"] == 4
+    assert summary(runs[1])["gradient_accumulation_steps"] == 2
     assert output(runs[1]).count("in the loss") == 2, "the plan is printed by the main process alone"
-    assert output(runs[1]).count("update 12/12") == 1
+    assert output(runs[1]).count("update 20/20") == 1
 
 
-WITHOUT_PADDING = ("training.padding_free=true", "training.micro_batch_tokens=700", "training.max_steps=8")
+WITHOUT_PADDING = ("training.padding_free=true", "training.micro_batch_tokens=700", "training.max_steps=14")
 
 
 def begun_on_two_ended_on_one(directory, *words):
     """A run without padding, stopped in the middle of it on two processes."""
-    process = start(torchrun(2), directory, *words)
-    wait_for_update(process, directory, 4)
+    process = Group(directory, *words, processes=2)
+    wait_for_update(process, directory, 3)
     process.send_signal(signal.SIGTERM)
-    assert finish(process, directory) != 0
-    wait_until_gone(directory)
+    assert finish(process, directory) == 128 + signal.SIGTERM
     assert not (directory / "summary.json").exists()
-    assert finish(start(PYTHON, directory, *words), directory) == 0, output(directory)
+    assert finish(Group(directory, *words), directory) == 0, output(directory)
 
 
 def assert_same_run(ours, theirs):
     """Losses, gradient norms and, after all updates, every matrix of the adapter."""
     pairs = list(zip(metrics(ours), metrics(theirs), strict=True))
-    assert len(pairs) == 8 + 2 + 1 + 1
+    assert len(pairs) == 14 + 2 + 1 + 1
     for one, other in pairs:
         for key in ("loss", "grad_norm", "answer_loss"):
             assert one.get(key) == (None if key not in other else pytest.approx(other[key], rel=CLOSE))
@@ -101,7 +110,7 @@ def assert_same_run(ours, theirs):
 def test_without_padding_two_processes_compute_what_one_does(tmp_path):
     """Each example a micro-batch, so that one process's noise is that of two, whose number of them is even."""
     words = (*WORDS, *WITHOUT_PADDING, "training.micro_batch_tokens=1")
-    alone = start(PYTHON, tmp_path / "one", *words)
+    alone = Group(tmp_path / "one", *words)
     begun_on_two_ended_on_one(tmp_path / "fewer", *words)
     assert finish(alone, tmp_path / "one") == 0, output(tmp_path / "one")
     assert_same_run(tmp_path / "one", tmp_path / "fewer")
@@ -112,7 +121,7 @@ def test_without_padding_two_processes_compute_what_one_does(tmp_path):
 def test_without_padding_one_process_goes_on_with_the_noise_of_two(tmp_path):
     """How an update is cut, and so its noise, is that of the run's first leg."""
     words = (*WORDS, *WITHOUT_PADDING)
-    both = start(torchrun(2), tmp_path / "two", *words)
+    both = Group(tmp_path / "two", *words, processes=2)
     begun_on_two_ended_on_one(tmp_path / "fewer", *words)
     assert finish(both, tmp_path / "two") == 0, output(tmp_path / "two")
     assert_same_run(tmp_path / "two", tmp_path / "fewer")
@@ -122,12 +131,12 @@ def test_without_padding_one_process_goes_on_with_the_noise_of_two(tmp_path):
 def test_a_process_without_a_piece_takes_part(tmp_path):
     """Begun on one process with whole updates as one piece, ended on two, of which the second then has none."""
     words = (*WORDS, *WITHOUT_PADDING, "training.micro_batch_tokens=100000")
-    alone = start(PYTHON, tmp_path / "one", *words)
-    process = start(PYTHON, tmp_path / "more", *words)
+    alone = Group(tmp_path / "one", *words)
+    process = Group(tmp_path / "more", *words)
     wait_for_update(process, tmp_path / "more", 4)
     process.send_signal(signal.SIGTERM)
     assert finish(process, tmp_path / "more") == 128 + signal.SIGTERM
-    assert finish(start(torchrun(2), tmp_path / "more", *words), tmp_path / "more") == 0, output(tmp_path / "more")
+    assert finish(Group(tmp_path / "more", *words, processes=2), tmp_path / "more") == 0, output(tmp_path / "more")
     assert finish(alone, tmp_path / "one") == 0, output(tmp_path / "one")
     assert_same_run(tmp_path / "one", tmp_path / "more")
 
@@ -158,13 +167,16 @@ def test_when_one_process_fails_all_stop_in_time_and_the_checkpoint_is_whole(tmp
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY)
     sets = ("training.save_steps=1", "training.process_timeout_s=10", "evaluation.rows=4")
-    runs = {}
-    for fault in ("full", "dead", "hangs"):
-        directory = tmp_path / fault
-        runs[fault] = start(torchrun(2), directory, *WORDS, *sets, script=[str(script), fault])
-    for fault, process in runs.items():
-        assert finish(process, tmp_path / fault) != 0
-        wait_until_gone(tmp_path / fault)
+    runs = {"dead": start(torchrun(2), tmp_path / "dead", *WORDS, *sets, script=[str(script), "dead"])}
+    for fault in ("full", "hangs"):
+        runs[fault] = Group(tmp_path / fault, *WORDS, *sets, processes=2, script=script, leading=[fault])
+    assert finish(runs["dead"], tmp_path / "dead") != 0  # its launcher ends those that are left
+    wait_until_gone(tmp_path / "dead")
+    assert finish(runs["full"], tmp_path / "full") == 3
+    alive, hanging = runs["hangs"].processes
+    assert alive.wait(SECONDS) == 3, output(tmp_path / "hangs")
+    hanging.kill()
+    for fault in runs:
         assert newest_whole([tmp_path / fault]).path.name == "checkpoint-2", fault
         assert {r["step"] for r in metrics(tmp_path / fault)} == {0, 1, 2}
     told = output(tmp_path / "full")

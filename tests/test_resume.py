@@ -5,12 +5,12 @@ import signal
 from pathlib import Path
 
 import pytest
-from launching import LAUNCH, PYTHON, figures, finish, output, start, summary, wait_for_update, wait_until_gone
+from launching import LAUNCH, Group, figures, finish, output, start, summary, wait_for_update, wait_until_gone
 
 UPDATES = 24
 WORDS = (
     "--exp", "exp_002", "--tiny", "--set", f"training.max_steps={UPDATES}", "training.save_steps=10",
-    "evaluation.steps=8", "evaluation.rows=8", "tracking.wandb=disabled",
+    "evaluation.steps=8", "evaluation.rows=8", "tracking.wandb=disabled", "training.global_batch_size=8",
 )  # fmt: skip
 
 
@@ -18,7 +18,7 @@ WORDS = (
 def straight(tmp_path_factory) -> Path:
     """A run that nothing interrupts."""
     directory = tmp_path_factory.mktemp("straight") / "run"
-    assert finish(start(PYTHON, directory, *WORDS), directory) == 0, output(directory)
+    assert finish(Group(directory, *WORDS), directory) == 0, output(directory)
     return directory
 
 
@@ -27,7 +27,7 @@ def interrupted(tmp_path_factory) -> Path:
     """A run in five legs, each of the first four ended in another way; a dict of what each leg's end looked like."""
     directory = tmp_path_factory.mktemp("interrupted") / "run"
 
-    process = start(PYTHON, directory, *WORDS)
+    process = Group(directory, *WORDS)
     wait_for_update(process, directory, 3)
     process.send_signal(signal.SIGTERM)
     assert finish(process, directory) == 128 + signal.SIGTERM, output(directory)
@@ -51,13 +51,13 @@ def interrupted(tmp_path_factory) -> Path:
     third = newest_step(directory)
     assert second + 2 <= third < UPDATES
 
-    process = start(PYTHON, directory, *WORDS)  # no time for a checkpoint
+    process = Group(directory, *WORDS)  # no time for a checkpoint
     wait_for_update(process, directory, third + 1)
     process.kill()
     process.wait()
     assert newest_step(directory) in {third, 10, 20}
 
-    process = start(PYTHON, directory, *WORDS)
+    process = Group(directory, *WORDS)
     assert finish(process, directory) == 0, output(directory)
     return directory
 

@@ -190,6 +190,7 @@ def test_sample_answers_and_the_prompt_are_new_to_the_base(text):
 # --- rebuild
 
 
+@pytest.mark.slow
 def test_pretraining_is_deterministic_and_follows_its_seed(raw_tokenizer, text):
     threads = torch.get_num_threads()
     first = tiny_build.pretrain(raw_tokenizer, text, steps=6, seed=3).state_dict()
