@@ -12,11 +12,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from medqa.errors import UserError, exit_code
+from medqa.errors import UserError, exit_code, writing
 from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
 from medqa.options import add_run_options, locations, run_words
 
-NOT_YET = ("evaluate", "ask", "compare", "export")
+NOT_YET = ("compare", "export")
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
@@ -48,7 +48,41 @@ def command_parser() -> argparse.ArgumentParser:
     verify.add_argument("--kills", type=int, default=6, metavar="N", help="how many times (default 6)")
     verify.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     verify.add_argument("--output-dir", type=Path, metavar="DIR", help="default: outputs/verify-resume/<run>")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="how good a run's adapter is on held-out rows, beside the untuned base, with intervals",
+        description="Loss, generated answers, multiple choice and red flags on rows that training has not seen; on the "
+        "console, in RUN/evaluation.json and on W&B. What the untuned base gives is computed once, and kept.",
+        allow_abbrev=False,
+    )
+    add_adapter_options(evaluate, "RUN", "the directory of a run")
+    evaluate.add_argument(
+        "--tasks", default="loss,generation,mcq,probes", metavar="A,B", help="default: loss,generation,mcq,probes"
+    )
+    evaluate.add_argument("--limit", type=int, metavar="N", help="look at N rows of each split, and N questions")
+    evaluate.add_argument("--medquad", metavar="SOURCE", help="where MedQuAD is now, if not where it was")
+    evaluate.add_argument("--afrimedqa", metavar="SOURCE", help="where AfriMed-QA is now, if not where it was")
+    ask = commands.add_parser(
+        "ask",
+        help="ask an adapter something",
+        description="One answer; without a question, question after question at the terminal, or, where questions are "
+        "piped in, a JSON line for each line. Each stands alone, as in training. Not medical advice.",
+        allow_abbrev=False,
+    )
+    add_adapter_options(ask, "RUN_OR_ADAPTER", "the directory of a run or of an adapter, or an adapter on the hub")
+    ask.add_argument("question", nargs="?", metavar="QUESTION", help="in quotation marks")
+    ask.add_argument("--json", action="store_true", help="print a JSON line for each answer")
+    ask.add_argument("--compare", action="store_true", help="show the base model's answer beside it")
+    ask.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="where an answer is cut (256)")
     return parser
+
+
+def add_adapter_options(parser: argparse.ArgumentParser, name: str, what: str) -> None:
+    """The options that say which adapter is meant."""
+    parser.add_argument("adapter", metavar=name, help=what)
+    parser.add_argument("--checkpoint", metavar="best|STEP", help="another adapter of the run than its last")
+    parser.add_argument("--model", metavar="ID_OR_DIR", help="where the base model is now, if not where it was")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU although there is a GPU")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,6 +150,71 @@ def start_train(words: list[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, str(TRAIN), *words], stdout=output, stderr=output, env=environment)
 
 
+def evaluate(options: argparse.Namespace) -> None:
+    """The `evaluate` command.
+
+    Raises:
+        UserError: no such run or task; the model or the data cannot be had, or the data are not the run's.
+    """
+    from medqa.results import evaluate as evaluation
+    from medqa.results.adapter import find_adapter
+    from medqa.results.evaluation_wandb import log_evaluation
+    from medqa.results.show_evaluation import show_evaluation
+    from medqa.training.console import make_console, quiet_libraries
+    from medqa.training.processes import is_first_process
+
+    tasks = evaluation.chosen_tasks(options.tasks)
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit {options.limit}: at least 1")
+    quiet_libraries()
+    data = {"data.medquad": options.medquad, "data.afrimedqa": options.afrimedqa}
+    source = find_adapter(options.adapter, options.checkpoint, options.model, data)
+    if source.run is None:
+        raise UserError(
+            f"{options.adapter}: an adapter alone does not say which rows it was not trained on; give its run's "
+            "directory, outputs/exp_002 say"
+        )
+    console = make_console(is_first_process())
+    with writing(source.run):
+        found = evaluation.evaluate(source, tasks, options.limit, options.cpu, console)
+        if is_first_process():
+            evaluation.write_evaluation(found, source.run)
+            show_evaluation(console, found)
+            console.print(f"written to {source.run / evaluation.EVALUATION}")
+            if source.final:
+                log_evaluation(found, source.run, source.experiment, options.cpu, console.print)
+
+
+def ask(options: argparse.Namespace) -> None:
+    """The `ask` command.
+
+    Raises:
+        UserError: no such adapter, or it cannot be loaded; no question, or one that is too long.
+    """
+    import torch
+
+    from medqa.model.precision import usable_gpu
+    from medqa.results import ask as asking
+    from medqa.results.adapter import find_adapter, load_adapted
+    from medqa.training.console import make_console, quiet_libraries
+
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens}: at least 1")
+    quiet_libraries()
+    source = find_adapter(options.adapter, options.checkpoint, options.model)
+    adapted = load_adapted(source, torch.device("cuda" if not options.cpu and usable_gpu() else "cpu"))
+    print(asking.NOT_ADVICE, file=sys.stderr, flush=True)
+    console, most = make_console(True), options.max_new_tokens
+    if options.question is not None and not options.json:
+        asking.show_answer(adapted, options.question, most, options.compare, console)
+    elif options.question is not None:
+        asking.answer_lines(adapted, [options.question], most, options.compare)
+    elif sys.stdin.isatty() and not options.json:
+        asking.conversation(adapted, most, options.compare, console)
+    else:
+        asking.answer_lines(adapted, asking.piped_questions(sys.stdin), most, options.compare)
+
+
 def _refuse(command: str) -> None:
     """Say that a command is not there yet.
 
@@ -125,7 +224,7 @@ def _refuse(command: str) -> None:
     raise UserError(f"python -m medqa {command}: not in this version yet")
 
 
-COMMANDS = {"plan": plan, "verify-resume": verify_resume}
+COMMANDS = {"plan": plan, "verify-resume": verify_resume, "evaluate": evaluate, "ask": ask}
 
 
 if __name__ == "__main__":

@@ -41,3 +41,21 @@ def own_accelerator() -> Iterator[None]:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, as small as they come: 4-bit, `[PAD]`, six updates. Not to be changed: copy it."""
+    from accelerate.state import AcceleratorState
+
+    from train import main
+
+    directory = tmp_path_factory.mktemp("tiny") / "run"
+    sets = ("training.max_steps=6", "training.global_batch_size=8", "training.save_steps=2", "evaluation.steps=2")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("OMP_NUM_THREADS", "1")
+        words = ["--exp", "exp_003", "--tiny", "--cpu", "--output-dir", str(directory), "--set", *sets]
+        assert main([*words, "evaluation.samples=0", "tracking.wandb=disabled"]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return directory

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.chaos import TRAIN, Forked
@@ -54,14 +54,24 @@ class Group:
     def __init__(
         self, output_dir: Path, *words: str, processes: int = 1, script: Path = TRAIN, leading: Sequence[str] = ()
     ) -> None:
-        self._log = log_of(output_dir)
+        command = [*leading, "--cpu", "--output-dir", str(output_dir), *words]
+        self._start(log_of(output_dir), command, processes, script, {})
+
+    @classmethod
+    def of(cls, output_dir: Path, words: Sequence[str], processes: int, script: Path, **environment: str) -> "Group":
+        """Another script than `train.py`, with these words; what it prints goes where a run's output does."""
+        group = cls.__new__(cls)
+        group._start(log_of(output_dir), list(words), processes, script, environment)
+        return group
+
+    def _start(self, log: Path, words: list[str], processes: int, script: Path, environment: Mapping[str, str]) -> None:
+        self._log = log
         self._log.touch()
         together = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        command = [*leading, "--cpu", "--output-dir", str(output_dir), *words]
         self.processes = []
         for rank in map(str, range(processes)):
             ranked = together | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
-            self.processes.append(Forked(command, self._log, QUIET | ranked, script))
+            self.processes.append(Forked(words, self._log, QUIET | ranked | environment, script))
 
     def poll(self) -> int | None:
         """None while all run; then the exit code of one that has ended, of one that failed if there is one."""

@@ -25,6 +25,7 @@ class OfflineRun:
     tags: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     history: dict[int, dict[str, Any]] = field(default_factory=dict)  # step -> values, all rows of a step together
+    summary: dict[str, Any] = field(default_factory=dict)  # what was put there by hand
     artifacts: list[Any] = field(default_factory=list)
     metrics: list[Any] = field(default_factory=list)
     finished: bool = False
@@ -58,6 +59,10 @@ def read_offline_run(path: Path) -> OfflineRun:
                     "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
                 }
                 run.history.setdefault(values["_step"], {}).update(values)
+            case "summary":
+                run.summary |= {
+                    "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.summary.update
+                }
             case "artifact":
                 run.artifacts.append(record.artifact)
             case "metric":

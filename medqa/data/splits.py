@@ -150,7 +150,7 @@ def overlap_report(splits: Splits) -> dict[str, dict[str, object]]:
     answer has 13 words). The answer alone, because the question has its own line. Words are runs of letters and digits
     in lower case. "share" is 0.0 where no row could.
     """
-    shared = _shared_with_training(splits)
+    shared = shared_with_training(splits)
     rows = {"validation": splits.validation, "test": splits.test, "held_out": splits.validation + splits.test}
     return {name: _summary([shared[row.id] for row in part]) for name, part in rows.items()}
 
@@ -164,7 +164,7 @@ def _summary(rows: list[dict[str, bool | None]]) -> dict[str, object]:
     return report
 
 
-def _shared_with_training(splits: Splits) -> dict[str, dict[str, bool | None]]:
+def shared_with_training(splits: Splits) -> dict[str, dict[str, bool | None]]:
     """Held-out row id to what it shares with training; None where it has nothing to share."""
     questions = {letters_and_digits(row.question) for row in splits.train}
     answers = {letters_and_digits(row.answer) for row in splits.train}

@@ -51,6 +51,9 @@ def difference_figure(
     if not len(first):
         return None
     low, high = _interval((first - second, counts), _ratio, seed)
+    value = float((first - second).sum() / counts.sum())
+    if len(counts) < 2:
+        return {"value": value, "low": low, "high": high, "p_value": 1.0}
     tested = stats.permutation_test(
         (first, second),
         lambda a, b, axis: (a - b).sum(axis=axis),
@@ -60,7 +63,6 @@ def difference_figure(
         batch=BATCH,
         rng=np.random.default_rng(seed),
     )
-    value = float((first - second).sum() / counts.sum())
     return {"value": value, "low": low, "high": high, "p_value": float(min(1.0, tested.pvalue))}
 
 

@@ -53,7 +53,7 @@ def check_model(model: config.Model, max_length: int) -> Any:
             raise UserError(f"model.base = {model.base}: no such directory; give another with --model, or use --tiny")
         hub_reachable()  # where it is not, what follows fails at once instead of after a minute of retries
     try:
-        loaded = AutoConfig.from_pretrained(_location(model.base), trust_remote_code=False)
+        loaded = AutoConfig.from_pretrained(location(model.base), trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise _cannot_load(model.base, error) from error
     longest = getattr(loaded, "max_position_embeddings", None)
@@ -75,7 +75,7 @@ def load_tokenizer(base: str, pad_token: str) -> PreTrainedTokenizerBase:
         UserError: it cannot be loaded, has no EOS, is not a fast one, or cannot express the prompt as a chat template.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_location(base), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(location(base), trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise _cannot_load(base, error) from error
     except Exception as error:
@@ -223,7 +223,7 @@ def _from_pretrained(
         device = torch.device("cuda", torch.cuda.current_device())
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            _location(base),
+            location(base),
             dtype=precision.dtype,
             quantization_config=four_bit_config(precision.dtype) if quantization == "4bit" else None,
             device_map={"": device},
@@ -262,13 +262,13 @@ def _add_tokens(model: torch.nn.Module, vocabulary: int) -> None:
 def _file(base: str, name: str) -> Path | None:
     """A file of a base model, from its directory or the hub's cache; None where it has no such file."""
     if _is_directory(base):
-        path = Path(_location(base), name)
+        path = Path(location(base), name)
         return path if path.is_file() else None
     found = try_to_load_from_cache(base, name)
     return Path(found) if isinstance(found, str) else None
 
 
-def _location(base: str) -> str:
+def location(base: str) -> str:
     """A local directory with `~` resolved, else the hub id as it is."""
     return os.path.expanduser(base) if _is_directory(base) else base
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,20 +71,26 @@ class Adapted:
     quantization: str
 
 
-def find_adapter(where: str, checkpoint: str | None = None, base: str | None = None) -> Source:
+def find_adapter(
+    where: str,
+    checkpoint: str | None = None,
+    base: str | None = None,
+    data: Mapping[str, str | None] | None = None,
+) -> Source:
     """The adapter that `where` names: a run's directory, an adapter's, or an id on the hub.
 
     Args:
         checkpoint: of a run, `best`, or the update of a checkpoint; None: the final adapter, or the newest checkpoint
             of a run that is not complete.
         base: where the base model is, if not where it was.
+        data: `section.key` of a run's data to where it is, if not where it was.
 
     Raises:
         UserError: there is none; it is damaged, or not LoRA as this project trains it; no such checkpoint.
     """
     path = Path(os.path.expanduser(where))
     if os.path.isfile(path / CONFIG):
-        return _of_run(where, path, checkpoint, base)
+        return _of_run(where, path, checkpoint, {"model.base": base, **(data or {})})
     if checkpoint is not None:
         raise UserError(f"--checkpoint {checkpoint}: {where} is not a run's directory; leave it out")
     if os.path.isdir(path):
@@ -117,9 +124,9 @@ def load_adapted(source: Source, device: torch.device) -> Adapted:
     return Adapted(source, model.eval(), tokenizer, precision, execution, loaded.quantization)
 
 
-def _of_run(where: str, run: Path, checkpoint: str | None, base: str | None) -> Source:
+def _of_run(where: str, run: Path, checkpoint: str | None, locations: Mapping[str, str | None]) -> Source:
     """An adapter of a run."""
-    experiment = load_experiment(str(run / CONFIG), locations={"model.base": base})
+    experiment = load_experiment(str(run / CONFIG), locations=locations)
     experiment = experiment.model_copy(
         update={
             "lora": experiment.lora.model_copy(update={"init_from": None}),
@@ -150,16 +157,25 @@ def _checkpoint(where: str, run: Path, newest: Path, wanted: str) -> Path:
     there = [path.name.rpartition("-")[2] for path in checkpoints(run)]
     step = wanted
     if wanted == "best":
-        try:
-            step = str(STATE.validate_json((newest / STATE_FILE).read_bytes()).best_step)
-        except ValidationError as error:
-            raise UserError(f"{newest}: its {STATE_FILE} is of another version; name a step") from error
+        step = str(_best_step(run, newest))
     if step == "0":
         raise UserError(f"--checkpoint {wanted}: of this run the untuned base was best, and no checkpoint is of that")
     if step not in there:
         what = f"best is update {step}, of which no checkpoint was kept" if wanted == "best" else "no such checkpoint"
         raise UserError(f"--checkpoint {wanted}: {what}; {where} has {', '.join(there)}")
     return run / f"checkpoint-{step}"
+
+
+def _best_step(run: Path, newest: Path) -> int:
+    """The update after which the fixed validation rows had the lowest loss."""
+    try:  # the closing evaluation came after the last checkpoint
+        return int(json.loads((run / "summary.json").read_text(encoding="utf-8"))["best_step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    try:
+        return STATE.validate_json((newest / STATE_FILE).read_bytes()).best_step
+    except ValidationError as error:
+        raise UserError(f"{newest}: its {STATE_FILE} is of another version; name a step") from error
 
 
 def _alone(where: str, directory: Path, base: str | None) -> Source:

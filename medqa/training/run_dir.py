@@ -34,7 +34,7 @@ from medqa.yaml_core import dump_yaml
 CONFIG = "config.yaml"
 RUN_FILE = "run.json"
 ADAPTER_DIR = "lora_adapters"
-FILES = (CONFIG, "data_report.json", "splits.csv", "metrics.jsonl", "summary.json")
+FILES = (CONFIG, "data_report.json", "splits.csv", "metrics.jsonl", "evaluation.json", "summary.json")
 # Files of a tokenizer and a model card, beside those of the adapter.
 ADAPTER_DIR_FILES = {*ADAPTER_FILES, "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 

@@ -1,0 +1,54 @@
+"""What the untuned model gives, kept on disk: the same for every run on that base model and data, so computed once.
+
+In `$MEDQA_CACHE/baselines` (`~/.cache/medqa` where that is not set), as JSON with a checksum, by what it is made of. A
+file that is damaged, or that cannot be written, is as if it were not there.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from medqa.data import token_cache
+from medqa.data.report import write_json
+from medqa.training.manifest import checksum
+
+LONGEST = 500_000_000  # bytes; one that is longer is not ours
+
+
+def find(what: Any) -> Any:
+    """What is kept under `what`, the JSON value that it follows from; None where nothing is."""
+    found = _read(_path(what))
+    return None if found is None else found["value"]
+
+
+def keep(what: Any, value: Any) -> None:
+    """Keep a JSON value; where there is no room or no permission, do without."""
+    with contextlib.suppress(OSError):
+        folder().mkdir(parents=True, exist_ok=True)
+        found = {"value": value}
+        write_json({**found, "checksum": checksum(found)}, _path(what))
+
+
+def folder() -> Path:
+    """Where the files lie."""
+    return token_cache.folder().with_name("baselines")
+
+
+def _path(what: Any) -> Path:
+    """The file of what follows from `what`."""
+    return folder() / f"{checksum(what)}.json"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A file's content; None where it is not there or not whole."""
+    try:
+        if not os.path.isfile(path) or path.stat().st_size > LONGEST:
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or found.keys() != {"value", "checksum"}:
+        return None
+    return found if found.pop("checksum") == checksum(found) else None

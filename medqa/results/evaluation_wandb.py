@@ -1,0 +1,51 @@
+"""The figures of an evaluation in the summary of the run's W&B run."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from medqa.config import Experiment
+from medqa.training.run_dir import ADAPTER_DIR, read_leg
+from medqa.training.tracking import MetricsFile, Tracker
+from medqa.training.wandb_feed import WandbFeed
+from medqa.training.wandb_run import log_adapter, start_wandb, wandb_wanted
+
+
+def log_evaluation(
+    found: Mapping[str, Any], run: Path, experiment: Experiment, cpu: bool, say: Callable[[str], None]
+) -> None:
+    """Put the figures into the summary of the run's W&B run, as `evaluation/<task>/...`; to be called on one process.
+
+    An offline run is told all of training too, so that what is sent last is the whole of it.
+    """
+    leg = read_leg(run)
+    if leg is None or not wandb_wanted(experiment.tracking):
+        return
+    accelerator = Accelerator(cpu=cpu, log_with="wandb")
+    say(start_wandb(accelerator, experiment, run, leg.run_id, {}))
+    feed = WandbFeed(accelerator, say)
+    Tracker(True, MetricsFile(run / "metrics.jsonl")).begin_feed(feed, leg.run_id)
+    values = {f"evaluation/{path}": value for path, value in flat_figures(found["tasks"])}
+    if accelerator.trackers:
+        summary = accelerator.get_tracker("wandb", unwrap=True).summary
+        feed.attempt(lambda: summary.update(values))
+        if feed.first == 0:  # nothing of the run is at W&B yet
+            feed.attempt(
+                lambda: log_adapter(accelerator, experiment.tracking, run / ADAPTER_DIR, leg.run_id), asks=True
+            )
+    feed.finish()
+
+
+def flat_figures(found: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, float]]:
+    """Every figure below, by its place; of its interval and p-value, `/low`, `/high` and `/p_value`."""
+    for name, value in found.items():
+        path = f"{place}/{name}" if place else str(name)
+        if isinstance(value, Mapping) and "value" in value:
+            yield path, value["value"]
+            yield from (
+                (f"{path}/{key}", value[key]) for key in ("low", "high", "p_value") if value.get(key) is not None
+            )
+        elif isinstance(value, Mapping):
+            yield from flat_figures(value, path)

@@ -1,0 +1,60 @@
+"""A run's data again: its rows, their split and their ids, seen to be those that it was trained on."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from medqa.data.sources import Row, load_sources
+from medqa.data.splits import HELD_OUT, Splits, split_rows
+from medqa.data.tokens import Example, tokenize
+from medqa.errors import UserError
+from medqa.results.adapter import Source
+from medqa.training.checkpoint import newest_whole
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The splits, and the examples of the held-out ones, all or so many of each."""
+
+    splits: Splits
+    examples: Mapping[str, Sequence[Example]]
+
+    def rows(self, split: str) -> Sequence[Row]:
+        """The rows of a held-out split that are looked at."""
+        return [example.row for example in self.examples[split]]
+
+
+def load_held_out(source: Source, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> HeldOut:
+    """Read the data of a run anew.
+
+    Args:
+        limit: so many rows of each held-out split, the first ones; None: all.
+
+    Raises:
+        UserError: they cannot be read, or are not those that the run was trained on.
+    """
+    data, tokenization = source.experiment.data, source.experiment.tokenization
+    sources = load_sources(data.medquad, data.afrimedqa, data.mcq_answers)
+    rows = [row for each in sources for row in each.rows]
+    splits = split_rows(rows, data.split, data.split_seed, tuple(data.fractions))
+    trained_on = _fingerprint(source)
+    if trained_on not in (None, splits.fingerprint):
+        raise UserError(
+            f"{source.name}: was trained on other rows, or split otherwise, than {data.medquad} and {data.afrimedqa} "
+            "hold now: rows held out now may have been trained on; give the data of then with --medquad, --afrimedqa"
+        )
+    chosen = {name: getattr(splits, name)[:limit] for name in HELD_OUT}
+    return HeldOut(splits, {name: tokenize(found, tokenizer, tokenization) for name, found in chosen.items()})
+
+
+def _fingerprint(source: Source) -> str | None:
+    """That of the data a run was trained on, None where nothing says so."""
+    newest = newest_whole([source.run])
+    if newest is not None:
+        return newest.identity.fingerprints.data
+    try:
+        return json.loads((source.run / "summary.json").read_text(encoding="utf-8"))["data_fingerprint"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None

@@ -1,0 +1,93 @@
+"""An evaluation on the console: a table a task, each figure with its 95 % interval."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+SYSTEMS = {
+    "untuned": "untuned",
+    "own_template": "untuned, its own chat template",
+    "copied": "answer of the most similar training question",
+    "tuned": "tuned",
+}
+PARTS = {
+    "unseen_topics": "topics not in training",
+    "few_shared_13_grams": "half of 13-grams or fewer in training",
+}
+
+
+def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
+    """All tables of an evaluation."""
+    for task, show in (("loss", _show_loss), ("generation", _show_task), ("mcq", _show_task), ("probes", _show_task)):
+        if task in found["tasks"]:
+            show(console, task, found["tasks"][task])
+
+
+def _show_loss(console: Console, task: str, report: Mapping[str, Any]) -> None:
+    """Of each split: all rows, then parts of them."""
+    for split, part in report.items():
+        table = Table(title=f"loss on {split}, 95 % intervals over rows", title_justify="left")
+        for column in ("rows", "", "perplexity", "answer loss", "answer perplexity", "p"):
+            table.add_column(column)
+        _add_systems(table, f"all {part['rows']:,}", part)
+        for name, source in part["sources"].items():
+            _add_systems(table, f"{name} {source['rows']:,}", source)
+        for name, label in PARTS.items():
+            _add_systems(table, f"{label} {part[name]['rows']:,}", part[name])
+        console.print(table)
+        shared = part["shared_with_training"]
+        console.print(
+            f"{shared['question_or_answer']:.1%} of these rows share a question or an answer with training, "
+            f"{shared['topic']:.0%} of those with a topic its topic, {shared['13_grams']:.0%} over half of their "
+            "13-grams",
+            soft_wrap=True,
+        )
+
+
+def _add_systems(table: Table, label: str, part: Mapping[str, Any]) -> None:
+    """A line for each system, and one for the difference."""
+    for system, name in SYSTEMS.items():
+        if system in part:
+            figures = [part[system].get(key) for key in ("perplexity", "answer_loss", "answer_perplexity")]
+            table.add_row(label, name, *(shown(figure) for figure in figures), "")
+            label = ""
+    if (difference := part.get("difference", {}).get("answer_loss")) is not None:
+        table.add_row(
+            "", "tuned - untuned", "", shown({**difference, "p_value": None}), "", f"{difference['p_value']:.2g}"
+        )
+    table.add_section()
+
+
+def _show_task(console: Console, task: str, report: Mapping[str, Any]) -> None:
+    """Figures by their names, a column a system."""
+    systems = [system for system in SYSTEMS if isinstance(report.get(system), Mapping)]
+    table = Table(title=f"{task}, 95 % intervals", title_justify="left")
+    for column in ("", *(SYSTEMS[system] for system in systems)):
+        table.add_column(column)
+    names = dict.fromkeys(name for system in systems for name in report[system] if _is_figure(report[system][name]))
+    for name in names:
+        table.add_row(name.replace("_", " "), *(shown(report[system].get(name)) for system in systems))
+    console.print(table)
+    for pair, figures in report.get("difference", {}).items():
+        for name, figure in figures.items():
+            console.print(f"{pair}, {name.replace('_', ' ')}: {shown(figure)}", soft_wrap=True)
+
+
+def shown(figure: Mapping[str, Any] | None) -> str:
+    """A figure with its interval and its p-value, as far as it has them."""
+    if figure is None:
+        return ""
+    digits = 2 if abs(figure["value"]) >= 10 else 4
+    text = f"{figure['value']:.{digits}f}"
+    if figure.get("low") is not None:
+        text += f" ({figure['low']:.{digits}f} to {figure['high']:.{digits}f})"
+    if figure.get("p_value") is not None:
+        text += f", p = {figure['p_value']:.2g}"
+    return text
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether it is one figure."""
+    return isinstance(value, Mapping) and "value" in value

@@ -1,0 +1,270 @@
+"""`python -m medqa evaluate`: the loss of the run's summary, with intervals, however computed; what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from launching import Group, finish, output
+from wandb_file import read_finished_run
+
+from medqa.__main__ import main
+from medqa.data.sources import Row
+from medqa.evaluation.loss_report import loss_report
+from medqa.model.base import load_tokenizer
+from medqa.results import baseline, evaluate
+from medqa.results.adapter import find_adapter
+from medqa.results.held_out import load_held_out
+from medqa.results.own_template import own_prompts, with_prompts
+from medqa.tiny import BASE_DIR, MEDQUAD_CSV
+
+EVALUATE = """
+import sys
+from medqa.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path) -> Path:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_run, tmp_path_factory) -> Path:
+    """The run with the loss evaluated."""
+    directory = tmp_path_factory.mktemp("evaluated") / "run"
+    shutil.copytree(tiny_run, directory)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("WANDB_MODE", "disabled")
+        assert main(["evaluate", str(directory), "--tasks", "loss", "--cpu"]) == 0
+    return directory
+
+
+def loss_of(run: Path) -> dict:
+    return json.loads((run / "evaluation.json").read_text())["tasks"]["loss"]
+
+
+def test_the_loss_is_that_of_the_summary(evaluated):
+    told, found = json.loads((evaluated / "summary.json").read_text()), loss_of(evaluated)
+    for split, system, part in (
+        ("validation", "untuned", "baseline"),
+        ("validation", "tuned", "final"),
+        ("test", "tuned", "test"),
+    ):
+        for key, value in told[part].items():
+            figure = found[split][system][key]
+            assert figure["value"] == pytest.approx(value, rel=1e-6)
+            assert figure["low"] < figure["value"] < figure["high"]
+    assert found["test"]["untuned"]["loss"]["value"] > 1.02 * found["test"]["tuned"]["loss"]["value"]
+
+
+def test_the_difference_is_tested_in_pairs(evaluated):
+    for part in loss_of(evaluated).values():
+        difference = part["difference"]["answer_loss"]
+        tuned, untuned = (part[system]["answer_loss"]["value"] for system in ("tuned", "untuned"))
+        assert difference["value"] == pytest.approx(tuned - untuned)
+        assert 0 < difference["p_value"] <= 1
+        assert difference["low"] < difference["value"] < difference["high"]
+
+
+def test_sources_add_up(evaluated):
+    part = loss_of(evaluated)["validation"]
+    assert sum(source["rows"] for source in part["sources"].values()) == part["rows"]
+    total = sum(s["tuned"]["answer_loss"]["value"] * s["answer_tokens"] for s in part["sources"].values())
+    assert total / part["answer_tokens"] == pytest.approx(part["tuned"]["answer_loss"]["value"])
+
+
+def test_what_the_base_gives_is_computed_once(evaluated, tiny_run, run, capsys):
+    assert main(["evaluate", str(run), "--tasks", "loss", "--cpu"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("the untuned base as computed before") == 4  # two splits, two prompts
+    assert told.count("rows of") == 2  # the tuned one alone
+    assert loss_of(run) == loss_of(evaluated)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"value": [[1]], "checksum": "0"}'], ids=["empty", "torn", "changed"])
+def test_a_damaged_baseline_is_computed_again(damage, evaluated, run, monkeypatch, tmp_path, capsys):
+    shutil.copytree(baseline.folder(), tmp_path / "cache" / "baselines")
+    monkeypatch.setenv("MEDQA_CACHE", str(tmp_path / "cache"))
+    kept = list(baseline.folder().glob("*.json"))
+    assert len(kept) >= 4
+    for path in kept:
+        path.write_bytes(damage)
+    assert main(["evaluate", str(run), "--tasks", "loss", "--cpu"]) == 0
+    assert "as computed before" not in capsys.readouterr().out
+    assert loss_of(run) == loss_of(evaluated)
+
+
+def test_neither_rows_at_once_nor_padding_matter(evaluated, run, monkeypatch):
+    monkeypatch.setattr(baseline, "find", lambda what: None)
+    monkeypatch.setattr(evaluate, "enough_tokens", lambda *_: 1)  # one row at a time
+    monkeypatch.setattr("medqa.model.attention.padding_needed", lambda *_: "to see")
+    monkeypatch.setattr("medqa.training.execution.padding_needed", lambda *_: "to see")
+    assert main(["evaluate", str(run), "--tasks", "loss", "--cpu"]) == 0
+    for split, part in loss_of(run).items():
+        for system in ("untuned", "own_template", "tuned"):
+            for key, figure in part[system].items():
+                expected = loss_of(evaluated)[split][system][key]
+                assert figure == pytest.approx(expected, rel=1e-6), (split, system, key)
+
+
+def test_two_processes_find_the_same(evaluated, run, tmp_path):
+    script = tmp_path / "evaluate.py"
+    script.write_text(EVALUATE)
+    words = ["evaluate", str(run), "--tasks", "loss", "--cpu"]
+    both = Group.of(run, words, processes=2, script=script, MEDQA_CACHE=str(tmp_path / "own"), WANDB_MODE="disabled")
+    assert finish(both, run) == 0, output(run)
+    assert output(run).count("loss on validation, 95 %") == 1, "told by the main process alone"
+    for split, part in loss_of(run).items():
+        for system in ("untuned", "own_template", "tuned"):
+            for key, figure in part[system].items():
+                assert figure == pytest.approx(loss_of(evaluated)[split][system][key], rel=1e-6)
+
+
+def test_a_limit_takes_the_first_rows(tiny_run, run):
+    assert main(["evaluate", str(run), "--tasks", "loss", "--limit", "5", "--cpu"]) == 0
+    assert {split: part["rows"] for split, part in loss_of(run).items()} == {"validation": 5, "test": 5}
+    assert json.loads((run / "evaluation.json").read_text())["limit"] == 5
+
+
+def test_another_checkpoint_is_another_evaluation(evaluated, run):
+    assert main(["evaluate", str(run), "--tasks", "loss", "--checkpoint", "2", "--cpu"]) == 0
+    found = json.loads((run / "evaluation.json").read_text())
+    assert (found["step"], found["final"]) == (2, False)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    then = next(line for line in lines if (line["step"], line["split"]) == (2, "eval"))
+    assert then["rows"] == found["tasks"]["loss"]["validation"]["rows"]
+    assert found["tasks"]["loss"]["validation"]["tuned"]["loss"]["value"] == pytest.approx(then["loss"], rel=1e-6)
+
+
+def test_tasks_not_asked_for_are_kept_for_the_same_adapter(run):
+    found = {"step": 1, "final": True, "limit": None, "data_fingerprint": "x", "experiment": {}, "seed": 1}
+    evaluate.write_evaluation({**found, "tasks": {"loss": 1}}, run)
+    evaluate.write_evaluation({**found, "tasks": {"mcq": 2}}, run)
+    assert json.loads((run / "evaluation.json").read_text())["tasks"] == {"loss": 1, "mcq": 2}
+    evaluate.write_evaluation({**found, "step": 2, "tasks": {"mcq": 3}}, run)
+    assert json.loads((run / "evaluation.json").read_text())["tasks"] == {"mcq": 3}
+    (run / "evaluation.json").write_text("{")
+    evaluate.write_evaluation({**found, "tasks": {"mcq": 4}}, run)
+    assert json.loads((run / "evaluation.json").read_text())["tasks"] == {"mcq": 4}
+
+
+def test_wandb_has_the_figures(run, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert main(["evaluate", str(run), "--tasks", "loss", "--limit", "4", "--cpu"]) == 0
+    (path,) = run.glob("wandb/offline-run-*/*.wandb")
+    told = read_finished_run(path)
+    assert told.id == json.loads((run / "run.json").read_text())["run_id"]
+    figure = loss_of(run)["test"]["tuned"]["answer_perplexity"]
+    for name, key in (("", "value"), ("/low", "low"), ("/high", "high")):
+        place = f"evaluation/loss/test/tuned/answer_perplexity{name}"
+        assert told.summary[place] == pytest.approx(figure[key])
+    assert set(told.history) == set(range(7)), "all of training too: what is sent last is the whole run"
+
+
+def test_rows_apart_from_training():
+    rows = [
+        Row("a:0", "a", "q", "x", "Asthma"),
+        Row("a:1", "a", "q", "x", "Malaria"),
+        Row("b:0", "b", "q", "x", None),
+    ]
+    seen = {"question_or_answer": False}
+    shared = {
+        "a:0": seen | {"topic": True, "13_grams": True},
+        "a:1": seen | {"topic": False, "13_grams": False},
+        "b:0": seen | {"topic": None, "13_grams": None},
+    }
+    tuned = np.array([[2.0, 2, 1, 1], [9.0, 3, 3, 1], [4.0, 4, 0, 0]])
+    found = loss_report({"untuned": tuned + np.array([1, 0, 1, 0]), "tuned": tuned}, rows, shared, 0)
+    assert found["tuned"]["loss"]["value"] == pytest.approx(15 / 9)
+    assert found["unseen_topics"]["rows"] == found["few_shared_13_grams"]["rows"] == 1
+    assert found["unseen_topics"]["tuned"]["loss"]["value"] == 3.0
+    assert found["sources"]["b"]["rows"] == 1
+    assert "answer_loss" not in found["sources"]["b"]["tuned"]  # all of its answer was cut off
+    assert found["shared_with_training"] == {"question_or_answer": 0.0, "topic": 0.5, "13_grams": 0.5}
+
+
+def test_the_bases_own_template_stands_before_the_same_answers(tiny_run):
+    source = find_adapter(str(tiny_run))
+    tokenizer = load_tokenizer(source.experiment.model.base, "eos")
+    examples = load_held_out(source, tokenizer, 6).examples["test"]
+    prompts = own_prompts(str(BASE_DIR))
+    for before, now in zip(examples, with_prompts(examples, prompts), strict=True):
+        assert now.input_ids[: now.answer_start].tolist() == prompts(before.row.question)
+        assert now.input_ids[: now.answer_start].tolist() != before.input_ids[: before.answer_start].tolist()
+        assert np.array_equal(now.input_ids[now.answer_start :], before.input_ids[before.answer_start :])
+
+
+def test_a_base_without_a_template_has_none(tmp_path):
+    shutil.copytree(BASE_DIR, tmp_path / "base")
+    for path in (tmp_path / "base" / "chat_template.jinja", tmp_path / "base" / "tokenizer_config.json"):
+        if path.suffix == ".json":
+            path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
+        else:
+            path.unlink(missing_ok=True)
+    assert own_prompts(str(tmp_path / "base")) is None
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--tasks", "loss,speed"], "--tasks loss,speed: no such task: speed; there are loss,generation,mcq,probes"),
+        (["--tasks", ","], "no such task"),
+        (["--limit", "0"], "--limit 0: at least 1"),
+        (["--checkpoint", "7"], "--checkpoint 7: no such checkpoint"),
+        (["--model", "/nonexistent"], "/nonexistent: no such directory"),
+        (["--medquad", "none"], "was trained on other rows, or split otherwise"),
+        (["--medquad", "/nonexistent.csv"], "no such file or directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_refused(words, said, evaluated, run, capsys):
+    shutil.copy(evaluated / "evaluation.json", run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["evaluate", str(run), "--cpu", *words]) == 2
+    assert said in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_an_adapter_alone_is_refused(tiny_run, capsys):
+    assert main(["evaluate", str(tiny_run / "lora_adapters")]) == 2
+    assert "an adapter alone does not say which rows it was not trained on" in capsys.readouterr().err
+
+
+def test_other_rows_under_the_same_name_are_refused(run, tmp_path, capsys):
+    changed = tmp_path / "medquad.csv"
+    changed.write_text(MEDQUAD_CSV.read_text().replace("mites", "ticks"))
+    assert main(["evaluate", str(run), "--cpu", "--medquad", str(changed)]) == 2
+    assert "was trained on other rows" in capsys.readouterr().err
+    shutil.copy(MEDQUAD_CSV, changed)
+    assert main(["evaluate", str(run), "--cpu", "--tasks", "loss", "--medquad", str(changed), "--limit", "2"]) == 0
+
+
+def test_the_untuned_model_is_the_base_itself(evaluated):
+    """Not the adapter at work in part: the loss of the base, loaded by transformers alone, on the first test row."""
+    from transformers import AutoModelForCausalLM
+
+    source = find_adapter(str(evaluated))
+    tokenizer = load_tokenizer(source.experiment.model.base, "eos")
+    example = load_held_out(source, tokenizer, 1).examples["test"][0]
+    base = AutoModelForCausalLM.from_pretrained(BASE_DIR, dtype=torch.float32)
+    ids = torch.tensor(example.input_ids.astype("int64"))[None]
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(base(input_ids=ids).logits[0, :-1], ids[0, 1:]).item()
+    # 4-bit weights are near those of the file; a tuned model is not.
+    assert main(["evaluate", str(evaluated), "--tasks", "loss", "--limit", "1", "--cpu"]) == 0
+    assert loss_of(evaluated)["test"]["untuned"]["loss"]["value"] == pytest.approx(expected, rel=0.02)
