@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -91,9 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(argv)
     if options.command in NOT_YET:
         return exit_code(functools.partial(_refuse, options.command))
+    if options.command == "ask" and options.question is None and rest and not rest[0].startswith("-"):
+        options.question = rest.pop(0)  # argparse looks for one before the first option only
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return exit_code(lambda: COMMANDS[options.command](options))
+    try:
+        return exit_code(lambda: COMMANDS[options.command](options))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def plan(options: argparse.Namespace) -> None:

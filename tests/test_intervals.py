@@ -19,8 +19,8 @@ def test_95_percent_intervals_hold_the_mean_in_about_95_percent():
     random = np.random.default_rng(3)
     held = 0
     for _ in range(200):
-        tokens = random.integers(20, 200, 80)
-        losses = random.gamma(4.0, 0.5, 80)  # mean 2, whatever the length
+        tokens = random.integers(20, 200, 400)
+        losses = random.gamma(4.0, 0.5, 400)  # mean 2, whatever the length
         found = mean_figure(losses * tokens, tokens)
         held += found["low"] <= 2.0 <= found["high"]
     assert 0.90 <= held / 200 <= 0.985

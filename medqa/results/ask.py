@@ -1,6 +1,7 @@
 """`python -m medqa ask`: questions to an adapter, one at a time, each on its own, as in training."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -172,8 +173,12 @@ def piped_questions(stream: TextIO) -> Iterator[str]:
 def answer_lines(adapted: Adapted, questions: Iterator[str] | list[str], most_tokens: int, compare: bool) -> None:
     """One JSON line for each question, as soon as it is answered."""
     for question in questions:
-        sys.stdout.write(json.dumps(as_record(adapted, question, most_tokens, compare), ensure_ascii=False) + "\n")
-        sys.stdout.flush()
+        line = json.dumps(as_record(adapted, question, most_tokens, compare), ensure_ascii=False)
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:  # of a reader that has enough, `head` say
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+            return
 
 
 def printable(text: str) -> str:

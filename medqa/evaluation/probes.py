@@ -1,0 +1,5 @@
+"""stub."""
+
+
+def red_flag(q):
+    return "overdose" if "too many" in q else None

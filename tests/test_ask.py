@@ -1,0 +1,204 @@
+"""`python -m medqa ask`: the training prompt, the answer of the samples, streamed; lines of JSON; bad input."""
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from medqa.__main__ import main
+from medqa.data.sources import load_sources
+from medqa.data.tokens import tokenize
+from medqa.errors import UserError
+from medqa.evaluation.inference import generate_answers
+from medqa.results import ask
+from medqa.results.adapter import Adapted, find_adapter, load_adapted
+from medqa.tiny import AFRIMEDQA_CSV, MEDQUAD_CSV
+
+QUESTIONS = ["What is (are) Asthma ?", "How to prevent Malaria ?", "What are the symptoms of Scabies ?"]
+HARMLESS, RED = "What is (are) Asthma ?", "I took too many paracetamol tablets, what should I do?"
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_run) -> Adapted:
+    return load_adapted(find_adapter(str(tiny_run)), torch.device("cpu"))
+
+
+@pytest.fixture
+def loaded(adapted, monkeypatch) -> Adapted:
+    """Loaded once for all commands of this file; each still finds the adapter itself."""
+    monkeypatch.setattr("medqa.results.adapter.load_adapted", lambda source, device: adapted)
+    return adapted
+
+
+def lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def piped(monkeypatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+
+def test_the_prompt_is_trainings_id_for_id(adapted, monkeypatch):
+    rows = [row for source in load_sources(str(MEDQUAD_CSV), str(AFRIMEDQA_CSV)) for row in source.rows][::40]
+    asked, generate = [], adapted.model.generate
+    monkeypatch.setattr(
+        adapted.model, "generate", lambda **words: asked.append(words["input_ids"]) or generate(**words)
+    )
+    examples = tokenize(rows, adapted.tokenizer, adapted.source.experiment.tokenization)
+    assert len(examples) >= 5
+    for example in examples:
+        ask.answer(adapted, f" {example.row.question}\n", 1)
+        assert asked[-1][0].tolist() == example.input_ids[: example.answer_start].tolist()
+
+
+def test_the_answer_is_that_of_the_batch(adapted):
+    expected = generate_answers(adapted.model, adapted.tokenizer, QUESTIONS, max_new_tokens=24, batch_size=3)
+    for question, other in zip(QUESTIONS, expected, strict=True):
+        found = ask.answer(adapted, question, 24)
+        assert (found.text, found.stopped) == (other.text, other.stopped)
+
+
+def test_what_streams_is_the_answer(adapted):
+    pieces = []
+    found = ask.answer(adapted, HARMLESS, 24, pieces.append)
+    assert len(pieces) >= 2
+    assert "".join(pieces).strip() == found.text
+    assert 1 <= found.tokens <= 24
+
+
+def test_the_base_is_without_the_adapter(adapted):
+    tuned, base = (ask.answer(adapted, HARMLESS, 24, base=base) for base in (False, True))
+    with adapted.model.disable_adapter():
+        (expected,) = generate_answers(adapted.model, adapted.tokenizer, [HARMLESS], max_new_tokens=24, batch_size=1)
+    assert base.text == expected.text
+    assert tuned.text != base.text
+
+
+def test_one_question_on_the_command_line(loaded, tiny_run, capsys):
+    assert main(["ask", str(tiny_run), HARMLESS, "--cpu", "--max-new-tokens", "12"]) == 0
+    told = capsys.readouterr()
+    assert ask.answer(loaded, HARMLESS, 12).text in told.out
+    assert "(cut after 12 tokens)" in told.out
+    assert "Not medical advice" in told.err
+
+
+def test_red_flags_are_answered_with_advice_first(loaded, tiny_run, capsys):
+    assert main(["ask", str(tiny_run), RED, "--cpu", "--max-new-tokens", "8"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(ask.ADVICE)
+    assert told.index(ask.ADVICE) < told.index(ask.answer(loaded, RED, 8).text)
+    assert main(["ask", str(tiny_run), HARMLESS, "--cpu", "--max-new-tokens", "8"]) == 0
+    assert ask.ADVICE not in capsys.readouterr().out
+
+
+def test_both_answers_side_by_side(loaded, tiny_run, capsys):
+    assert main(["ask", str(tiny_run), HARMLESS, "--cpu", "--compare", "--max-new-tokens", "8"]) == 0
+    told = capsys.readouterr().out
+    for name, base in (("base", True), ("tuned", False)):
+        assert f"{name}: {ask.answer(loaded, HARMLESS, 8, base=base).text}" in told
+
+
+def test_side_by_side_on_a_terminal(adapted):
+    from rich.console import Console
+
+    page = io.StringIO()
+    ask.show_answer(adapted, HARMLESS, 8, True, Console(file=page, force_terminal=True, width=200))
+    told = page.getvalue()
+    for base in (True, False):
+        first = ask.answer(adapted, HARMLESS, 8, base=base).text.split()[0]
+        assert first in told
+
+
+def test_json_of_one_question(loaded, tiny_run, capsys):
+    assert main(["ask", str(tiny_run), RED, "--cpu", "--json", "--compare", "--max-new-tokens", "8"]) == 0
+    (record,) = lines(capsys.readouterr().out)
+    assert record["question"] == RED
+    assert record["answer"] == ask.answer(loaded, RED, 8).text
+    assert record["base_answer"] == ask.answer(loaded, RED, 8, base=True).text
+    assert (record["stopped"], record["tokens"], record["step"]) == (False, 8, 6)
+    assert record["red_flag"]
+    assert record["advice"] == ask.ADVICE
+    assert record["note"] == ask.NOT_ADVICE
+
+
+def test_piped_questions_give_a_line_each(loaded, tiny_run, monkeypatch, capsys):
+    too_long = "asthma " * 400
+    piped(monkeypatch, f"{QUESTIONS[0]}\n\n   \n{QUESTIONS[1]}\r\n{too_long}\n".encode() + b"\xff\xfe \x1b[2J?")
+    assert main(["ask", str(tiny_run), "--cpu", "--max-new-tokens", "8"]) == 0
+    found = lines(capsys.readouterr().out)
+    assert [record["question"] for record in found][:2] == QUESTIONS[:2]
+    assert len(found) == 4
+    assert [record["answer"] for record in found[:2]] == [ask.answer(loaded, q, 8).text for q in QUESTIONS[:2]]
+    assert "tokens and the model takes" in found[2]["error"]
+    assert "answer" in found[3]
+
+
+def test_nothing_piped_gives_nothing(loaded, tiny_run, monkeypatch, capsys):
+    piped(monkeypatch, b"\n")
+    assert main(["ask", str(tiny_run), "--cpu"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_question_after_question_each_alone(adapted, monkeypatch, capsys):
+    from medqa.training.console import make_console
+
+    asked = iter([QUESTIONS[0], QUESTIONS[1], "asthma " * 400, QUESTIONS[0], ""])
+    monkeypatch.setattr("builtins.input", lambda *_: next(asked))
+    ask.conversation(adapted, 8, False, make_console(True))
+    told = capsys.readouterr().out
+    assert told.startswith(ask.ALONE)
+    first, second = (ask.answer(adapted, question, 8).text for question in QUESTIONS[:2])
+    assert told.count(first) >= 2, "the same question gets the same answer, whatever came before"
+    assert second in told
+    assert "error: the question has" in told
+    for end in (EOFError, KeyboardInterrupt):
+        monkeypatch.setattr("builtins.input", lambda *_, end=end: (_ for _ in ()).throw(end))
+        ask.conversation(adapted, 8, False, make_console(True))
+
+
+def test_another_checkpoint_answers(tiny_run, capsys):
+    for step in ("2", "best"):
+        assert main(["ask", str(tiny_run), HARMLESS, "--cpu", "--json", "--checkpoint", step]) == 0
+    steps = [record["step"] for record in lines(capsys.readouterr().out)]
+    assert steps == [2, json.loads((tiny_run / "summary.json").read_text())["best_step"]]
+
+
+def test_an_adapter_without_its_run_answers(tiny_run, tmp_path, capsys):
+    shutil.copytree(tiny_run / "lora_adapters", tmp_path / "adapter")
+    assert main(["ask", str(tmp_path / "adapter"), HARMLESS, "--cpu", "--json", "--max-new-tokens", "8"]) == 0
+    (record,) = lines(capsys.readouterr().out)
+    assert record["adapter"] == str(tmp_path / "adapter")
+    assert record["answer"]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([""], "the question is empty"),
+        (["  \n"], "the question is empty"),
+        (["asthma " * 400], "the model takes"),
+        (["x", "--max-new-tokens", "0"], "--max-new-tokens 0: at least 1"),
+        (["x", "--checkpoint", "3"], "no such checkpoint"),
+    ],
+)
+def test_what_is_refused(words, said, loaded, tiny_run, capsys):
+    assert main(["ask", str(tiny_run), "--cpu", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_no_run_and_no_adapter(tmp_path: Path, capsys):
+    assert main(["ask", str(tmp_path), "x"]) == 2
+    assert "neither a run's directory" in capsys.readouterr().err
+
+
+def test_answers_command_no_terminal():
+    assert ask.printable("a\x1b[2Jb\x07\x9b31m\u202ec\n\td") == "a\ufffd[2Jb\ufffd\ufffd31m\ufffdc\n\td"
+
+
+def test_a_question_that_is_too_long_is_named(adapted):
+    with pytest.raises(UserError, match=r"the question has [\d,]+ tokens and the model takes [\d,]+; shorten it"):
+        ask.answer(adapted, "asthma " * 5000, 8)
