@@ -274,9 +274,10 @@ def test_an_unfinished_run_is_shown_as_such(page, three, tmp_path):
     begun = make_run(tmp_path / "begun", "exp_001", upto=1)
     (begun / "metrics.jsonl").unlink()
     assert reread(begun, three[1])[0].state == "unfinished: 0 of 20 updates"
-    text = render(compared(begun, make_run(tmp_path / "too", "exp_002", upto=5)))
-    assert "nothing yet: begun and too not finished" in text
-    assert "nothing recorded yet" in text
+    text = render(compared(begun, make_run(tmp_path / "same", "exp_001", upto=5), make_run(tmp_path / "o", "exp_002")))
+    assert "nothing yet: begun and same not finished" in text
+    assert "which of them made the difference; and begun not finished" in text
+    assert "nothing recorded yet" in render(compared(begun, three[2]))
 
 
 def full(tmp_path):

@@ -87,6 +87,7 @@ def _against_all(
     runs: Sequence[Run], title: str, layers: Sequence[tuple[Callable[[Run], Curve], str, Sequence[Run]]]
 ) -> list[Plot]:
     """One plot for each x axis."""
+    from matplotlib.ticker import EngFormatter
 
     def draw(axes: "Axes", axis: str) -> None:
         for curve_of, kind, drawn in layers:
@@ -101,6 +102,8 @@ def _against_all(
                 axes.plot(found.x[axis], found.y, **style)
         axes.set_xlabel(AXES[axis])
         axes.set_ylabel("nats a token")
+        axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k: on a phone there is no room for 20000
 
     return [
         _plot(f"{title}, against {words}", lambda axes, axis=axis: draw(axes, axis)) for axis, words in AXES.items()

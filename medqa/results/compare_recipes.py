@@ -112,14 +112,15 @@ def shown(value: Any) -> str:
 def conclusion(pair: Pair, all_pairs: Sequence[Pair]) -> str:
     """What the difference between two runs says, and what it does not."""
     unfinished = [run.label for run in (pair.first, pair.second) if not run.finished]
+    if len(pair.keys) > 1:
+        text = f"{len(pair.keys)} settings at once: does not say which of them made the difference"
+        return text + f"; and {' and '.join(unfinished)} not finished" * bool(unfinished)
     if unfinished:
         return f"nothing yet: {' and '.join(unfinished)} not finished"
     if not pair.keys:
         return "the same recipe twice: any difference is that of the machines"
     if pair.keys == (SEED,):
         return f"another seed alone: the noise that other differences have to exceed{_gap(pair)}"
-    if len(pair.keys) > 1:
-        return f"{len(pair.keys)} settings at once: does not say which of them made the difference"
     key = pair.keys[0]
     if key in MEASURED or key.startswith("data.") or key == CONTENTS:
         return f"{key} alone, but with it the tokens that perplexity is of: the perplexities are not comparable"
