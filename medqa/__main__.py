@@ -45,8 +45,10 @@ def command_parser() -> argparse.ArgumentParser:
         "conclusions the comparison does not allow, and the commands of the runs that would allow them.",
         allow_abbrev=False,
     )
-    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a directory that train.py wrote")
-    compare.add_argument("--out", type=Path, default=Path("compare.html"), metavar="FILE", help="(compare.html)")
+    compare.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="directories that train.py wrote, two or more"
+    )
+    compare.add_argument("--out", type=Path, default=Path("compare.html"), metavar="FILE", help="default: compare.html")
     compare.add_argument("--force", action="store_true", help="replace a file that this command did not write")
     compare.add_argument("--json", action="store_true", help="print the numbers as JSON instead of tables")
     verify = commands.add_parser(

@@ -444,6 +444,14 @@ def test_rows_that_differ_are_told(tmp_path):
     said(compared(one, other), "one: 20.0% of its held-out rows", "flatters")
 
 
+def test_other_machines_are_told(tmp_path):
+    one, two = make_run(tmp_path / "one", "exp_001"), make_run(tmp_path / "two", "exp_001", "lora.r=4")
+    assert not [warning for warning in compared(one, two).warnings if "of other machines" in warning]
+    summary = json.loads((two / "summary.json").read_text())
+    (two / "summary.json").write_text(json.dumps(summary | {"memory_device": "Tesla T4"}))
+    assert "memory_device (one: cpu; two: Tesla T4)" in said(compared(one, two), "of other machines")
+
+
 def test_figures_of_an_evaluation_are_shown_with_intervals(page, three, tmp_path):
     run = reread(*three)[0]
     found = perplexity(run)

@@ -90,6 +90,7 @@ def _against_all(
     from matplotlib.ticker import EngFormatter
 
     def draw(axes: "Axes", axis: str) -> None:
+        """All layers against this axis."""
         for curve_of, kind, drawn in layers:
             for run in drawn:
                 found, style = curve_of(run), styles(runs.index(run))

@@ -103,7 +103,10 @@ def _costs(runs: Sequence[Run]) -> Table:
     """Speed, padding, memory, time."""
     rows = [(run.label, *_cost(performance(run))) for run in runs]
     head = ("run", "target tokens/s", "examples/s", "padding", "peak memory", "measured on", "time")
-    note = "speed over the recorded updates, without evaluation and saving; time with both"
+    note = (
+        "speed over the recorded updates, without evaluation and saving; time with both; measured once, with whatever "
+    )
+    note += "else the machine did meanwhile"
     return Table("speed, memory, time", head, rows, note)
 
 

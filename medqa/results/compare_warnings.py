@@ -129,15 +129,18 @@ def _overlap(runs: Sequence[Run]) -> list[str]:
 
 def _subset(runs: Sequence[Run]) -> list[str]:
     """Curves whose points are not of the same rows."""
-    said = []
-    for run in runs:
-        rows = [number(run.validation[step].get("rows")) for step in sorted(run.validation)]
-        if rows and rows[0] is not None and (fewer := [n for n in rows if n is not None and n < rows[0]]):
-            said.append(
-                f"{run.label}: validation during training is on a fixed subset of {fewer[0]:.0f} of {rows[0]:.0f} "
-                "rows, before and after it on all: the ends of the curve are of other rows than its middle"
-            )
-    return said
+    return [
+        f"{labels}: validation during training is on a fixed subset of {counts[0]:.0f} of {counts[1]:.0f} rows, before "
+        "and after it on all: the ends of the curve are of other rows than its middle"
+        for counts, labels in groups(runs, _fewest_and_first).items()
+        if counts is not None and counts[0] < counts[1]
+    ]
+
+
+def _fewest_and_first(run: Run) -> tuple[float, float] | None:
+    """The fewest rows of a run's validations, and those of its first one; None where not recorded."""
+    rows = [record["rows"] for _, record in sorted(run.validation.items()) if "rows" in record]
+    return (min(rows), rows[0]) if rows else None
 
 
 def _machines(runs: Sequence[Run]) -> list[str]:
