@@ -17,7 +17,7 @@ from medqa.errors import UserError, exit_code, writing
 from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
 from medqa.options import add_run_options, locations, run_words
 
-NOT_YET = ("compare", "export")
+NOT_YET = ("export",)
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
@@ -38,6 +38,20 @@ def command_parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu", metavar="NAME_OR_GIB", help="plan for t4, l4, a10, a100, h100, h200 or so many GiB")
     plan.add_argument("--tflops", type=float, metavar="RATE", help="TFLOP/s that the machine keeps up, for the time")
     plan.add_argument("--json", action="store_true", help="print JSON, all memory in bytes")
+    compare = commands.add_parser(
+        "compare",
+        help="runs side by side, on the console and as one HTML page, and what they do not allow to conclude",
+        description="Reads the directories of two runs or more, finished or not, and writes one page that needs no "
+        "network: settings that differ, losses, perplexity, speed, memory, time, evaluations, sample answers; which "
+        "conclusions the comparison does not allow, and the commands of the runs that would allow them.",
+        allow_abbrev=False,
+    )
+    compare.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="directories that train.py wrote, two or more"
+    )
+    compare.add_argument("--out", type=Path, default=Path("compare.html"), metavar="FILE", help="default: compare.html")
+    compare.add_argument("--force", action="store_true", help="replace a file that this command did not write")
+    compare.add_argument("--json", action="store_true", help="print the numbers as JSON instead of tables")
     verify = commands.add_parser(
         "verify-resume",
         help="kill a run again and again, and see that it ends bit for bit as if it had been left alone",
@@ -122,6 +136,17 @@ def plan(options: argparse.Namespace) -> None:
         print(json.dumps(found, indent=2))
     else:
         show_forecast(make_console(True), found)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """The `compare` command.
+
+    Raises:
+        UserError: a directory holds no run, or the page has no place.
+    """
+    from medqa.results.compare import compare as compare_directories
+
+    compare_directories(options.runs, options.out, force=options.force, numbers=options.json)
 
 
 def verify_resume(options: argparse.Namespace) -> None:
@@ -230,7 +255,7 @@ def _refuse(command: str) -> None:
     raise UserError(f"python -m medqa {command}: not in this version yet")
 
 
-COMMANDS = {"plan": plan, "verify-resume": verify_resume, "evaluate": evaluate, "ask": ask}
+COMMANDS = {"plan": plan, "evaluate": evaluate, "ask": ask, "compare": compare, "verify-resume": verify_resume}
 
 
 if __name__ == "__main__":

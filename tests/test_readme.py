@@ -44,6 +44,8 @@ def test_commands_of_the_package_parse():
     for words in found:
         options, rest = command_parser().parse_known_args(words)
         assert not rest
+        if options.command == "compare":
+            continue  # of directories
         load_experiment(options.exp, tiny=options.tiny, sets=options.set)
 
 
@@ -57,8 +59,8 @@ def test_verify_resume_refuses_what_it_cannot_do(words, said, capsys):
 
 
 def test_commands_that_are_not_there_yet_say_so(capsys):
-    assert main(["compare", "a", "b"]) == 2
-    assert "python -m medqa compare: not in this version yet" in capsys.readouterr().err
+    assert main(["ask", "a", "b"]) == 2
+    assert "python -m medqa ask: not in this version yet" in capsys.readouterr().err
 
 
 @pytest.mark.slow

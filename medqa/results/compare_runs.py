@@ -1,0 +1,230 @@
+"""What the directory of a run says of it, read as it stands: it may be at work right now, killed, or edited by hand.
+
+Not here: what several of them say together (`compare_recipes.py`, `compare_warnings.py`), and how it is shown.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medqa.config import Experiment, flat
+from medqa.errors import UserError, together
+from medqa.experiment_file import load_experiment
+from medqa.yaml_core import load_yaml
+
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+EVALUATION, DATA_REPORT = "evaluation.json", "data_report.json"
+DEEPEST = 12  # how far figures of an evaluation may be nested
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of an evaluation, with the ends of its interval and the p-value where it has them."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        label: how it is called here: the name of its directory, or all of its path where that is not unique.
+        in_effect: `section.key` to what was used where that is not what the configuration asks for.
+        train, validation: its records by update, figures that are not finite left out.
+        summary, evaluation, data_report: empty where there is none.
+        figures: of the evaluation, by path (`loss.test.tuned.answer_perplexity`).
+        damage: what could not be read, in words.
+    """
+
+    label: str
+    directory: Path
+    experiment: Experiment
+    in_effect: dict[str, Any]
+    train: dict[int, Json] = field(default_factory=dict)
+    validation: dict[int, Json] = field(default_factory=dict)
+    summary: Json = field(default_factory=dict)
+    evaluation: Json = field(default_factory=dict)
+    data_report: Json = field(default_factory=dict)
+    figures: dict[str, Figure] = field(default_factory=dict)
+    damage: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """`section.key` to what was in effect."""
+        asked = flat(self.experiment)
+        return asked | {key: used for key, used in self.in_effect.items() if key in asked}
+
+    @property
+    def max_steps(self) -> int:
+        """Updates that the run is to have."""
+        return self.experiment.training.max_steps or 0
+
+    @property
+    def updates(self) -> int:
+        """Updates that are recorded."""
+        return max((*self.train, *self.validation, int(number(self.summary.get("updates")) or 0)))
+
+    @property
+    def finished(self) -> bool:
+        """Whether it went to its end, as `training/run_dir.py` has it."""
+        whole = isinstance(self.summary.get("final"), dict)
+        return whole and self.summary.get("updates") == self.max_steps
+
+    @property
+    def state(self) -> str:
+        """Whether it is finished, in words."""
+        return "finished" if self.finished else f"unfinished: {self.updates:,} of {self.max_steps:,} updates"
+
+    @property
+    def data_fingerprint(self) -> str | None:
+        """Of rows and their splits; None where nothing says it."""
+        found = self.data_report.get("fingerprint", self.summary.get("data_fingerprint"))
+        return found if isinstance(found, str) else None
+
+
+def number(value: Any) -> float | None:
+    """A figure that anyone may have written: finite and of a size that occurs, or None."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and -1e18 < value < 1e18
+    return float(value) if usable else None
+
+
+def printable(text: str) -> str:
+    """Text without what would steer a terminal, turn the direction of writing, or be no character at all."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def part(record: Any, *keys: str) -> Any:
+    """What lies at `keys` in nested objects, None where it does not."""
+    for key in keys:
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs in these directories.
+
+    Raises:
+        UserError: fewer than two, one of them twice, or directories of which nothing can be shown, in one message.
+    """
+    real = [os.path.realpath(path) for path in paths]
+    twice = sorted({str(path) for i, path in enumerate(paths) if real[i] in real[:i]})
+    if twice:
+        raise UserError(f"{', '.join(twice)}: given twice; name each run once")
+    if len(paths) < 2:
+        raise UserError("compare: name two runs or more, outputs/exp_001 outputs/exp_002 say")
+    names = [os.path.basename(path) for path in real]
+    labels = [_one_line(name if names.count(name) == 1 else str(path)) for name, path in zip(names, paths, strict=True)]
+    named = zip(paths, labels, strict=True)
+    return together(*(lambda path=path, label=label: read_run(path, label) for path, label in named))
+
+
+def read_run(directory: Path, label: str) -> Run:
+    """The run in this directory.
+
+    Raises:
+        UserError: it holds no run, or its configuration cannot be read.
+    """
+    config = directory / CONFIG
+    if not os.path.isfile(config):
+        what = "holds no run (no config.yaml)" if os.path.isdir(directory) else "no such directory"
+        raise UserError(f"{directory}: {what}; give the directory that train.py wrote, outputs/exp_002 say")
+    experiment = load_experiment(str(config.absolute()))
+    damage: list[str] = []
+    train, validation = _metrics(directory / METRICS, damage)
+    evaluation = _object(directory / EVALUATION, damage)
+    return Run(
+        label=label,
+        directory=directory,
+        experiment=experiment,
+        in_effect=_in_effect(config),
+        train=train,
+        validation=validation,
+        summary=_object(directory / SUMMARY, damage),
+        evaluation=evaluation,
+        data_report=_object(directory / DATA_REPORT, damage),
+        figures=dict(_figures(evaluation.get("tasks"))),
+        damage=tuple(damage),
+    )
+
+
+def _one_line(text: str) -> str:
+    """A name as it can be shown; a file name may have line ends, and bytes that are no text."""
+    return " ".join(printable(text).split())
+
+
+def _in_effect(config: Path) -> dict[str, Any]:
+    """What was used instead of what was asked for, by `section.key`."""
+    said = part(load_yaml(config.read_text(encoding="utf-8-sig"), str(config)), "in_effect")
+    changes = said if isinstance(said, dict) else {}
+    return {key: used for key, change in changes.items() if isinstance(used := part(change, "used"), str | int | float)}
+
+
+def _object(path: Path, damage: list[str]) -> Json:
+    """A JSON file's object; empty where the file is absent, or damaged, which is noted."""
+    if not os.path.lexists(path):
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict):
+        return found
+    damage.append(f"{path.name} cannot be read and is left out")
+    return {}
+
+
+def _metrics(path: Path, damage: list[str]) -> tuple[dict[int, Json], dict[int, Json]]:
+    """The records of training and of validation, by update.
+
+    A last line without its end is one that is being written, or that a kill cut short: a resume repeats it.
+    """
+    found: dict[str, dict[int, Json]] = {"train": {}, "eval": {}, "test": {}}
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if os.path.lexists(path) else []
+    except OSError:
+        damage.append(f"{path.name} cannot be read and is left out")
+        lines = []
+    bad, not_finite = 0, 0
+    for line in lines:
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        step, split = part(record, "step"), part(record, "split")
+        if not isinstance(step, int) or number(step) is None or step < 0 or not isinstance(split, str):
+            bad += 1
+            continue
+        figures = {key: value for key, value in record.items() if isinstance(value, int | float)}
+        kept = {key: value for key, said in figures.items() if (value := number(said)) is not None}
+        not_finite += len(figures) - len(kept)
+        found.setdefault(split, {})[step] = kept
+    if bad:
+        damage.append(f"{bad} damaged line(s) of {path.name} are left out")
+    if not_finite:
+        damage.append(f"{not_finite} figure(s) of {path.name} are not finite and left out")
+    return found["train"], found["eval"]
+
+
+def _figures(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Figure]]:
+    """Every object with a `value` below a node, by its path."""
+    if not isinstance(node, dict) or len(path) > DEEPEST:
+        return
+    if "value" in node and not isinstance(node["value"], dict):
+        yield (
+            _one_line(".".join(path)),
+            Figure(*(number(node.get(key)) for key in ("value", "low", "high", "p_value"))),
+        )
+        return
+    for key, value in node.items():
+        yield from _figures(value, (*path, key))

@@ -1,0 +1,635 @@
+"""`python -m medqa compare`: what it reads, what it says and does not say, its commands, and its page."""
+
+import ast
+import errno
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+import train
+from medqa.__main__ import main
+from medqa.config import flat
+from medqa.experiment_file import load_experiment, parse_sets
+from medqa.options import parse_options
+from medqa.results.compare_figures import curve, performance, perplexity, samples
+from medqa.results.compare_plots import plots
+from medqa.results.compare_recipes import CONTENTS, conclusion, one_changes, pairs, recipe, word
+from medqa.results.compare_runs import read_runs
+from medqa.results.compare_tables import Comparison, compare_runs, evaluation_tables, main_tables
+from medqa.results.page import OWN_MARK, render
+from medqa.yaml_core import dump_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+HOSTILE_NAME = "$x_<script>alert(1)</script> & 'co'"
+HOSTILE_ANSWER = "</p></style><img src=http://evil.example/x onerror=alert(2)> {{ 7 * 7 }}"
+RECIPES = ("exp_001", "exp_002", "exp_003")
+
+
+def eval_record(step, loss, rows=28):
+    return {"step": step, "split": "eval", "elapsed_s": step + 1.0, "loss": loss, "perplexity": math.exp(loss)} | {
+        "answer_loss": loss + 0.5,
+        "answer_perplexity": math.exp(loss + 0.5),
+        "tokens": 2390,
+        "rows": rows,
+    }
+
+
+def make_run(directory, exp, *sets, tiny=True, upto=None, every=1, fingerprint="f", evaluation=None, in_effect=None):
+    """A run's files, as training writes them; unfinished where it only went `upto` an update."""
+    directory.mkdir(parents=True)
+    experiment = load_experiment(exp, tiny=tiny, sets=["training.max_steps=20", *sets] if tiny else sets)
+    written = {**experiment.model_dump(), "gradient_accumulation_steps": 8, "in_effect": in_effect or {}}
+    dump_yaml(written, directory / "config.yaml")
+    last, batch = upto or experiment.training.max_steps, experiment.training.global_batch_size
+    records = [eval_record(0, 4.0)]
+    for step in range(every, last + 1, every):
+        records.append(
+            {"step": step, "split": "train", "elapsed_s": step + 0.5, "loss": 4 - step / last, "learning_rate": 1e-2}
+            | {"tokens": 1000, "examples_seen": step * batch, "tokens_seen": 1000 * step, "update_s": 0.5}
+            | {"tokens_per_s": 2000.0, "padding_share": 0.25, "peak_memory_bytes": 2**29, "overflows": 0}
+        )
+        if step % 10 == 0:
+            records.append(eval_record(step, 4 - 0.8 * step / last))
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (directory / "metrics.jsonl").write_text(lines)
+    (directory / "data_report.json").write_text(json.dumps({"fingerprint": fingerprint, "padding_share": 0.2}))
+    if upto is None:
+        part = {"loss": 3.2, "perplexity": 24.5, "answer_loss": 3.7, "answer_perplexity": 40.4473}
+        summary = {"experiment": exp, "baseline": part, "final": part, "test": part, "updates": last, "processes": 1}
+        summary |= {"wall_clock_s": 99.0, "peak_memory_bytes": 2**30, "memory_device": "cpu", "cpu_threads": 1}
+        (directory / "summary.json").write_text(json.dumps(summary | {"data_fingerprint": fingerprint}))
+    if evaluation is not None:
+        (directory / "evaluation.json").write_text(json.dumps(evaluation))
+    return directory
+
+
+def evaluated(tuned="tuned", step=20, limit=None, value=41.25):
+    """An evaluation as `python -m medqa evaluate` writes it."""
+    figure = {"value": value, "low": 38.5, "high": 44.0}
+    answers = [
+        {"id": "medquad:1", "question": "What <b>is</b> it?", "reference": "That.", "untuned": "?", "tuned": tuned}
+    ]
+    generation = {"rouge_l": {"tuned": {"value": 0.31, "p_value": 0.004}}, "samples": answers}
+    both = {"untuned": {"answer_perplexity": {"value": 143.0}}, "tuned": {"answer_perplexity": figure}}
+    return {"step": step, "limit": limit, "tasks": {"loss": {"test": both}, "generation": generation}}
+
+
+def reread(*paths):
+    return read_runs([Path(path) for path in paths])
+
+
+def compared(*paths) -> Comparison:
+    return compare_runs([Path(path) for path in paths])
+
+
+def said(comparison, *words):
+    """The one warning with all these words."""
+    found = [warning for warning in comparison.warnings if all(word in warning for word in words)]
+    assert len(found) == 1, (words, comparison.warnings)
+    return found[0]
+
+
+class Page(HTMLParser):
+    """What a page holds, as a browser reads it."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.titles, self.warnings, self.labels, self.rows = [], [], [], [], []
+        self.commands, self.text, self._into = [], "", None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        named = dict(attributes)
+        self.tags.append((tag, named))
+        where = {"figcaption": self.titles, "bdi": self.labels, "tr": self.rows}.get(tag)
+        where = {"warning": self.warnings, "command": self.commands}.get(named.get("class"), where)
+        if where is not None:
+            where.append("")
+            self._into = where
+
+    handle_startendtag = handle_starttag
+
+    def handle_endtag(self, tag):
+        if tag in ("figcaption", "bdi", "tr", "li", "pre"):
+            self._into = None
+
+    def handle_data(self, data):
+        self.text += data
+        if self._into is not None:
+            self._into[-1] += data
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """The three recipes: the first with an evaluation and a hostile name, the last at work right now."""
+    root = tmp_path_factory.mktemp("runs")
+    first = make_run(
+        root / "a" / HOSTILE_NAME.replace("/", "\N{DIVISION SLASH}"), "exp_001", evaluation=evaluated(HOSTILE_ANSWER)
+    )
+    second = make_run(root / "exp_002-tiny", "exp_002")
+    third = make_run(root / "exp_003-tiny", "exp_003", upto=12)
+    with (third / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "split": "tr')
+    return [first, second, third]
+
+
+@pytest.fixture(scope="module")
+def text(three):
+    return render(compared(*three))
+
+
+@pytest.fixture(scope="module")
+def page(text):
+    return Page(text)
+
+
+def test_a_real_run_is_read(tmp_path, capsys):
+    real, other = tmp_path / "real", make_run(tmp_path / "other", "exp_001", "lora.r=4")
+    words = ["--exp", "exp_001", "--tiny", "--cpu", "--output-dir", str(real), "--set", "training.max_steps=2"]
+    words += ["evaluation.samples=0", "tracking.wandb=disabled", "evaluation.rows=8", "evaluation.steps=1"]
+    try:
+        assert train.main(words) == 0
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    capsys.readouterr()
+    assert main(["compare", str(real), str(other), "--out", str(tmp_path / "p.html"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    summary = json.loads((real / "summary.json").read_text())
+    run = found["runs"][0]
+    assert (run["run"], run["finished"], run["updates"], run["damage"]) == ("real", True, 2, [])
+    assert run["answer_perplexity"]["validation"] == summary["final"]["answer_perplexity"]
+    assert run["answer_perplexity"]["validation_untuned"] == summary["baseline"]["answer_perplexity"]
+    assert run["answer_perplexity"]["test"]["value"] == summary["test"]["answer_perplexity"]
+    assert run["performance"]["wall_clock_s"] == summary["wall_clock_s"]
+    assert run["performance"]["memory_device"] == "cpu"
+    records = [json.loads(line) for line in (real / "metrics.jsonl").read_text().splitlines()]
+    updates = [record for record in records if record["split"] == "train"]
+    assert run["performance"]["tokens_per_s"] == pytest.approx(updates[1]["tokens_per_s"])
+    assert run["losses"]["train"]["loss"] == [record["loss"] for record in updates]
+    assert run["losses"]["train"]["tokens"] == [record["tokens_seen"] for record in updates]
+    assert run["losses"]["validation"]["updates"] == [0, 1, 2]
+    assert run["losses"]["validation"]["examples"] == [0, 32, 64]
+    assert found["differences"].keys() >= {"lora.r", "training.max_steps"}
+    used = {"real": "bf16 (in effect: no)", "other": "bf16"}  # the other one was made up without
+    assert found["differences"]["training.mixed_precision"] == used
+    assert any("subset of 8 of 28 rows" in warning for warning in found["warnings"])
+    assert [p["change"] for p in found["proposals"]][:1] == [{"lora.r": 4}]
+    assert OWN_MARK in (tmp_path / "p.html").read_bytes()
+
+
+def test_the_page_holds_every_run_plot_and_warning(page, three):
+    comparison = compared(*three)
+    for run in comparison.runs:
+        assert run.label in page.labels
+    titles = page.titles
+    assert len(titles) == len(set(titles)) == 7
+    for axis in ("updates", "examples seen", "target tokens seen"):
+        assert sum(title.endswith(axis) for title in titles) == 2
+    assert page.warnings == comparison.warnings
+    assert len(page.warnings) >= 4
+    assert [command.strip() for command in page.commands] == [p.command for p in comparison.proposals]
+    svgs = [named for tag, named in page.tags if tag == "svg" and named.get("role") == "img"]
+    assert [named["aria-label"] for named in svgs] == titles
+    for table in (*main_tables(comparison), *evaluation_tables(comparison.runs)):
+        for row in table.rows:
+            assert "".join(row) in [shown.strip() for shown in page.rows]
+
+
+def test_the_page_needs_nothing_else(page, text):
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "img", "link", "iframe", "object", "embed", "base", "form", "video"}
+    metas = [named for tag, named in page.tags if tag == "meta"]
+    policy = next(named["content"] for named in metas if named.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+    assert any(named.get("content") == "width=device-width, initial-scale=1" for named in metas)
+    for tag, named in page.tags:
+        assert not any(name.startswith("on") for name in named), tag
+        for name, value in named.items():
+            if name in ("src", "href", "xlink:href", "action"):
+                assert value.startswith("#"), (tag, value)
+            if "://" in (value or ""):
+                assert name.startswith("xmlns"), (tag, name, value)
+    assert text.count("@media (prefers-color-scheme: dark)") == 1
+    ours = set(re.findall(r"var\((--[a-z0-9-]+)\)", text))
+    assert len(ours) >= 10
+    for name in ours:  # each colour twice: light, dark
+        assert len(re.findall(rf"{name}: #[0-9a-f]{{6}}\b", text)) == 2, name
+    assert "@import" not in text
+    assert "url(http" not in text
+
+
+def test_ids_of_the_plots_do_not_collide(page):
+    ids = [named["id"] for _, named in page.tags if "id" in named]
+    assert len(ids) > 300
+    assert len(ids) == len(set(ids))
+    wanted = [named["xlink:href"][1:] for _, named in page.tags if "xlink:href" in named]
+    wanted += [v[5:-1] for _, named in page.tags for v in named.values() if (v or "").startswith("url(#")]
+    assert len(wanted) > 100
+    assert set(wanted) <= set(ids)
+
+
+def test_what_comes_from_runs_is_text(page, text):
+    assert HOSTILE_ANSWER in page.text
+    assert "What <b>is</b> it?" in page.text
+    assert "alert(1)" in page.text
+    assert "<script" not in text
+    assert "<img" not in text
+    assert "<b>" not in text
+    assert page.text.count("$x_<script") >= 5  # also in a plot, where it is no formula
+
+
+def test_a_formula_in_a_name_is_no_formula(tmp_path):
+    runs = reread(make_run(tmp_path / r"$\frac{1}{$", "exp_001"), make_run(tmp_path / "$x^2$", "exp_001"))
+    drawn = plots(runs)[-1][0].svg
+    assert r"$\frac{1}{$" in drawn
+    assert "$x^2$" in drawn
+
+
+def test_the_page_is_the_same_for_the_same_files(three, text):
+    assert render(compared(*three)) == text
+
+
+def test_an_unfinished_run_is_shown_as_such(page, three, tmp_path):
+    run = reread(*three)[2]
+    assert run.state == "unfinished: 12 of 20 updates"
+    assert not run.damage  # a line that is being written is no damage
+    assert page.text.count("unfinished: 12 of 20 updates") >= 3  # legend, warning, table
+    assert "at update 10" in page.text
+    found = perplexity(run)
+    assert (found.update, found.test.value) == (10, None)
+    assert performance(run).wall_clock_s == 12.5
+    longer = shutil.copytree(three[1], tmp_path / "longer")  # it ended once, and goes on
+    config = (longer / "config.yaml").read_text()
+    (longer / "config.yaml").write_text(config.replace("max_steps: 20", "max_steps: 30"))
+    assert reread(longer, three[1])[0].state == "unfinished: 20 of 30 updates"
+    begun = make_run(tmp_path / "begun", "exp_001", upto=1)
+    (begun / "metrics.jsonl").unlink()
+    assert reread(begun, three[1])[0].state == "unfinished: 0 of 20 updates"
+    text = render(compared(begun, make_run(tmp_path / "same", "exp_001", upto=5), make_run(tmp_path / "o", "exp_002")))
+    assert "nothing yet: begun and same not finished" in text
+    assert "which of them made the difference; and begun not finished" in text
+    assert "nothing recorded yet" in render(compared(begun, three[2]))
+
+
+def full(tmp_path):
+    """The three recipes as they are, on TinyLlama, as if they had run."""
+    return [make_run(tmp_path / exp, exp, tiny=False, every=10) for exp in RECIPES]
+
+
+def test_the_three_recipes_are_told_apart_by_name(tmp_path):
+    comparison = compared(*full(tmp_path))
+    for pair in comparison.pairs:
+        one, two = (recipe(flat(load_experiment(run.label))) for run in (pair.first, pair.second))
+        assert set(pair.keys) == {key for key in one if one[key] != two[key]}
+        assert len(pair.keys) >= 5
+        assert "does not say which of them" in conclusion(pair, comparison.pairs)
+    warning = said(comparison, "several settings at once", *RECIPES)
+    assert all(key in warning for pair in comparison.pairs for key in pair.keys)
+    table = next(table for table in main_tables(comparison) if table.title.startswith("what differs"))
+    assert ("optimizer.learning_rate", "5e-05", "0.0001", "0.0002") in table.rows
+
+
+@pytest.mark.parametrize("tiny", [True, False])
+def test_proposed_commands_run_as_they_stand(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    paths = [make_run(tmp_path / f"a b{exp}", exp, tiny=tiny, every=10) for exp in RECIPES]
+    comparison = compared(*paths)
+    base = comparison.runs[0]
+    given = [recipe(flat(run.experiment)) for run in comparison.runs]
+    changed, places = set(), set()
+    assert len(comparison.proposals) >= 8
+    for proposal in comparison.proposals:
+        words = shlex.split(proposal.command)
+        assert words[:3] == ["accelerate", "launch", "train.py"]
+        options = parse_options(words[3:])
+        experiment = load_experiment(options.exp, tiny=options.tiny, locations=options.locations, sets=options.set)
+        asked, now = flat(base.experiment), flat(experiment)
+        assert {key: now[key] for key in now if now[key] != asked[key]} == proposal.change
+        assert {key: o.value for key, o in parse_sets(options.set)[0].items()} == proposal.change
+        assert recipe(now) not in given
+        assert len(proposal.change) == 1
+        changed |= proposal.change.keys()
+        places.add(options.output_dir)
+    assert len(places) == len(comparison.proposals)
+    assert changed == {key for pair in comparison.pairs for key in pair.keys} | {"training.seed"}
+
+
+def test_what_is_there_already_is_not_proposed(tmp_path):
+    paths = full(tmp_path)
+    before = [p.change for p in compared(*paths).proposals]
+    done = make_run(tmp_path / "done", "exp_001", "optimizer.learning_rate=1e-4", tiny=False, every=10)
+    seed = make_run(tmp_path / "seed", "exp_001", "training.seed=7", tiny=False, every=10)
+    after = [p.change for p in compared(*paths, done, seed).proposals]
+    assert [change for change in before if change not in after] == [
+        {"optimizer.learning_rate": 1e-4},
+        {"training.seed": 43},
+    ]
+
+
+def test_what_is_refused_alone_is_changed_together(tmp_path):
+    one = make_run(tmp_path / "one", "exp_001", "training.max_steps=5")
+    two = make_run(tmp_path / "two", "exp_002", "training.max_steps=40", "scheduler.warmup_steps=10")
+    changes = [change for change, _ in one_changes(pairs(reread(one, two))[0])]
+    assert {"scheduler.warmup_steps": 10, "training.max_steps": 40} in changes
+    assert {"scheduler.warmup_steps": 10} not in changes
+    assert {"training.max_steps": 40} in changes
+    batches = make_run(
+        tmp_path / "batches", "exp_001", "training.per_device_batch_size=5", "training.global_batch_size=20"
+    )
+    changes = [change for change, _ in one_changes(pairs(reread(one, batches))[0])]
+    assert {"training.per_device_batch_size": 5} not in changes
+    long = make_run(tmp_path / "long", "exp_001", "tokenization.max_length=1024", "lora.r=4")
+    changes = [change for change, _ in one_changes(pairs(reread(one, long))[0])]
+    assert not any("tokenization.max_length" in change for change in changes)  # the embedded base takes 512
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("[PAD]", "none", "null", "5e-5", "a b", "x: y # z", "", "'", 'é\n\t"'),
+        *(5e-5, 1e-08, 3, True, None),
+        *(["q_proj", "a,b"], [0.9, 0.999], {"mine": "a b.csv"}, {}),
+    ],
+)
+def test_values_come_back_as_they_were(value):
+    (found,) = shlex.split(shlex.join([word("section.key", value)]))
+    back = parse_sets([found])[0]["section.key"].value
+    assert back == value
+    assert type(back) is type(value)
+
+
+def test_one_change_allows_a_conclusion_for_one_seed(tmp_path):
+    one, rank = make_run(tmp_path / "one", "exp_001"), make_run(tmp_path / "rank", "exp_001", "lora.r=4")
+    comparison = compared(one, rank)
+    text = conclusion(comparison.pairs[0], comparison.pairs)
+    assert text.startswith("isolates the effect of lora.r, for one seed: one seed is one seed")
+    said(comparison, "one seed each")
+    assert [p.change for p in comparison.proposals] == [{"training.seed": 43}]
+    seed = make_run(tmp_path / "seed", "exp_001", "training.seed=1")
+    comparison = compared(one, rank, seed)
+    text = conclusion(comparison.pairs[0], comparison.pairs)
+    assert "isolates the effect of lora.r; the noise of a seed, one against seed (answer perplexity 40.45" in text
+    assert not [w for w in comparison.warnings if "one seed each" in w]
+    padded = make_run(tmp_path / "padded", "exp_001", "tokenization.padding=max_length")
+    found = pairs(reread(one, padded))
+    assert "the cost of tokenization.padding" in conclusion(found[0], found)
+    longer = make_run(tmp_path / "longer", "exp_001", "tokenization.max_length=200")
+    found = pairs(reread(one, longer))
+    assert "not comparable" in conclusion(found[0], found)
+    again = make_run(tmp_path / "again", "exp_001", "training.log_steps=5", "tracking.wandb=disabled")
+    found = pairs(reread(one, again))
+    assert found[0].keys == ()
+
+
+def test_where_data_lie_is_told_apart(tmp_path):
+    here = make_run(tmp_path / "here", "exp_001")
+    there = make_run(tmp_path / "there", "exp_001", "data.medquad=/elsewhere/medquad.csv")
+    comparison = compared(here, there)
+    assert comparison.pairs[0].keys == ()
+    tables = {table.title: table for table in main_tables(comparison)}
+    assert tables["what differs between the configurations"].rows == []
+    assert tables["where data and base model lie"].rows[0][0] == "data.medquad"
+    said(compared(there, here), "data.medquad", "is not there", "--medquad")
+    edited = make_run(tmp_path / "edited", "exp_001", fingerprint="g")
+    comparison = compared(here, edited)
+    assert comparison.pairs[0].keys == (CONTENTS,)
+    said(comparison, "not comparable", "other rows", "here / edited")
+    moved = make_run(tmp_path / "moved", "exp_001", "data.medquad=/elsewhere/medquad.csv", fingerprint="g")
+    assert pairs(reread(here, moved))[0].keys == ("data.medquad",)
+
+
+def test_what_was_in_effect_counts(tmp_path):
+    change = {"model.quantization": {"asked": "4bit", "used": "none", "reason": "cannot be had"}, "x": 3}
+    asked, fell_back = make_run(tmp_path / "a", "exp_001"), make_run(tmp_path / "b", "exp_001", in_effect=change)
+    comparison = compared(asked, fell_back)
+    assert comparison.pairs[0].keys == ("model.quantization",)
+    rows = [row for table in main_tables(comparison) for row in table.rows]
+    assert ("model.quantization", "4bit", "4bit (in effect: none)") in rows
+
+
+def test_other_losses_are_drawn_apart(tmp_path):
+    one = make_run(tmp_path / "one", "exp_001")
+    answer = make_run(tmp_path / "answer", "exp_001", "tokenization.loss_on=answer")
+    comparison = compared(one, answer)
+    said(comparison, "the loss of answer is over the answer alone", "that of one")
+    drawn = plots(comparison.runs)
+    rows = [[plot.title for plot in row] for row in drawn]
+    assert [row[0].split(":")[0] for row in rows[:2]] == ["loss over prompt and answer", "loss over the answer"]
+    assert [len(row) for row in rows] == [3, 3, 3, 1]
+    for i, shown in enumerate([{"0"}, {"1"}, {"0", "1"}]):
+        for plot in drawn[i]:
+            assert set(re.findall(r"--plot-run-(\d)", plot.svg)) == shown
+
+
+def test_rows_that_differ_are_told(tmp_path):
+    one = make_run(tmp_path / "one", "exp_001")
+    other = make_run(tmp_path / "other", "exp_001", "tokenization.max_length=100", fingerprint="g")
+    warning = said(compared(one, other), "not comparable")
+    assert "tokenization.max_length (one: 160; other: 100)" in warning
+    assert "other rows, answers or splits (one / other)" in warning
+    (other / "data_report.json").unlink()
+    (other / "summary.json").unlink()
+    assert "is not known of other" in said(compared(one, other), "not comparable")
+    leaks = {"fingerprint": "f", "overlap": {"held_out": {"question_or_answer": {"share": 0.2}}}}
+    (one / "data_report.json").write_text(json.dumps(leaks))
+    said(compared(one, other), "one: 20.0% of its held-out rows", "flatters")
+
+
+def test_other_machines_are_told(tmp_path):
+    one, two = make_run(tmp_path / "one", "exp_001"), make_run(tmp_path / "two", "exp_001", "lora.r=4")
+    assert not [warning for warning in compared(one, two).warnings if "of other machines" in warning]
+    summary = json.loads((two / "summary.json").read_text())
+    (two / "summary.json").write_text(json.dumps(summary | {"memory_device": "Tesla T4"}))
+    assert "memory_device (one: cpu; two: Tesla T4)" in said(compared(one, two), "of other machines")
+
+
+def test_figures_of_an_evaluation_are_shown_with_intervals(page, three, tmp_path):
+    run = reread(*three)[0]
+    found = perplexity(run)
+    assert (found.test.value, found.test.low, found.test.high) == (41.25, 38.5, 44.0)
+    assert found.test_untuned.value == 143.0
+    assert "41.25 (38.50 to 44)" in page.text
+    rows = {row[0]: row for table in evaluation_tables([run]) for row in table.rows}
+    assert rows["rouge_l.tuned"][1] == "0.3100, p = 0.004"
+    assert rows["test.tuned.answer_perplexity"][1] == "41.25 (38.50 to 44)"
+    warning = said(compared(*three), "no interval", "python -m medqa evaluate")
+    assert warning.startswith("exp_002-tiny, exp_003-tiny:")
+    part = make_run(tmp_path / "part", "exp_001", evaluation=evaluated(step=10, limit=5))
+    comparison = compared(part, three[1])
+    said(comparison, "part: evaluation.json is of update 10, the run is at 20")
+    said(comparison, "evaluated on a part of the rows (part: 5 rows)")
+
+
+def test_samples_stand_side_by_side(tmp_path):
+    one = make_run(tmp_path / "one", "exp_001", evaluation=evaluated("first"))
+    two = make_run(tmp_path / "two", "exp_002", evaluation=evaluated("second"))
+    (sample,) = samples(reread(one, two))
+    assert sample["answers"] == [("untuned base", "?"), ("one", "first"), ("two", "second")]
+
+
+@pytest.mark.parametrize(
+    "evaluation",
+    [
+        {"tasks": 3},
+        {"tasks": {"loss": [1], "generation": {"samples": [3, {"id": []}, {"question": 5}]}}},
+        {"tasks": {"loss": {"x": {"value": "many", "low": True, "high": 10**400}}}, "step": "x", "limit": []},
+        {"tasks": json.loads('{"a":' * 300 + '{"value": 1}' + "}" * 300)},
+    ],
+)
+def test_an_evaluation_of_another_shape_stops_nothing(evaluation, tmp_path):
+    one, two = make_run(tmp_path / "one", "exp_001", evaluation=evaluation), make_run(tmp_path / "two", "exp_002")
+    comparison = compared(one, two)
+    assert len(main_tables(comparison)) >= 3
+    evaluation_tables(comparison.runs)
+    assert samples(comparison.runs) == []
+
+
+def test_damaged_files_are_told_and_left_out(tmp_path):
+    one, two = make_run(tmp_path / "one", "exp_001"), make_run(tmp_path / "two", "exp_002")
+    lines = (one / "metrics.jsonl").read_text().splitlines()
+    lines[3:3] = ["junk", "[1]", '{"step": "x", "split": "train"}', '{"step": true, "split": 3}', "\x00", "[" * 100_000]
+    lines.append('{"step": 3, "split": "train", "loss": NaN, "tokens_seen": 3000, "padding_share": 1e999}')
+    lines.append('{"step": 4, "split": "train", "loss": ' + "9" * 500 + ', "tokens_seen": 4000}')
+    (one / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (one / "summary.json").write_text('{"updates": 20, "fin')
+    (one / "evaluation.json").write_text("[]")
+    comparison = compared(one, two)
+    run = comparison.runs[0]
+    assert not run.finished
+    said(comparison, "one: 6 damaged line(s) of metrics.jsonl")
+    said(comparison, "one: 3 figure(s) of metrics.jsonl are not finite")
+    said(comparison, "one: summary.json cannot be read")
+    said(comparison, "one: evaluation.json cannot be read")
+    assert 3 not in curve(run, run.train, "loss").x["updates"]
+    assert len(run.train) == 20
+    assert render(comparison)
+
+
+def test_tokens_between_recorded_updates(tmp_path):
+    one = make_run(tmp_path / "one", "exp_001", every=4)
+    with (one / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(eval_record(step, 3.0)) + "\n" for step in (10, 30))
+    (run, _) = reread(one, make_run(tmp_path / "two", "exp_001"))
+    found = curve(run, run.validation, "loss")
+    assert found.x == {"updates": [0, 10, 20], "examples": [0, 320, 640], "tokens": [0, 10_000, 20_000]}
+
+
+def refused(capsys, tmp_path, *words):
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["compare", *map(str, words)]) == 2
+    found = capsys.readouterr()
+    assert not found.out
+    assert sorted(tmp_path.rglob("*")) == before
+    return found.err
+
+
+def test_bad_input_is_refused_and_nothing_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, two = make_run(tmp_path / "one", "exp_001"), make_run(tmp_path / "two", "exp_002")
+    assert "name two runs or more" in refused(capsys, tmp_path, one)
+    assert "one/../one: given twice" in refused(capsys, tmp_path, one, two, "one/../one")
+    (tmp_path / "empty").mkdir()
+    message = refused(capsys, tmp_path, one, "none", "empty", one / "config.yaml")
+    assert "none: no such directory" in message
+    assert "empty: holds no run (no config.yaml)" in message
+    assert "config.yaml: no such directory" in message
+    bad = shutil.copytree(two, tmp_path / "bad")
+    (bad / "config.yaml").write_text("lora: {r: many, alpha: 3}\n")
+    assert "lora.r = 'many'" in refused(capsys, tmp_path, one, bad)
+    (bad / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "config.yaml" in refused(capsys, tmp_path, one, bad)
+    (tmp_path / "notes.html").write_text("<p>mine")
+    assert "not a page of this command" in refused(capsys, tmp_path, one, two, "--out", "notes.html")
+    assert (tmp_path / "notes.html").read_text() == "<p>mine"
+    assert "no directory" in refused(capsys, tmp_path, one, two, "--out", "nowhere/p.html")
+    assert "no file" in refused(capsys, tmp_path, one, two, "--out", "empty")
+    assert "cannot be written" in refused(capsys, tmp_path, one, two, "--out", "x" * 300)
+
+
+def test_the_page_is_whole_or_absent(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, two = make_run(tmp_path / "one", "exp_001"), make_run(tmp_path / "two", "exp_002")
+    mine = tmp_path / "notes.html"
+    mine.write_text("<p>mine")
+    assert main(["compare", str(one), str(two), "--force", "--out", "notes.html"]) == 0
+    assert OWN_MARK in mine.read_bytes()
+    before = mine.read_bytes()
+
+    def full_disk(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (two / "summary.json").unlink()
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full_disk)
+        assert "No space left" in refused(capsys, tmp_path, one, two, "--out", "notes.html")
+    assert mine.read_bytes() == before
+    assert main(["compare", str(one), str(two), "--out", "notes.html"]) == 0  # its own page needs no --force
+    assert mine.read_bytes() != before
+    shown = capsys.readouterr().out
+    for text in ("unfinished: 20 of 20 updates", "several settings at once", "accelerate launch", "notes.html"):
+        assert text in shown
+
+
+def test_names_steer_no_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evil = make_run(
+        tmp_path / "\x1b[31mred\n[bold]x :smile: \u202e", "exp_001", evaluation=evaluated("\x1b]0;x\x07 fine")
+    )
+    same = [make_run(tmp_path / parent / "same", "exp_002") for parent in ("p", "q")]
+    odd = Path(shutil.copytree(same[0], os.fsdecode(bytes(tmp_path) + b"/\xff")))
+    assert main(["compare", str(evil), *map(str, same), str(odd)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+    assert "[bold]x :smile:" in shown
+    text = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert "\x1b" not in text
+    labels = [run.label for run in reread(*same)]
+    assert labels == [str(path) for path in same]
+    assert main(["compare", str(evil), *map(str, same), str(odd), "--json"]) == 0
+    json.loads(capsys.readouterr().out)
+
+
+def test_no_model_is_loaded():
+    files = [ROOT / "medqa" / "results" / "page.py", *(ROOT / "medqa" / "results").glob("compare*.py")]
+    assert len(files) == 8
+    heavy = ("torch", "transformers", "peft", "medqa.model", "medqa.training", "medqa.evaluation", "medqa.data")
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name.startswith(heavy)], path.name
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is installed")
+@pytest.mark.parametrize("size", ["390,844", "1440,900"])
+def test_a_browser_finds_every_run_plot_and_warning(size, three, tmp_path):
+    comparison = compared(*three)
+    (tmp_path / "page.html").write_text(render(comparison), encoding="utf-8")
+    address = (tmp_path / "page.html").as_uri()
+    start = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    start.append(f"--window-size={size}")
+    done = subprocess.run([*start, "--dump-dom", address], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = Page(done.stdout)
+    assert {run.label for run in comparison.runs} <= set(found.labels)
+    assert found.titles == [plot.title for row in plots(comparison.runs) for plot in row]
+    assert found.warnings == comparison.warnings
+    picture = tmp_path / "page.png"
+    done = subprocess.run([*start, f"--screenshot={picture}", address], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert picture.stat().st_size > 5_000  # a blank one is smaller
