@@ -135,10 +135,11 @@ def test_two_processes_find_the_same(evaluated, run, tmp_path):
                 assert figure == pytest.approx(loss_of(evaluated)[split][system][key], rel=1e-6)
 
 
-def test_a_limit_takes_the_first_rows(tiny_run, run):
+def test_a_limit_takes_so_many_rows_of_all_sources(run):
     assert main(["evaluate", str(run), "--tasks", "loss", "--limit", "5", "--cpu"]) == 0
     assert {split: part["rows"] for split, part in loss_of(run).items()} == {"validation": 5, "test": 5}
     assert json.loads((run / "evaluation.json").read_text())["limit"] == 5
+    assert set(loss_of(run)["test"]["sources"]) == {"medquad", "afrimedqa"}
 
 
 def test_another_checkpoint_is_another_evaluation(evaluated, run):

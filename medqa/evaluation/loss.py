@@ -114,7 +114,7 @@ class Evaluator:
         return lines.index_add_(0, row.flatten(), torch.stack([each.double().flatten() for each in sums], dim=1))
 
 
-def fixed_subset(examples: Sequence[Example], rows: int | None, seed: int) -> list[int]:
+def fixed_subset(examples: Sequence[Any], rows: int | None, seed: int) -> list[int]:
     """The indices of the rows that stand for the split during training: seeded, in order; all for None."""
     if rows is None or rows >= len(examples):
         return list(range(len(examples)))

@@ -5,6 +5,7 @@ It reads the files of the runs and nothing else: no model is loaded, so that a r
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from medqa.results.compare_tables import Comparison, Table, compare_runs, evalua
 from medqa.results.page import changes, check_place, render, write_page
 
 PLAIN_WIDTH = 160
+PARTS = {"sources", "unseen_topics", "few_shared_13_grams", "specialties"}  # of an evaluation, those of some rows
 
 
 def compare(paths: Sequence[Path], out: Path, *, force: bool = False, numbers: bool = False) -> None:
@@ -69,7 +71,7 @@ def show(comparison: Comparison, out: Path) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
-    for table in (*main_tables(comparison), *evaluation_tables(comparison.runs)):
+    for table in (*main_tables(comparison), *map(_in_short, evaluation_tables(comparison.runs))):
         _show_table(console, table)
     if comparison.warnings:
         console.print("\nWhat this comparison does not allow to conclude", style="bold")
@@ -81,6 +83,12 @@ def show(comparison: Comparison, out: Path) -> None:
         console.print(f"# {proposal.base.label} with {changes(proposal)}", soft_wrap=True)
         console.print(printable(proposal.command), soft_wrap=True)
     console.print(f"\nplots, samples and all of this: {printable(str(out))}", soft_wrap=True)
+
+
+def _in_short(table: Table) -> Table:
+    """An evaluation without the figures of parts of the rows, of which there are many."""
+    rows = [row for row in table.rows if not PARTS & set(row[0].split("."))]
+    return replace(table, rows=rows, note="" if len(rows) == len(table.rows) else "by source and the like: on the page")
 
 
 def _show_table(console: Console, table: Table) -> None:

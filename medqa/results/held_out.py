@@ -10,6 +10,7 @@ from medqa.data.sources import Row, load_sources
 from medqa.data.splits import HELD_OUT, Splits, split_rows
 from medqa.data.tokens import Example, tokenize
 from medqa.errors import UserError
+from medqa.evaluation.loss import fixed_subset
 from medqa.results.adapter import Source
 from medqa.training.checkpoint import newest_whole
 
@@ -30,7 +31,7 @@ def load_held_out(source: Source, tokenizer: PreTrainedTokenizerBase, limit: int
     """Read the data of a run anew.
 
     Args:
-        limit: so many rows of each held-out split, the first ones; None: all.
+        limit: so many rows of each held-out split, seeded, in order; None: all.
 
     Raises:
         UserError: they cannot be read, or are not those that the run was trained on.
@@ -45,7 +46,10 @@ def load_held_out(source: Source, tokenizer: PreTrainedTokenizerBase, limit: int
             f"{source.name}: was trained on other rows, or split otherwise, than {data.medquad} and {data.afrimedqa} "
             "hold now: rows held out now may have been trained on; give the data of then with --medquad, --afrimedqa"
         )
-    chosen = {name: getattr(splits, name)[:limit] for name in HELD_OUT}
+    chosen = {}
+    for name in HELD_OUT:
+        found = getattr(splits, name)
+        chosen[name] = [found[i] for i in fixed_subset(found, limit, source.experiment.training.seed)]
     return HeldOut(splits, {name: tokenize(found, tokenizer, tokenization) for name, found in chosen.items()})
 
 
