@@ -16,7 +16,7 @@ from medqa.errors import UserError, exit_code
 from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
 from medqa.options import add_run_options, locations, run_words
 
-NOT_YET = ("evaluate", "ask", "compare", "export")
+NOT_YET = ("evaluate", "ask", "compare")
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
@@ -48,7 +48,33 @@ def command_parser() -> argparse.ArgumentParser:
     verify.add_argument("--kills", type=int, default=6, metavar="N", help="how many times (default 6)")
     verify.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     verify.add_argument("--output-dir", type=Path, metavar="DIR", help="default: outputs/verify-resume/<run>")
+    add_export_options(commands)
     return parser
+
+
+def add_export_options(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The `export` command and its options."""
+    parser = commands.add_parser(
+        "export",
+        help="base and adapter as one model: plain safetensors for servers, or GGUF for llama.cpp and Ollama",
+        description="Merges the adapter into the weights it was trained on, measures the result against it on held-out "
+        "prompts, and refuses one that differs; with tokenizer, prompt and model card.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="a run's directory, an adapter's, or an adapter's id on the hub")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a directory that is not there yet")
+    parser.add_argument("--format", choices=("merged", "gguf"), default="merged", help="default: merged")
+    parser.add_argument(
+        "--outtype",
+        choices=("f32", "f16", "bf16", "q8_0"),
+        help="merged: f32, f16, bf16 (default: f16; f32 for a base kept in float32); gguf: f16 (default), q8_0",
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="best|STEP", help="a checkpoint of the run instead of its final adapter"
+    )
+    parser.add_argument("--model", metavar="ID_OR_DIR", help="where the base model is, if not where it was")
+    parser.add_argument("--cpu", action="store_true", help="on the CPU although there is a GPU")
+    parser.add_argument("--push", metavar="REPO", help="hand the folder to this repository of the hub (made private)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,6 +135,33 @@ def verify_resume(options: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
+def export(options: argparse.Namespace) -> None:
+    """The `export` command.
+
+    Raises:
+        UserError: as `results.export` says.
+    """
+    from medqa.results.export import Wanted
+    from medqa.results.export import export as run_export
+    from medqa.training.console import make_console, quiet_libraries
+
+    quiet_libraries()
+    console = make_console(True)
+    run_export(
+        Wanted(
+            run=options.run,
+            to=options.to,
+            form=options.format,
+            outtype=options.outtype,
+            checkpoint=options.checkpoint,
+            base=options.model,
+            cpu=options.cpu,
+            push=options.push,
+        ),
+        functools.partial(console.print, soft_wrap=True),
+    )
+
+
 def start_train(words: list[str], log: Path) -> subprocess.Popen[bytes]:
     """`train.py` as a process of its own."""
     with log.open("ab") as output:
@@ -125,7 +178,7 @@ def _refuse(command: str) -> None:
     raise UserError(f"python -m medqa {command}: not in this version yet")
 
 
-COMMANDS = {"plan": plan, "verify-resume": verify_resume}
+COMMANDS = {"plan": plan, "export": export, "verify-resume": verify_resume}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ TOP = {
     "prompts",
     "yaml_core",
 }
-LAZY = {"wandb", "bitsandbytes", "kagglehub", "matplotlib", "defusedxml"}
+LAZY = {"gguf", "llama_cpp", "wandb", "bitsandbytes", "kagglehub", "matplotlib", "defusedxml"}
 COMMANDS = "medqa.__main__"  # thin commands over all wings; nothing imports it
 
 
