@@ -24,8 +24,12 @@ def check_expressible(config: Any, base: str) -> None:
     """Before anything is loaded or written: can this model be a GGUF file?
 
     Raises:
-        UserError: another architecture, or a Llama with parts that llama.cpp's has not.
+        UserError: another architecture, a Llama with parts that llama.cpp's has not, or no library to write it.
     """
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError("--format gguf: the library that writes it is not installed: pip install gguf") from error
     advice = "use --format merged, and llama.cpp's own convert_hf_to_gguf.py if it knows it"
     if config.model_type != ARCHITECTURE:
         raise UserError(f"model.base = {base}: a {config.model_type} model; only llama is written as GGUF; {advice}")

@@ -7,6 +7,7 @@ two pieces into a third is a merge. Whether that is so, `joined_by_score` tells 
 
 import heapq
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,18 +76,22 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, found: Vocabulary, ques
     """
     if found.model != "llama":
         return  # the merges themselves are in the file
+    ids = {token: i for i, token in enumerate(found.tokens)}
     for question in (*questions, ODD):
         text = prompt(question)
         if (
-            joined_by_score(found, text)
+            joined_by_score(found, text, ids)
             != tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         ):
             raise _cannot(tokenizer, f"its merges cannot be told by scores ({question[:60]!r} gives other tokens)")
 
 
-def joined_by_score(found: Vocabulary, text: str) -> list[int]:
-    """The ids of a text, without BOS: neighbours joined by the best score, leftmost first; what is left, by bytes."""
-    ids = {token: i for i, token in enumerate(found.tokens)}
+def joined_by_score(found: Vocabulary, text: str, ids: Mapping[str, int]) -> list[int]:
+    """The ids of a text, without BOS: neighbours joined by the best score, leftmost first; what is left, by bytes.
+
+    Args:
+        ids: of each of `found.tokens`.
+    """
     symbols: list[str | None] = list((" " * found.space_prefix + text).replace(" ", WORD_START))
     before, after = list(range(-1, len(symbols) - 1)), [*range(1, len(symbols)), -1]
     waiting: list[tuple[float, int, int, str]] = []
