@@ -1,7 +1,9 @@
 """Exports: the adapter's model and no other, for every server; what cannot be kept is refused and leaves nothing."""
 
 import base64
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import re
@@ -27,7 +29,7 @@ from medqa.model.base import load_tokenizer
 from medqa.model.four_bit import four_bit_config
 from medqa.prompts import prompt, prompt_ids
 from medqa.results import export as export_module
-from medqa.results import export_card, fidelity, gguf_file, gguf_vocabulary, merge
+from medqa.results import export_card, fidelity, gguf_file, gguf_vocabulary, merge, modelfile
 from medqa.results.adapter import find_adapter
 from medqa.results.held_out import held_out_prompts
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
@@ -73,7 +75,9 @@ def exports(run, tmp_path_factory) -> dict[str, Path]:
     kinds = {"f32": "merged", "f16": "merged", "gguf": "gguf", "q8_0": "gguf"}
     for name, form in kinds.items():
         outtype = [] if name in ("f16", "gguf") else ["--outtype", name]
-        assert main(["export", str(run), "--to", str(place / name), "--format", form, "--cpu", *outtype]) == 0
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert main(["export", str(run), "--to", str(place / name), "--format", form, "--cpu", *outtype]) == 0
+        (place / f"{name}.txt").write_text(said.getvalue())
     return {name: place / name for name in kinds}
 
 
@@ -385,14 +389,16 @@ def test_the_modelfile_is_the_training_prompt(exports):
     assert "non-commercial" in text
 
 
-def test_the_last_lines_are_commands(run, tmp_path, capsys):
-    place = tmp_path / "My Model"
-    assert main(["export", str(run), "--to", str(place), "--format", "gguf", "--cpu"]) == 0
-    assert capsys.readouterr().out.splitlines()[-3:] == [
-        f"ollama create my-model -f '{place}/Modelfile'",
-        f"ollama create my-model --quantize q4_K_M -f '{place}/Modelfile'",
+def test_the_last_lines_are_commands(exports):
+    for name in ("gguf", "q8_0"):
+        commands = modelfile.ollama_commands(exports[name], "f16" if name == "gguf" else name)
+        assert exports[name].with_name(f"{name}.txt").read_text().splitlines()[-len(commands) :] == commands
+    assert modelfile.ollama_commands(Path("out/My Model"), "f16") == [
+        "ollama create my-model -f 'out/My Model/Modelfile'",
+        "ollama create my-model --quantize q4_K_M -f 'out/My Model/Modelfile'",
         "ollama run my-model",
     ]
+    assert len(modelfile.ollama_commands(Path("x"), "q8_0")) == 2  # Ollama quantizes 16-bit files only
 
 
 def small_llama(vocabulary: int, **changes) -> LlamaForCausalLM:
@@ -418,7 +424,7 @@ def test_a_vocabulary_of_pieces_is_written_with_scores(base, tmp_path):
     assert (words.model, len(words.tokens), words.space_prefix) == ("llama", size, True)
     assert words.kinds[:4] == [2, 3, 3, 6]
     assert words.tokens[13] == "<0x0A>"
-    questions = QUESTIONS + questions_of_medquad(150)
+    questions = QUESTIONS + questions_of_medquad(80)
     gguf_vocabulary.check_vocabulary(tokenizer, words, questions)
     model = small_llama(size)
     about = {"name": "x", "license": "other", "description": ""}

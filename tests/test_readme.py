@@ -44,7 +44,8 @@ def test_commands_of_the_package_parse():
     for words in found:
         options, rest = command_parser().parse_known_args(words)
         assert not rest
-        load_experiment(options.exp, tiny=options.tiny, sets=options.set)
+        if "exp" in options:
+            load_experiment(options.exp, tiny=options.tiny, sets=options.set)
 
 
 @pytest.mark.parametrize(
