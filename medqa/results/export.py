@@ -245,27 +245,26 @@ def _beside(to: Path) -> Iterator[Path]:
     Raises:
         UserError: no space, or no permission.
     """
-    made, directory = [], None
+    made, directory, kept = [], None, False
     try:
-        try:
-            for parent in reversed(to.absolute().parents):
-                if not parent.exists():
-                    parent.mkdir()
-                    made.append(parent)
-            directory = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.absolute().parent))
-            directory.chmod(0o755)  # a temporary directory is its owner's alone
-            yield directory
-            for path in directory.iterdir():
-                path.chmod(0o644)  # safetensors' files, too
-            os.rename(directory, to)
-        except OSError as error:
-            if error.errno not in (*NO_SPACE, *GONE, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG):
-                raise
-            raise UserError(f"--to {to}: cannot be written: {error}; free space, or give another one") from error
-    except BaseException:
-        if directory is not None:
+        for parent in reversed(to.absolute().parents):
+            if not parent.exists():
+                parent.mkdir()
+                made.append(parent)
+        directory = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.absolute().parent))
+        directory.chmod(0o755)  # a temporary directory is its owner's alone
+        yield directory
+        for path in directory.iterdir():
+            path.chmod(0o644)  # safetensors' files, too
+        os.rename(directory, to)
+        kept = True
+    except OSError as error:
+        if error.errno not in (*NO_SPACE, *GONE, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG):
+            raise
+        raise UserError(f"--to {to}: cannot be written: {error}; free space, or give another one") from error
+    finally:
+        if directory is not None and not kept:
             shutil.rmtree(directory, ignore_errors=True)
-        for parent in reversed(made):
+        for parent in [] if kept else reversed(made):
             with contextlib.suppress(OSError):
                 parent.rmdir()
-        raise

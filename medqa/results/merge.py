@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -110,17 +112,12 @@ def _change(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> N
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """The tokenizer's files, for any transformers from 4 on: the template inside, and a class that 4 has as well.
-
-    Raises:
-        UserError: no space.
-    """
-    try:
-        tokenizer.save_pretrained(directory, save_jinja_files=False)
-    except Exception as error:
-        if type(error) is not Exception:  # over a full disk, tokenizers raises the base class itself
-            raise
-        raise out_of_space(directory, error) from error
+    """The tokenizer's files, for any transformers from 4 on: the template inside, and a class that 4 has as well."""
+    # Written elsewhere first: tokenizers has errors of its own for a full disk.
+    with tempfile.TemporaryDirectory() as elsewhere:
+        tokenizer.save_pretrained(elsewhere, save_jinja_files=False)
+        for path in sorted(Path(elsewhere).iterdir()):
+            shutil.copyfile(path, directory / path.name)
     said = {"TokenizersBackend": "PreTrainedTokenizerFast"}
     left_out = ("backend", "is_local", "local_files_only")
     _change(
