@@ -1,4 +1,7 @@
-"""`python -m medqa COMMAND ...`: what is done before and after a run. Each command has `--help`."""
+"""`python -m medqa COMMAND ...`: what is done before and after a run. Each command has `--help`.
+
+Their options are in `command_options.py`.
+"""
 
 import argparse
 import functools
@@ -13,99 +16,18 @@ from pathlib import Path
 
 from rich.console import Console
 
+from medqa.command_options import command_parser
 from medqa.errors import UserError, exit_code, writing
 from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
-from medqa.options import add_run_options, locations, run_words
+from medqa.options import locations, run_words
 
-NOT_YET = ("export",)
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-
-
-def command_parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
-    parser = argparse.ArgumentParser(prog="python -m medqa", description="What is done before and after a run.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in NOT_YET:
-        commands.add_parser(name, help="not in this version yet", add_help=False)
-    plan = commands.add_parser(
-        "plan",
-        help="memory, tokens, operations, time and checkpoint sizes of a run, before any weight is loaded",
-        description="Memory by part and at its peak, whether it fits and with which micro-batches, with and without "
-        "4-bit weights and gradient checkpointing; tokens, padding, operations, time, bytes of a checkpoint.",
-        allow_abbrev=False,
-    )
-    add_run_options(plan)
-    plan.add_argument("--gpu", metavar="NAME_OR_GIB", help="plan for t4, l4, a10, a100, h100, h200 or so many GiB")
-    plan.add_argument("--tflops", type=float, metavar="RATE", help="TFLOP/s that the machine keeps up, for the time")
-    plan.add_argument("--json", action="store_true", help="print JSON, all memory in bytes")
-    compare = commands.add_parser(
-        "compare",
-        help="runs side by side, on the console and as one HTML page, and what they do not allow to conclude",
-        description="Reads the directories of two runs or more, finished or not, and writes one page that needs no "
-        "network: settings that differ, losses, perplexity, speed, memory, time, evaluations, sample answers; which "
-        "conclusions the comparison does not allow, and the commands of the runs that would allow them.",
-        allow_abbrev=False,
-    )
-    compare.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="directories that train.py wrote, two or more"
-    )
-    compare.add_argument("--out", type=Path, default=Path("compare.html"), metavar="FILE", help="default: compare.html")
-    compare.add_argument("--force", action="store_true", help="replace a file that this command did not write")
-    compare.add_argument("--json", action="store_true", help="print the numbers as JSON instead of tables")
-    verify = commands.add_parser(
-        "verify-resume",
-        help="kill a run again and again, and see that it ends bit for bit as if it had been left alone",
-        description="Runs the experiment straight, then again, killed at random moments and resumed each time; "
-        "compares adapter, optimizer, schedule, data order and every metric, and prints a certificate.",
-        allow_abbrev=False,
-    )
-    add_run_options(verify)
-    verify.add_argument("--kills", type=int, default=6, metavar="N", help="how many times (default 6)")
-    verify.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
-    verify.add_argument("--output-dir", type=Path, metavar="DIR", help="default: outputs/verify-resume/<run>")
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="how good a run's adapter is on held-out rows, beside the untuned base, with intervals",
-        description="Loss, generated answers, multiple choice and red flags on rows that training has not seen; on the "
-        "console, in RUN/evaluation.json and on W&B. What the untuned base gives is computed once, and kept.",
-        allow_abbrev=False,
-    )
-    add_adapter_options(evaluate, "RUN", "the directory of a run")
-    evaluate.add_argument(
-        "--tasks", default="loss,generation,mcq,probes", metavar="A,B", help="default: loss,generation,mcq,probes"
-    )
-    evaluate.add_argument("--limit", type=int, metavar="N", help="look at N rows of each split, and N questions")
-    evaluate.add_argument("--medquad", metavar="SOURCE", help="where MedQuAD is now, if not where it was")
-    evaluate.add_argument("--afrimedqa", metavar="SOURCE", help="where AfriMed-QA is now, if not where it was")
-    ask = commands.add_parser(
-        "ask",
-        help="ask an adapter something",
-        description="One answer; without a question, question after question at the terminal, or, where questions are "
-        "piped in, a JSON line for each line. Each stands alone, as in training. Not medical advice.",
-        allow_abbrev=False,
-    )
-    add_adapter_options(ask, "RUN_OR_ADAPTER", "the directory of a run or of an adapter, or an adapter on the hub")
-    ask.add_argument("question", nargs="?", metavar="QUESTION", help="in quotation marks")
-    ask.add_argument("--json", action="store_true", help="print a JSON line for each answer")
-    ask.add_argument("--compare", action="store_true", help="show the base model's answer beside it")
-    ask.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="where an answer is cut (256)")
-    return parser
-
-
-def add_adapter_options(parser: argparse.ArgumentParser, name: str, what: str) -> None:
-    """The options that say which adapter is meant."""
-    parser.add_argument("adapter", metavar=name, help=what)
-    parser.add_argument("--checkpoint", metavar="best|STEP", help="another adapter of the run than its last")
-    parser.add_argument("--model", metavar="ID_OR_DIR", help="where the base model is now, if not where it was")
-    parser.add_argument("--cpu", action="store_true", help="use the CPU although there is a GPU")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     parser = command_parser()
     options, rest = parser.parse_known_args(argv)
-    if options.command in NOT_YET:
-        return exit_code(functools.partial(_refuse, options.command))
     if options.command == "ask" and options.question is None and rest and not rest[0].startswith("-"):
         options.question = rest.pop(0)  # argparse looks for one before the first option only
     if rest:
@@ -172,6 +94,33 @@ def verify_resume(options: argparse.Namespace) -> None:
     print(json.dumps(found))
     if not found["bitwise_equal"]:
         raise SystemExit(1)
+
+
+def export(options: argparse.Namespace) -> None:
+    """The `export` command.
+
+    Raises:
+        UserError: as `results.export` says.
+    """
+    from medqa.results.export import Wanted
+    from medqa.results.export import export as run_export
+    from medqa.training.console import make_console, quiet_libraries
+
+    quiet_libraries()
+    console = make_console(True)
+    run_export(
+        Wanted(
+            run=options.run,
+            to=options.to,
+            form=options.format,
+            outtype=options.outtype,
+            checkpoint=options.checkpoint,
+            base=options.model,
+            cpu=options.cpu,
+            push=options.push,
+        ),
+        functools.partial(console.print, soft_wrap=True),
+    )
 
 
 def start_train(words: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -246,16 +195,14 @@ def ask(options: argparse.Namespace) -> None:
         asking.answer_lines(adapted, asking.piped_questions(sys.stdin), most, options.compare)
 
 
-def _refuse(command: str) -> None:
-    """Say that a command is not there yet.
-
-    Raises:
-        UserError: always.
-    """
-    raise UserError(f"python -m medqa {command}: not in this version yet")
-
-
-COMMANDS = {"plan": plan, "evaluate": evaluate, "ask": ask, "compare": compare, "verify-resume": verify_resume}
+COMMANDS = {
+    "plan": plan,
+    "evaluate": evaluate,
+    "ask": ask,
+    "compare": compare,
+    "export": export,
+    "verify-resume": verify_resume,
+}
 
 
 if __name__ == "__main__":

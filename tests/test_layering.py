@@ -16,6 +16,7 @@ WINGS = ("data", "model", "evaluation", "training", "results")  # each may impor
 TOP = {
     "__init__",
     "__main__",
+    "command_options",
     "config",
     "errors",
     "experiment_file",
@@ -25,7 +26,7 @@ TOP = {
     "prompts",
     "yaml_core",
 }
-LAZY = {"wandb", "bitsandbytes", "kagglehub", "matplotlib", "defusedxml"}
+LAZY = {"gguf", "llama_cpp", "wandb", "bitsandbytes", "kagglehub", "matplotlib", "defusedxml"}
 COMMANDS = "medqa.__main__"  # thin commands over all wings; nothing imports it
 
 

@@ -1,0 +1,270 @@
+"""`python -m medqa export`: base and adapter as one model, plain or GGUF, kept only if it measures as the adapter does.
+
+All is built in a directory beside the wanted one, and renamed into place when it is whole and has passed.
+"""
+
+import contextlib
+import errno
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from medqa.errors import GONE, NO_SPACE, UserError
+from medqa.hub import hub_reachable
+from medqa.model.base import check_model
+from medqa.model.precision import usable_gpu
+from medqa.results import fidelity
+from medqa.results.adapter import Source, find_adapter
+from medqa.results.export_card import Measured, card, licence
+from medqa.results.export_prompts import held_out_prompts
+from medqa.results.gguf_file import check_expressible, load_gguf, write_gguf
+from medqa.results.gguf_vocabulary import check_vocabulary, vocabulary
+from medqa.results.llama_cpp import run_llama_cpp
+from medqa.results.merge import DTYPES, check_chat_template, load_exact, load_stored, merge, save_merged
+from medqa.results.modelfile import GGUF_NAME, MODELFILE, modelfile, ollama_commands
+
+OUTTYPES = {"merged": ("f32", "f16", "bf16"), "gguf": ("f16", "q8_0")}
+BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # of a weight; q8_0 has a float16 scale per 32
+CARD = "README.md"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command was asked for; `outtype` None: float32 for a base kept in float32, else float16."""
+
+    run: str
+    to: Path
+    form: str = "merged"
+    outtype: str | None = None
+    checkpoint: str | None = None
+    base: str | None = None
+    cpu: bool = False
+    push: str | None = None
+
+
+def export(wanted: Wanted, say: Say) -> None:
+    """Make the export, say what was measured, and how to use it.
+
+    Raises:
+        UserError: something that the user can mend; nothing is left then.
+    """
+    _check_words(wanted)
+    _check_target(wanted.to)
+    if wanted.push is not None:
+        _check_push(wanted.push)
+    source = find_adapter(wanted.run, wanted.checkpoint, wanted.base)
+    config = check_model(source.experiment.model, 0)
+    outtype = wanted.outtype or _default_outtype(wanted.form, config)
+    if wanted.form == "gguf":
+        check_expressible(config, source.experiment.model.base)
+    if source.run is None:
+        say(f"{wanted.run}: not a run's directory: taken as trained on a base that is not quantized")
+    device = torch.device("cuda" if not wanted.cpu and usable_gpu() else "cpu")
+    with _beside(wanted.to) as directory:
+        measured = _build(directory, source, wanted, outtype, device, say)
+        text = card(source, _name(wanted), wanted.form, outtype, measured)
+        (directory / CARD).write_text(text, encoding="utf-8")
+    say(
+        f"{wanted.to}: {wanted.form}, {outtype}, {measured.bytes / 2**20:,.1f} MiB, "
+        f"{measured.tokens_per_s:,.1f} tokens/s ({measured.engine})"
+    )
+    if wanted.push is not None:
+        say(push(wanted.to, wanted.push))
+    for line in (
+        ollama_commands(wanted.to, outtype)
+        if wanted.form == "gguf"
+        else [f"transformers serve {shlex.quote(str(wanted.to))}"]
+    ):
+        say(line)
+
+
+def push(directory: Path, repo: str) -> str:
+    """Hand the folder to the hub, as a private repository; says where it is.
+
+    Raises:
+        UserError: the hub refuses or does not answer. The folder stays.
+    """
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=directory, commit_message="Exported with medqa")
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"--push {repo}: the hub did not take it: {reason}; the export is whole in {directory}: "
+            f"`hf auth login` if need be, then `hf upload {repo} {directory}`"
+        ) from error
+    return f"pushed to {url} (private, unless it was there before and public)"
+
+
+def _build(directory: Path, source: Source, wanted: Wanted, outtype: str, device: torch.device, say: Say) -> Measured:
+    """Write the export into the directory, load it again as its users will, and compare it with the adapter.
+
+    Raises:
+        UserError: it differs by more than the limits, or cannot be expressed.
+    """
+    adapted = load_exact(source, device)
+    tokenizer, config, quantization = adapted.tokenizer, adapted.model.config, adapted.quantization
+    _check_space(directory, sum(weight.numel() for weight in adapted.model.parameters()), outtype)
+    held_out = held_out_prompts(source, tokenizer, config.max_position_embeddings - fidelity.ANSWER_TOKENS)
+    say(f"measuring on {len(held_out.ids)} of {held_out.where_from}")
+    reference = fidelity.observe(adapted.model, tokenizer, held_out.ids)
+    merged = merge(adapted.model)
+    del adapted  # before the export is loaded: one model at a time
+    if wanted.form == "merged":
+        save_merged(merged, tokenizer, DTYPES[outtype], directory)
+        check_chat_template(directory, tokenizer, held_out.questions)
+        del merged
+        stored, files = load_stored(directory, device), sorted(directory.glob("*.safetensors"))
+    else:
+        files = [directory / GGUF_NAME]
+        _write_gguf(directory, merged, tokenizer, wanted, outtype, source, held_out.questions)
+        del merged
+        stored = load_gguf(files[0], config, device)
+    found = fidelity.compare(stored, tokenizer, reference)
+    say(f"{outtype}: {found}")
+    found.check(outtype)
+    engine = f"transformers on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}"
+    speed = fidelity.tokens_per_second(stored, tokenizer, held_out.ids[0])
+    del stored
+    if wanted.form == "gguf" and (ran := run_llama_cpp(files[0], held_out, tokenizer.eos_token_id)) is not None:
+        in_llama_cpp = fidelity.Fidelity(found.kl, found.positions, *fidelity.parting(reference, ran.answers))
+        say(f"llama.cpp: the same tokens of each prompt; {in_llama_cpp.answers_text()}")
+        in_llama_cpp.check(outtype)
+        engine, speed = "llama.cpp on the CPU", ran.tokens_per_s
+    elif wanted.form == "gguf":
+        say("llama.cpp: not tried, llama-cpp-python is not installed (requirements-llama.txt)")
+    size = sum(file.stat().st_size for file in files)
+    return Measured(found, held_out.where_from, size, speed, engine, quantization)
+
+
+def _write_gguf(
+    directory: Path,
+    merged: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: Wanted,
+    outtype: str,
+    source: Source,
+    questions: list[str],
+) -> None:
+    """The GGUF file and its Modelfile."""
+    words = vocabulary(tokenizer, merged.config.vocab_size)
+    check_vocabulary(tokenizer, words, questions)
+    short, sentence = licence(source)
+    base = source.experiment.model.base
+    about = {"name": _name(wanted), "license": short, "description": f"{base}, fine-tuned on medical questions"}
+    write_gguf(directory / GGUF_NAME, merged, tokenizer, words, outtype, about)
+    text = modelfile(tokenizer.eos_token, merged.config.max_position_embeddings, f"{short}: {sentence}")
+    (directory / MODELFILE).write_text(text, encoding="utf-8")
+
+
+def _name(wanted: Wanted) -> str:
+    """What the export is called: its directory's name."""
+    return wanted.to.absolute().name
+
+
+def _default_outtype(form: str, config: Any) -> str:
+    """16 bits, as every server has them; float32 where the base's own file is."""
+    return "f32" if form == "merged" and getattr(config, "dtype", None) == torch.float32 else "f16"
+
+
+def _check_words(wanted: Wanted) -> None:
+    """Refuse a type that the format does not have.
+
+    Raises:
+        UserError: it has others.
+    """
+    known = OUTTYPES[wanted.form]
+    if wanted.outtype is not None and wanted.outtype not in known:
+        raise UserError(f"--outtype {wanted.outtype}: --format {wanted.form} has {', '.join(known)}")
+
+
+def _check_target(to: Path) -> None:
+    """Refuse a place where something is.
+
+    Raises:
+        UserError: not an empty directory, nor one that can be made.
+    """
+    if os.path.lexists(to) and not (os.path.isdir(to) and not os.path.islink(to)):
+        raise UserError(f"--to {to}: there, and not a directory; give another one")
+    if os.path.isdir(to) and any(os.scandir(to)):
+        raise UserError(f"--to {to}: not empty; give a directory that is not there yet, or remove what is in it")
+
+
+def _check_push(repo: str) -> None:
+    """Before the work is done: can it be handed over afterwards?
+
+    Raises:
+        UserError: no name of a repository, nobody logged in, or no hub.
+    """
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"--push {repo}: no name of a repository: {error}; give NAME or OWNER/NAME") from error
+    if get_token() is None:
+        raise UserError(f"--push {repo}: nobody is logged in; run `hf auth login`, or leave --push out")
+    if not hub_reachable():
+        raise UserError(f"--push {repo}: the hub does not answer; leave --push out, and `hf upload` the folder later")
+
+
+def _check_space(directory: Path, weights: int, outtype: str) -> None:
+    """Before writing: is there room?
+
+    Raises:
+        UserError: there is not.
+    """
+    needed, free = int(weights * BYTES[outtype]), shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(
+            f"{directory.parent}: {needed / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} are free; free space, or "
+            "give another --to"
+        )
+
+
+@contextlib.contextmanager
+def _beside(to: Path) -> Iterator[Path]:
+    """A new directory beside `to`, renamed to it at the end; removed, with every folder made for it, on any error.
+
+    Raises:
+        UserError: no space, or no permission.
+    """
+    made, directory, kept = [], None, False
+    try:
+        for parent in reversed(to.absolute().parents):
+            if not parent.exists():
+                parent.mkdir()
+                made.append(parent)
+        directory = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.absolute().parent))
+        directory.chmod(0o755)  # a temporary directory is its owner's alone
+        yield directory
+        for path in directory.iterdir():
+            path.chmod(0o644)  # safetensors' files, too
+        os.rename(directory, to)
+        kept = True
+    except OSError as error:
+        if error.errno not in (*NO_SPACE, *GONE, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG):
+            raise
+        raise UserError(f"--to {to}: cannot be written: {error}; free space, or give another one") from error
+    finally:
+        if directory is not None and not kept:
+            shutil.rmtree(directory, ignore_errors=True)
+        for parent in [] if kept else reversed(made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()

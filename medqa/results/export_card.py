@@ -1,0 +1,154 @@
+"""The model card of an export: what it is, how far it is the adapter, figures, data and licences, limits."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medqa.prompts import prompt
+from medqa.results.adapter import Source
+from medqa.results.fidelity import KL_LIMITS, Fidelity
+from medqa.training.artifacts import LICENCES
+
+NON_COMMERCIAL = "cc-by-nc-sa-4.0"
+UNKNOWN = "other"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of an export on this machine. `bytes` are those of the weights' files."""
+
+    fidelity: Fidelity
+    prompts: str
+    bytes: int
+    tokens_per_s: float
+    engine: str
+    quantization: str
+
+
+def licence(source: Source) -> tuple[str, str]:
+    """The export's licence, as the hub names it and as a sentence."""
+    data = source.experiment.data
+    if source.run is None or data.files:
+        why = "what it was trained on is not recorded" if source.run is None else "it was trained on data of your own"
+        return UNKNOWN, f"{why}: the licences of that data and of the base model apply"
+    if data.afrimedqa != "none":
+        return NON_COMMERCIAL, "non-commercial use only, because AfriMed-QA v2 is CC BY-NC-SA 4.0"
+    return "cc-by-4.0", "CC BY 4.0, as MedQuAD; the base model's own licence applies too"
+
+
+def card(source: Source, name: str, form: str, outtype: str, measured: Measured) -> str:
+    """The card's text, Markdown with the hub's header."""
+    experiment = source.experiment
+    short, sentence = licence(source)
+    used = [] if source.run is None else [key for key in LICENCES if getattr(experiment.data, key) != "none"]
+    data = [f"- {LICENCES[key]}" for key in used] + [f"- `{key}`: data of one's own" for key in experiment.data.files]
+    weights = "the weights of its base" + (", 4-bit ones expanded" if measured.quantization == "4bit" else "")
+    of_step = "" if source.step is None else f", update {source.step}"
+    return f"""---
+base_model: {json.dumps(experiment.model.base)}
+base_model_relation: finetune
+library_name: {"gguf" if form == "gguf" else "transformers"}
+pipeline_tag: text-generation
+language: en
+license: {short}
+tags: [medical, question-answering, {form}]
+---
+
+# {name}
+
+`{experiment.model.base}` fine-tuned on medical questions and answers with medqa: the LoRA adapter
+`{source.name}`{of_step}, merged into the weights it was trained on
+({weights}), stored as {outtype}. Needs no PEFT.
+
+**Not medical advice.** The answers can be wrong, outdated or dangerous. For research on question answering; not for
+diagnosis, treatment or any decision about a person's health.
+
+Licence: {sentence}.
+
+## How far it is the adapter
+
+On {measured.fidelity.answers} of {measured.prompts}: {measured.fidelity}.
+An export above a mean of {KL_LIMITS[outtype]:g} nats is not made.
+
+## Size and speed
+
+{measured.bytes / 2**20:,.1f} MiB of weights; {measured.tokens_per_s:,.1f} tokens a second, one greedy answer at a time,
+with {measured.engine} of the machine that made this export.
+
+## Figures
+
+{_figures(source)}
+
+They measure likeness to the reference answers on held-out rows, not whether an answer is right. The interval, where
+there is one, is of the sample of rows, not of the training.
+
+## Prompt
+
+One BOS, then this, a question without outer whitespace; generation stops at EOS.
+{_carried(form)}
+
+```
+{prompt("{question}")}```
+
+Each question stands alone, as in training; there is no system message.
+
+## Data
+
+{chr(10).join(data) or "Not recorded."}
+
+## Limits
+
+English; short questions; a small model that answers fluently and wrongly. What follows EOS, and answers to other
+prompts than the one above, it was never trained on. A special token spelled in a question (`</s>`) was text in
+training; servers make a token of it. Decode greedily (temperature 0), as it was evaluated.
+"""
+
+
+def _carried(form: str) -> str:
+    """Where the prompt is."""
+    if form == "gguf":
+        return "The file's chat template and the Modelfile carry it; Ollama does not trim a question."
+    return "The tokenizer's chat template carries it, for chat endpoints too; it refuses a system message."
+
+
+def _figures(source: Source) -> str:
+    """A table of what the run was measured at: with intervals where `evaluate` has measured them."""
+    if source.run is None or not source.final:
+        return "Not measured for this adapter."
+    evaluation = _read(source.run / "evaluation.json")
+    rows = list(_with_interval(evaluation))
+    if rows:
+        lines = [f"| {path} | {value:.4g} | {low:.4g} to {high:.4g} |" for path, value, low, high in rows]
+        return "\n".join(["| | value | 95 % interval |", "|---|---|---|", *lines])
+    summary = _read(source.run / "summary.json")
+    lines = []
+    for label, part in (("validation, untuned", "baseline"), ("validation, tuned", "final"), ("test, tuned", "test")):
+        figures = summary.get(part)
+        value = figures.get("answer_perplexity") if isinstance(figures, dict) else None
+        if isinstance(value, int | float):
+            lines.append(f"| answer perplexity, {label} | {value:.3f} |")
+    return "\n".join(["| | value (without an interval) |", "|---|---|", *lines]) if lines else "Not recorded."
+
+
+def _with_interval(found: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, float, float, float]]:
+    """Every object that is a value with its interval, by its path."""
+    if not isinstance(found, Mapping):
+        return
+    three = [found.get(key) for key in ("value", "low", "high")]
+    if all(isinstance(x, int | float) and math.isfinite(x) for x in three):
+        yield " ".join(path).replace("_", " ").replace("|", " "), *three
+        return
+    for key, inside in found.items():
+        yield from _with_interval(inside, path if key == "tasks" else (*path, str(key)))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object of the run; an empty one where it has none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

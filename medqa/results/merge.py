@@ -1,0 +1,169 @@
+"""The adapter merged into the weights that it was trained on, and stored as a plain model without PEFT."""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from medqa.errors import NO_SPACE, UserError
+from medqa.model.base import add_lora, check_model, load_adapter_weights, load_base, load_tokenizer
+from medqa.model.execution import Execution
+from medqa.model.precision import resolve_precision
+from medqa.prompts import prompt_ids
+from medqa.results.adapter import Adapted, Source
+
+# In float32, 4-bit weights expanded, attention as any server computes it.
+EXACT = Execution(False, False, "sdpa", gradient_checkpointing=False, dequantize=True)
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load_exact(source: Source, device: torch.device) -> Adapted:
+    """The adapter on the weights it was trained on, computed in float32, with the base's own vocabulary.
+
+    4-bit weights are what they stand for, expanded once. `[PAD]` is left out: it was never predicted, and the adapter
+    has nothing of it.
+
+    Raises:
+        UserError: base or adapter cannot be loaded, or the base cannot be quantized here as it was in training.
+    """
+    tokenization = source.experiment.tokenization.model_copy(update={"pad_token": "eos"})
+    experiment = source.experiment.model_copy(update={"tokenization": tokenization})
+    check_model(experiment.model, 0)
+    precision = resolve_precision(experiment, device.type == "cpu", source.settings)
+    tokenizer = load_tokenizer(experiment.model.base, "eos")
+    # Vocabulary 0: nothing is grown.
+    base = load_base(experiment.model, precision, EXACT, device, 0, experiment.training.seed, source.settings)
+    trained_as = source.settings.quantization if source.settings else experiment.model.quantization
+    if base.quantization != trained_as:
+        raise UserError(
+            f"{source.name}: trained on a base with quantization {trained_as}, which cannot be had here "
+            f"({base.reason}): merged into other weights it would be another model; export it where it can"
+        )
+    known = base.model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        raise UserError(
+            f"model.base = {experiment.model.base}: its tokenizer has {len(tokenizer)} tokens, its weights {known}; "
+            "no server could load that: give the base that belongs to the tokenizer with --model"
+        )
+    model = add_lora(base.model.float(), experiment.lora, experiment.training.seed)
+    load_adapter_weights(model, source.directory, source.name)
+    model.requires_grad_(False)
+    found = replace(source, experiment=experiment)
+    return Adapted(found, model.eval(), tokenizer, precision, EXACT, base.quantization)
+
+
+def merge(adapted: PeftModel) -> torch.nn.Module:
+    """The base with the adapter's product added to its weights, in float32. The adapter is gone afterwards.
+
+    Raises:
+        UserError: the adapter has weights that are not finite.
+    """
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise UserError(
+            f"the adapter cannot be merged: {error}; export another checkpoint with --checkpoint"
+        ) from error
+    merged.config.use_cache = True
+    return merged
+
+
+def save_merged(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, directory: Path
+) -> None:
+    """Weights in this type, configuration, tokenizer with the training prompt as its chat template; greedy by default.
+
+    Raises:
+        UserError: no space.
+    """
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    try:
+        model.to(dtype).save_pretrained(directory)
+    except SafetensorError as error:
+        raise out_of_space(directory, error) from error
+    save_tokenizer(tokenizer, directory)
+    # For servers that have a transformers before 5 inside, which would take another base of RoPE, silently.
+    rope = model.config.rope_parameters if isinstance(getattr(model.config, "rope_parameters", None), dict) else {}
+    older = {"torch_dtype": str(dtype).removeprefix("torch.")}
+    if rope.get("rope_type", "default") == "default" and "rope_theta" in rope:
+        older["rope_theta"] = rope["rope_theta"]
+    _change(directory / "config.json", lambda config: {**config, **older})
+
+
+def _change(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change a JSON file."""
+    changed = change(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """The tokenizer's files, for any transformers from 4 on: the template inside, and a class that 4 has as well."""
+    # Written elsewhere first: tokenizers has errors of its own for a full disk.
+    with tempfile.TemporaryDirectory() as elsewhere:
+        tokenizer.save_pretrained(elsewhere, save_jinja_files=False)
+        for path in sorted(Path(elsewhere).iterdir()):
+            shutil.copyfile(path, directory / path.name)
+    said = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+    left_out = ("backend", "is_local", "local_files_only")
+    _change(
+        directory / "tokenizer_config.json",
+        lambda config: {
+            key: said.get(value, value) if key == "tokenizer_class" else value
+            for key, value in config.items()
+            if key not in left_out
+        },
+    )
+
+
+def check_chat_template(directory: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> None:
+    """Load the tokenizer that was saved, and see that chat endpoints get the training prompt from it.
+
+    transformers tokenizes what the template renders; vLLM and text-generation servers take its text first and tokenize
+    that, without special tokens of their own.
+
+    Raises:
+        UserError: they would get other ids.
+    """
+    saved = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    for question in questions:
+        if set(tokenizer.all_special_tokens) & set(tokenizer.tokenize(question)):
+            continue  # `</s>` spelled in a question was text in training; every server makes the token of it
+        chat = [{"role": "user", "content": question}]
+        text = saved.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        ids = saved.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+        again = saved(text, add_special_tokens=False)["input_ids"]
+        if not ids == again == prompt_ids(question, tokenizer):
+            raise UserError(
+                f"model.base = {tokenizer.name_or_path}: its tokenizer, saved and loaded again, gives another prompt "
+                f"for {question[:60]!r} than in training; choose another base with --model"
+            )
+
+
+def load_stored(directory: Path, device: torch.device) -> torch.nn.Module:
+    """The merged model as a server loads it: in the type that it is stored in, without PEFT."""
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype="auto", device_map={"": device}, use_safetensors=True, trust_remote_code=False
+    ).eval()
+
+
+def out_of_space(directory: Path, error: Exception) -> Exception:
+    """What the user is told of an error that a library gives for a full disk; another error as it is."""
+    number = re.search(r"os error (\d+)", str(error))
+    if number is None or int(number[1]) not in NO_SPACE:
+        return error
+    return UserError(f"{directory.parent}: cannot be written: {error}; free space, or give another --to")

@@ -1,0 +1,46 @@
+"""Ollama's Modelfile, and the commands that make a model of it."""
+
+import re
+import shlex
+from pathlib import Path
+
+from medqa.errors import UserError
+from medqa.prompts import prompt
+
+GGUF_NAME = "model.gguf"
+MODELFILE = "Modelfile"
+MOST_TOKENS = 512  # of an answer: Ollama's own default is no limit at all
+
+
+def modelfile(eos: str, context: int, licence: str) -> str:
+    """The training prompt in Go's template language, without BOS (llama.cpp puts it in front), greedy as evaluated.
+
+    Each `{{ .Response }}` is followed by EOS where the conversation goes on; of the last one Ollama leaves out what
+    follows. A system message has no place in the training prompt and none here.
+
+    Raises:
+        UserError: a text that the format cannot quote.
+    """
+    question, response = prompt("\0").split("\0")
+    template = f"{question}{{{{ .Prompt }}}}{response}{{{{ .Response }}}}{eos}"
+    if '"""' in template + licence or '"' in eos:
+        raise UserError(f"EOS {eos!r}: a Modelfile cannot quote it; use --format merged")
+    return f'''FROM ./{GGUF_NAME}
+TEMPLATE """{template}"""
+PARAMETER stop "{eos}"
+PARAMETER num_ctx {context}
+PARAMETER num_predict {min(MOST_TOKENS, context // 2)}
+PARAMETER temperature 0
+PARAMETER repeat_penalty 1
+LICENSE """{licence}"""
+'''
+
+
+def ollama_commands(directory: Path, outtype: str) -> list[str]:
+    """What to type. Ollama quantizes 16-bit files only."""
+    name = re.sub(r"[^a-z0-9_-]+", "-", directory.absolute().name.lower()).strip("-_") or "medqa"
+    file = shlex.quote(str(directory / MODELFILE))
+    create = [f"ollama create {name} -f {file}"]
+    if outtype == "f16":
+        create.append(f"ollama create {name} --quantize q4_K_M -f {file}")
+    return [*create, f"ollama run {name}"]
