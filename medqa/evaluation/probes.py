@@ -1,5 +1,0 @@
-"""stub."""
-
-
-def red_flag(q):
-    return "overdose" if "too many" in q else None
