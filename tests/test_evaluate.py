@@ -14,11 +14,11 @@ from wandb_file import read_finished_run
 from medqa.__main__ import main
 from medqa.data.sources import Row
 from medqa.evaluation.loss_report import loss_report
+from medqa.evaluation.own_template import own_template_prompts, with_prompts
 from medqa.model.base import load_tokenizer
 from medqa.results import baseline, evaluate
 from medqa.results.adapter import find_adapter
 from medqa.results.held_out import load_held_out
-from medqa.results.own_template import own_prompts, with_prompts
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
 
 EVALUATE = """
@@ -203,7 +203,7 @@ def test_the_bases_own_template_stands_before_the_same_answers(tiny_run):
     source = find_adapter(str(tiny_run))
     tokenizer = load_tokenizer(source.experiment.model.base, "eos")
     examples = load_held_out(source, tokenizer, 6).examples["test"]
-    prompts = own_prompts(str(BASE_DIR))
+    prompts = own_template_prompts(str(BASE_DIR))
     for before, now in zip(examples, with_prompts(examples, prompts), strict=True):
         assert now.input_ids[: now.answer_start].tolist() == prompts(before.row.question)
         assert now.input_ids[: now.answer_start].tolist() != before.input_ids[: before.answer_start].tolist()
@@ -217,7 +217,7 @@ def test_a_base_without_a_template_has_none(tmp_path):
             path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
         else:
             path.unlink(missing_ok=True)
-    assert own_prompts(str(tmp_path / "base")) is None
+    assert own_template_prompts(str(tmp_path / "base")) is None
 
 
 @pytest.mark.parametrize(

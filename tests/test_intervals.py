@@ -36,7 +36,7 @@ def test_few_rows_have_exact_p_values():
     ours, theirs = np.arange(8.0), np.arange(8.0) + 1
     assert difference_figure(ours, theirs)["p_value"] == pytest.approx(2 / 2**8)
     assert difference_figure(ours, theirs)["value"] == -1.0
-    assert difference_figure([1.0], [2.0]) == {"value": -1.0, "low": None, "high": None, "p_value": 1.0}
+    assert difference_figure([1.0], [2.0]) == {"value": -1.0, "low": None, "high": None, "p_value": None}
     assert difference_figure(ours, ours) == {"value": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
 
 

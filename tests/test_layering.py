@@ -27,6 +27,7 @@ TOP = {
     "yaml_core",
 }
 LAZY = {"gguf", "llama_cpp", "wandb", "bitsandbytes", "kagglehub", "matplotlib", "defusedxml"}
+LAZY |= {"rouge", "rouge_score", "sklearn", "nltk", "lm_eval"}
 COMMANDS = "medqa.__main__"  # thin commands over all wings; nothing imports it
 
 

@@ -34,6 +34,7 @@ COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
         "options": ("answer_options",),
         "correct": ("correct_answer",),
         "prompt": ("prompt",),
+        "specialty": ("specialty",),
     },
 }
 REQUIRED = ("question", "answer")
@@ -82,7 +83,7 @@ def load_sources(medquad: str, afrimedqa: str, mcq_answers: str = "rationale") -
     seen: set[tuple[str, str]] = set()
     for name, location in used.items():
         try:
-            sources.append(_cleaned(name, location, _read(name, location), mcq_answers == "named", seen))
+            sources.append(_cleaned(name, location, read_source(name, location), mcq_answers == "named", seen))
         except UserError as error:
             problems.append(f"{name}: {error}")
     if problems:
@@ -90,7 +91,7 @@ def load_sources(medquad: str, afrimedqa: str, mcq_answers: str = "rationale") -
     return sources
 
 
-def _read(name: str, location: str) -> Table:
+def read_source(name: str, location: str) -> Table:
     """Find out what `location` is, and read it."""
     option = f"--{name}"
     wanted = frozenset(column for columns in COLUMNS[name].values() for column in columns)
@@ -161,16 +162,18 @@ def _require_columns(name: str, location: str, table: Table) -> None:
 def _rows(name: str, location: str, table: Table, named: bool) -> Iterator[Row | str]:
     """For each record its row, or the reason why there is none. `named`: answers name the right option."""
     for number, record in enumerate(table.records):
-        cells = _Cells(COLUMNS[name], record, f"{location}, record {number} (the first is 0)")
+        cells = Cells(COLUMNS[name], record, f"{location}, record {number} (the first is 0)")
         question, answer = cells.text("question"), cells.text("answer")
         if not question or not answer:
             yield "empty answer" if question else "empty question"
             continue
         try:
             if name == "afrimedqa":
-                options = _shown_options(cells)
-                question = _afrimedqa_question(cells, question, options)
-                answer = "\n\n".join([*_right_options(cells, options), answer]) if named else answer
+                options = shown_options(cells)
+                question = shown_question(cells, question, options)
+                if named:
+                    right = (f"{letter}. {options[letter]}" for letter in right_letters(cells, options))
+                    answer = "\n\n".join([*right, answer])
         except ValueError:
             yield "unreadable options"
             continue
@@ -179,7 +182,7 @@ def _rows(name: str, location: str, table: Table, named: bool) -> Iterator[Row |
 
 
 @dataclass(frozen=True, slots=True)
-class _Cells:
+class Cells:
     """One record, its cells asked for by the part of a row they make up."""
 
     columns: dict[str, tuple[str, ...]]
@@ -211,7 +214,7 @@ def _is_missing(cell: object) -> bool:
     return cell is None or (isinstance(cell, float) and math.isnan(cell))  # pandas writes NaN for a missing text
 
 
-def _shown_options(cells: _Cells) -> dict[str, str]:
+def shown_options(cells: Cells) -> dict[str, str]:
     """The options of a multiple-choice question by letter. Raises ValueError if they cannot be read.
 
     They are shown for the kind "mcq" and, in copies that do not tell the kind, wherever there are any.
@@ -222,18 +225,18 @@ def _shown_options(cells: _Cells) -> dict[str, str]:
     return {letter: option for letter, option in lettered if option}
 
 
-def _afrimedqa_question(cells: _Cells, question: str, options: dict[str, str]) -> str:
+def shown_question(cells: Cells, question: str, options: dict[str, str]) -> str:
     """The question with all that is needed to answer it."""
     if cells.text("kind").lower() == "consumer_queries":
         return f"{cells.text('prompt')}\n{question}".strip()
     return "\n".join([question, *(f"{letter}. {option}" for letter, option in options.items())])
 
 
-def _right_options(cells: _Cells, options: dict[str, str]) -> list[str]:
-    """The right options (`option2`, or several), as the question shows them; none where the record does not say."""
+def right_letters(cells: Cells, options: dict[str, str]) -> list[str]:
+    """The letters of the right options (`option2`, or several) among those shown; [] where the record does not say."""
     numbers = [int(number) for number in re.findall(r"option(\d{1,2})\b", cells.text("correct").lower())]
     letters = [string.ascii_uppercase[number - 1] for number in numbers if 0 < number <= len(string.ascii_uppercase)]
-    return [f"{letter}. {options[letter]}" for letter in letters if letter in options]
+    return [letter for letter in letters if letter in options]
 
 
 def _options(cell: object) -> list[str]:

@@ -1,11 +1,12 @@
 """Base and adapter to answers: greedy, batched, left-padded. The prompt is training's own, id for id."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from medqa.data.sources import Row
 from medqa.prompts import prompt_ids
@@ -28,24 +29,53 @@ def generate_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
+    prompts: Callable[[str], list[int]] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """The model's greedy answer to each question. The model's mode is left as it was.
+    """The model's greedy answer to each question, in their order. The model's mode is left as it was.
+
+    Prompts of like length go together, the longest first. What an answer is does not depend on what it was batched
+    with: where it is cut follows from its own prompt, and where memory is short a batch is halved.
 
     Args:
-        max_new_tokens: where an answer is cut; lower where the model's context ends before.
+        max_new_tokens: where an answer is cut; earlier where the model's context ends. A prompt that leaves no room
+            has an empty answer.
+        prompts: from a question to the ids that it is answered after; None: those of training.
+        progress: is told of how many more questions the answer is there.
     """
-    prompts = [prompt_ids(question, tokenizer) for question in questions]
+    asked = [prompts(question) if prompts else prompt_ids(question, tokenizer) for question in questions]
     longest = getattr(model.config, "max_position_embeddings", None)
-    was_training = model.training
-    model.eval()
-    answers = []
-    for start in range(0, len(prompts), batch_size):
-        chosen = prompts[start : start + batch_size]
-        width = max(map(len, chosen))
-        room = max_new_tokens if longest is None else min(max_new_tokens, longest - width)
-        answers += _batch(model, tokenizer, chosen, room) if room > 0 else [Answer("", False)] * len(chosen)
-    model.train(was_training)
-    return answers
+    rooms = [max_new_tokens if longest is None else min(max_new_tokens, longest - len(ids)) for ids in asked]
+    written: list[list[int]] = [[] for _ in asked]
+    stopped = [False] * len(asked)
+    waiting = sorted((i for i, room in enumerate(rooms) if room > 0), key=lambda i: len(asked[i]), reverse=True)
+    batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
+    if progress and len(waiting) < len(asked):
+        progress(len(asked) - len(waiting))
+    ends = end_ids(model, tokenizer)
+    with plain_greedy(model):
+        while batches:
+            batch = batches.pop(0)
+            room = min(rooms[i] - len(written[i]) for i in batch)
+            try:
+                found = _continue(model, tokenizer.pad_token_id, [asked[i] + written[i] for i in batch], room, ends)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                half = len(batch) // 2
+                batches[:0] = [batch[:half], batch[half:]]
+                continue
+            for i, ids in zip(batch, found, strict=True):
+                end = next((place for place, token in enumerate(ids) if token in ends), None)
+                stopped[i] = end is not None
+                written[i] += ids[:end]
+            # The batch's longest prompt may have come to the end of the context; the others go on without it.
+            unfinished = [i for i in batch if not stopped[i] and len(written[i]) < rooms[i]]
+            batches[:0] = [unfinished] if unfinished else []
+            if progress:
+                progress(len(batch) - len(unfinished))
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True) if written else []
+    return [Answer(text.strip(), end) for text, end in zip(texts, stopped, strict=True)]
 
 
 def sample_answers(
@@ -62,24 +92,48 @@ def sample_answers(
     ]
 
 
-def _batch(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int
-) -> list[Answer]:
-    """The answers of one batch."""
-    batch = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
+def end_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that end an answer: the EOS of training, and what else the base ends its turns with."""
+    named = model.get_base_model().generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *([] if named is None else [named] if isinstance(named, int) else named)}
+
+
+@contextlib.contextmanager
+def plain_greedy(model: PeftModel) -> Iterator[None]:
+    """Generate by the model alone, in evaluation mode.
+
+    Many bases come with a generation config of their own, a repetition penalty in it, which `generate` takes up
+    wherever it is not told otherwise.
+    """
+    base, was_training = model.get_base_model(), model.training
+    own = base.generation_config
+    model.eval()
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
+        model.train(was_training)
+
+
+def _continue(
+    model: PeftModel, pad_token_id: int, prompts: Sequence[list[int]], max_new_tokens: int, ends: set[int]
+) -> list[list[int]]:
+    """The ids that follow each prompt: up to `max_new_tokens`; after one of `ends`, padding."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):  # on the left: an answer begins right after its prompt
+        input_ids[row, width - len(ids) :] = torch.tensor(ids)
+        attention_mask[row, width - len(ids) :] = 1
     with torch.no_grad():
         output = model.generate(
-            input_ids=batch["input_ids"].to(model.device),
-            attention_mask=batch["attention_mask"].to(model.device),
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             use_cache=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=sorted(ends),
+            pad_token_id=pad_token_id,
         )
-    answers = []
-    for ids in output[:, batch["input_ids"].shape[1] :].tolist():
-        stopped = tokenizer.eos_token_id in ids
-        ids = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
-        answers.append(Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), stopped))
-    return answers
+    return output[:, width:].tolist()

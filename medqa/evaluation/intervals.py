@@ -1,7 +1,7 @@
 """How sure is a figure: 95 % intervals by bootstrap over rows, and paired tests of differences. Seeded.
 
 A figure is a dict with `value`, `low` and `high`, of a difference with `p_value` too, as `evaluation.json` has it. With
-fewer than two rows there is no interval: `low` and `high` are None.
+fewer than two rows there is no interval: `low`, `high` and `p_value` are None.
 """
 
 import math
@@ -51,10 +51,10 @@ def difference_figure(
     first, second, counts = first[counts > 0], second[counts > 0], counts[counts > 0]
     if not len(first):
         return None
-    low, high = _interval((first - second, counts), _ratio, seed)
     value = float((first - second).sum() / counts.sum())
-    if len(counts) < 2:
-        return {"value": value, "low": low, "high": high, "p_value": 1.0}
+    if len(first) < 2:
+        return {"value": value, "low": None, "high": None, "p_value": None}
+    low, high = _interval((first - second, counts), _ratio, seed)
     tested = stats.permutation_test(
         (first, second),
         lambda a, b, axis: (a - b).sum(axis=axis),

@@ -16,7 +16,8 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from medqa.errors import UserError
-from medqa.evaluation.probes import red_flag
+from medqa.evaluation.inference import end_ids, plain_greedy
+from medqa.evaluation.red_flags import red_flag
 from medqa.prompts import prompt_ids
 from medqa.results.adapter import Adapted
 
@@ -72,21 +73,22 @@ def answer(
     if room < 1:
         raise UserError(f"the question has {len(prompt):,} tokens and the model takes {context:,}; shorten it")
     ids = torch.tensor([prompt], device=model.device)
-    with torch.no_grad(), model.disable_adapter() if base else nullcontext():
+    ends = end_ids(model, tokenizer)
+    with torch.no_grad(), plain_greedy(model), model.disable_adapter() if base else nullcontext():
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=room,
             do_sample=False,
             use_cache=True,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=sorted(ends),
             pad_token_id=tokenizer.pad_token_id,
             streamer=_Stream(tokenizer, told) if told else None,
         )
     new = output[0, len(prompt) :].tolist()
-    stopped = tokenizer.eos_token_id in new
-    new = new[: new.index(tokenizer.eos_token_id)] if stopped else new
-    return Answered(printable(tokenizer.decode(new, skip_special_tokens=True).strip()), stopped, len(new))
+    end = next((place for place, token in enumerate(new) if token in ends), None)
+    text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
+    return Answered(printable(text), end is not None, len(new[:end]))
 
 
 def as_record(adapted: Adapted, question: str, most_tokens: int, compare: bool) -> dict[str, Any]:

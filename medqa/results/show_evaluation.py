@@ -54,9 +54,8 @@ def _add_systems(table: Table, label: str, part: Mapping[str, Any]) -> None:
             table.add_row(label, name, *(shown(figure) for figure in figures), "")
             label = ""
     if (difference := part.get("difference", {}).get("answer_loss")) is not None:
-        table.add_row(
-            "", "tuned - untuned", "", shown({**difference, "p_value": None}), "", f"{difference['p_value']:.2g}"
-        )
+        p_value = "" if difference["p_value"] is None else f"{difference['p_value']:.2g}"
+        table.add_row("", "tuned - untuned", "", shown({**difference, "p_value": None}), "", p_value)
     table.add_section()
 
 

@@ -16,10 +16,10 @@ from medqa.evaluation.inference import Answer
 from medqa.evaluation.loss import Evaluator, fixed_subset
 from medqa.evaluation.loss_report import loss_report
 from medqa.evaluation.multiple_choice import Choices
+from medqa.evaluation.own_template import own_template_prompts, with_prompts
 from medqa.evaluation.red_flags import RED_FLAGS
 from medqa.evaluation.similar import copied_answers
 from medqa.results.bench import Bench, progress
-from medqa.results.own_template import own_prompts, with_prompts
 
 ANSWERED = 256  # rows of the test split that are answered, where no limit is given: writing takes the longest
 ANSWER_TOKENS = 256
@@ -30,7 +30,7 @@ def measure_loss(bench: Bench) -> dict[str, Any]:
     """The loss and perplexity of each held-out split, untuned, untuned in the base's own chat template, and tuned."""
     evaluator = bench.evaluator(longest=0)
     shared = shared_with_training(bench.held_out.splits)
-    prompts = own_prompts(bench.name)
+    prompts = own_template_prompts(bench.name)
     report = {}
     for split in HELD_OUT:
         examples = bench.held_out.examples[split]
@@ -106,7 +106,7 @@ def _answers(bench: Bench, own_template: bool) -> dict[str, list[Answer]]:
     """The untuned and the tuned model's answers to `answered_rows`; written once for all tasks."""
     questions = [row.question for row in answered_rows(bench)]
     written = functools.partial(_written, bench, "generation", questions)
-    prompts = own_prompts(bench.name) if own_template else None
+    prompts = own_template_prompts(bench.name) if own_template else None
     if "tuned" not in bench.written:
         bench.written["untuned"] = bench.reused("generation", questions, functools.partial(written, "untuned"))
         bench.written["tuned"] = written("tuned")

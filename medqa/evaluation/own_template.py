@@ -4,33 +4,37 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-from jinja2.exceptions import TemplateError
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from medqa.data.tokens import Example
 from medqa.model.base import location
 
-Prompts = Callable[[str], list[int]]
 
+def own_template_prompts(base: str) -> Callable[[str], list[int]] | None:
+    """From a question to the ids that the untuned base's own chat template makes of it; None where it has none.
 
-def own_prompts(base: str) -> Prompts | None:
-    """From a question to the ids of the base's own prompt for it; None where the base has no usable template."""
+    A template that cannot render a single user message counts as none.
+
+    Args:
+        base: a directory or a hub id. Its tokenizer is loaded anew: the one of training has training's template.
+    """
     tokenizer = AutoTokenizer.from_pretrained(location(base), trust_remote_code=False)
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_template:
         return None
 
     def prompt(question: str) -> list[int]:
-        messages = [{"role": "user", "content": question.strip()}]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        message = {"role": "user", "content": question}
+        return tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)["input_ids"]
 
     try:
         prompt("What is asthma ?")
-    except (TemplateError, ValueError, TypeError):
+    except TemplateError:
         return None
     return prompt
 
 
-def with_prompts(examples: Sequence[Example], prompts: Prompts) -> list[Example]:
+def with_prompts(examples: Sequence[Example], prompts: Callable[[str], list[int]]) -> list[Example]:
     """The examples with other prompts before the very same answer tokens."""
     changed = []
     for example in examples:

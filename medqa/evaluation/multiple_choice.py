@@ -1,0 +1,178 @@
+"""Multiple-choice questions: which option the model finds most likely, and which letter it names.
+
+The numbers are those of EleutherAI's lm-evaluation-harness for the same questions and prompt: its `acc` and
+`acc_bytes`, with an empty target delimiter, since an answer follows the training prompt at once.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from medqa.data.multiple_choice import NAME, Question, QuestionSet
+from medqa.data.sources import Row
+from medqa.data.tokens import Example
+from medqa.evaluation.inference import generate_answers
+from medqa.evaluation.intervals import difference_figure, mean_figure
+from medqa.evaluation.loss import COLUMNS, Evaluator
+from medqa.prompts import prompt
+
+AT_ONCE = 64  # questions between two reports of progress
+LETTER_TOKENS = 16  # enough for "The correct answer is option B."
+METRICS = ("accuracy", "accuracy_per_byte", "letter")
+# A letter by itself names an option only where nothing else can be meant: "A patient with" begins with an article.
+LETTER = re.compile(
+    r"(?:\b(?:answer|option|choice)\b(?:\s+is)?(?:\s+option)?[\s:*(\"']*|^[\s*(\"']*)"
+    r"(?P<letter>[A-Z])(?=[\s*\"']*(?:[.,:;)\n]|$)|\s+(?:is|because)\b)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What one system makes of the questions.
+
+    Attributes:
+        log_likelihoods: the summed log-likelihood of each option in nats, NaN beyond a question's last; (questions,
+            most options), float64.
+        letters: the letter named in a greedy answer, "" where none is; (questions,), str.
+    """
+
+    log_likelihoods: np.ndarray
+    letters: np.ndarray
+
+
+def option_examples(question: Question, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Each option as the answer to the question, the ids as lm-evaluation-harness (0.4) has them (`_encode_pair`).
+
+    White space that the prompt ends with belongs to the continuation; prompt and continuation are tokenized in one, and
+    the continuation is what comes after as many tokens as the prompt alone has.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    whole = prompt(question.text)
+    context, options = whole.rstrip(), list(question.options.values())
+    texts = [context, *(whole + option for option in options)]
+    first, *rest = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [
+        Example(
+            Row(question.id, NAME, question.text, option, None),
+            np.array(bos + ids, dtype=np.int32),
+            len(bos) + len(first),
+            False,
+        )
+        for option, ids in zip(options, rest, strict=True)
+    ]
+
+
+def fitting(found: QuestionSet, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> QuestionSet:
+    """The questions that fit the model's context of `longest` tokens with each option and with a letter.
+
+    The others are counted as "longer than the context": without their beginning they would measure nothing.
+    """
+    if longest is None:
+        return found
+    kept = []
+    for question in found.questions:
+        options = option_examples(question, tokenizer)
+        needed = [len(example.input_ids) for example in options] + [options[0].answer_start + LETTER_TOKENS + 1]
+        if max(needed) <= longest:
+            kept.append(question)
+    dropped = dict(found.dropped)
+    if len(kept) < len(found.questions):
+        dropped["longer than the context"] = len(found.questions) - len(kept)
+    return QuestionSet(tuple(kept), dropped)
+
+
+def measure(
+    evaluator: Evaluator,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> Choices:
+    """What the model makes of the questions.
+
+    Args:
+        evaluator: measures losses of `model`; how many tokens it takes at once makes no difference.
+        questions: that fit the model's context (`fitting`).
+        batch_size: answers written at once.
+        progress: is told of how many more questions one of the two parts is done: twice as many as there are, in all.
+    """
+    width = max((len(question.options) for question in questions), default=0)
+    likelihoods = np.full((len(questions), width), np.nan)
+    for start in range(0, len(questions), AT_ONCE):
+        chosen = questions[start : start + AT_ONCE]
+        examples = [option_examples(question, tokenizer) for question in chosen]
+        table = evaluator.row_losses([example for options in examples for example in options])
+        losses = iter(table[:, COLUMNS.index("answer_loss")])
+        for number, options in enumerate(examples, start):
+            likelihoods[number, : len(options)] = [-next(losses) for _ in options]
+        if progress:
+            progress(len(chosen))
+    answers = generate_answers(
+        model,
+        tokenizer,
+        [question.text for question in questions],
+        max_new_tokens=LETTER_TOKENS,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    letters = [named_letter(a.text, q.options) or "" for a, q in zip(answers, questions, strict=True)]
+    return Choices(likelihoods, np.array(letters, dtype="U1"))
+
+
+def named_letter(answer: str, options: Mapping[str, str]) -> str | None:
+    """The first of the options' letters that the answer names: "B.", "(b) Malaria", "The answer is B"; None if none."""
+    found = (match["letter"].upper() for match in LETTER.finditer(answer))
+    return next((letter for letter in found if letter in options), None)
+
+
+def score(questions: Sequence[Question], results: Mapping[str, Choices], seed: int) -> dict[str, Any]:
+    """How often the systems choose the right option. Each share is a figure of intervals.py.
+
+    Returns:
+        `rows`; `chance`, what guessing is expected to give (the mean of one over the number of options); for each
+        system `accuracy` (by summed log-likelihood), `accuracy_per_byte` (by log-likelihood over the option's bytes in
+        UTF-8), `letter` (by the letter named, none being wrong) and `no_letter` (share that names none); `difference`:
+        of `tuned - untuned`, where both are there, with `p_value`; `specialties`: of each, where the source names any,
+        `rows`, `chance`, and of each system `accuracy` and `accuracy_per_byte`. Without questions `rows` alone.
+    """
+    if not questions:
+        return {"rows": 0}
+    columns = {system: _right(questions, choices) for system, choices in results.items()}
+    chances = np.array([1 / len(question.options) for question in questions])
+    result: dict[str, Any] = {"rows": len(questions), "chance": float(chances.mean())}
+    for system, right in columns.items():
+        result[system] = {name: mean_figure(right[name], None, seed) for name in METRICS}
+        result[system]["no_letter"] = mean_figure(results[system].letters == "", None, seed)
+    if {"tuned", "untuned"} <= columns.keys():
+        ours, theirs = columns["tuned"], columns["untuned"]
+        figures = {name: difference_figure(ours[name], theirs[name], None, seed) for name in METRICS}
+        result["difference"] = {"tuned - untuned": figures}
+    result["specialties"] = {}
+    for specialty in sorted({question.specialty for question in questions if question.specialty}):
+        chosen = np.array([question.specialty == specialty for question in questions])
+        result["specialties"][specialty] = {"rows": int(chosen.sum()), "chance": float(chances[chosen].mean())} | {
+            system: {name: mean_figure(right[name], chosen, seed) for name in METRICS[:2]}
+            for system, right in columns.items()
+        }
+    return result
+
+
+def _right(questions: Sequence[Question], choices: Choices) -> dict[str, np.ndarray]:
+    """Whether each question was answered rightly, by metric; (questions,) of 0.0 and 1.0 each."""
+    right = {name: np.zeros(len(questions)) for name in METRICS}
+    for number, question in enumerate(questions):
+        letters = list(question.options)
+        sums = choices.log_likelihoods[number, : len(letters)]
+        lengths = np.array([len(option.encode()) for option in question.options.values()])
+        right["accuracy"][number] = letters[np.argmax(sums)] == question.right
+        right["accuracy_per_byte"][number] = letters[np.argmax(sums / lengths)] == question.right
+        right["letter"][number] = choices.letters[number] == question.right
+    return right
