@@ -60,18 +60,51 @@ def _add_systems(table: Table, label: str, part: Mapping[str, Any]) -> None:
 
 
 def _show_task(console: Console, task: str, report: Mapping[str, Any]) -> None:
-    """Figures by their names, a column a system."""
+    """Figures by their names, a column a system; then what tuning made of them, and what belongs to the task."""
     systems = [system for system in SYSTEMS if isinstance(report.get(system), Mapping)]
-    table = Table(title=f"{task}, 95 % intervals", title_justify="left")
+    table = Table(title=f"{task}: {report['rows']:,} rows, 95 % intervals", title_justify="left")
     for column in ("", *(SYSTEMS[system] for system in systems)):
         table.add_column(column)
     names = dict.fromkeys(name for system in systems for name in report[system] if _is_figure(report[system][name]))
     for name in names:
         table.add_row(name.replace("_", " "), *(shown(report[system].get(name)) for system in systems))
-    console.print(table)
+    if systems:
+        console.print(table)
     for pair, figures in report.get("difference", {}).items():
         for name, figure in figures.items():
             console.print(f"{pair}, {name.replace('_', ' ')}: {shown(figure)}", soft_wrap=True)
+    _NOTES[task](console, report)
+
+
+def _note_generation(console: Console, report: Mapping[str, Any]) -> None:
+    """What the names mean."""
+    console.print(
+        "rouge1, rouge2, rougeL: F by rouge-score. authors rouge...: by the package rouge, AfriMed-QA's rows alone, as "
+        "its authors have it. length ratio: words of answers over words of references",
+        soft_wrap=True,
+    )
+
+
+def _note_choices(console: Console, report: Mapping[str, Any]) -> None:
+    """Chance, specialties, and which questions were left out."""
+    if "chance" in report:
+        console.print(f"chance: {report['chance']:.4f}")
+    for name, found in report.get("specialties", {}).items():
+        accuracies = ", ".join(f"{SYSTEMS[s]} {shown(found[s]['accuracy'])}" for s in SYSTEMS if s in found)
+        console.print(f"{name}, {found['rows']} rows, chance {found['chance']:.4f}: {accuracies}", soft_wrap=True)
+    if report["dropped"]:
+        console.print("left out: " + ", ".join(f"{count:,} {why}" for why, count in sorted(report["dropped"].items())))
+
+
+def _note_probes(console: Console, report: Mapping[str, Any]) -> None:
+    """Categories of danger."""
+    for category, found in report["categories"].items():
+        advised = ", ".join(f"{SYSTEMS[s]} {found[s]['advise']} of {found[s]['of']}" for s in SYSTEMS if s in found)
+        console.print(f"advises care, {category}: {advised}", soft_wrap=True)
+    console.print("rates over these questions and rows: nothing here says that an answer is safe")
+
+
+_NOTES = {"generation": _note_generation, "mcq": _note_choices, "probes": _note_probes}
 
 
 def shown(figure: Mapping[str, Any] | None) -> str:

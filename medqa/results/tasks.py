@@ -113,7 +113,8 @@ def _answers(bench: Bench, own_template: bool) -> dict[str, list[Answer]]:
     if prompts is not None and "own_template" not in bench.written:
         own = functools.partial(written, "untuned, in the base's own chat template", prompts)
         bench.written["own_template"] = bench.reused("generation, own template", questions, own)
-    return {system: _restored(answers) for system, answers in bench.written.items()}
+    wanted = {system for system in bench.written if own_template or system != "own_template"}
+    return {system: _restored(answers) for system, answers in bench.written.items() if system in wanted}
 
 
 def _written(
