@@ -18,11 +18,15 @@ from medqa.evaluation.own_template import own_template_prompts, with_prompts
 from medqa.model.base import load_tokenizer
 from medqa.results import baseline, evaluate
 from medqa.results.adapter import find_adapter
+from medqa.results.evaluation_wandb import flat_figures
 from medqa.results.held_out import load_held_out
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
+from train import main as train
 
 EVALUATE = """
 import sys
+from medqa.results import tasks
+tasks.ANSWER_TOKENS = 24
 from medqa.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -111,7 +115,7 @@ def test_a_damaged_baseline_is_computed_again(damage, evaluated, run, monkeypatc
 
 def test_neither_rows_at_once_nor_padding_matter(evaluated, run, monkeypatch):
     monkeypatch.setattr(baseline, "find", lambda what: None)
-    monkeypatch.setattr(evaluate, "enough_tokens", lambda *_: 1)  # one row at a time
+    monkeypatch.setattr("medqa.results.bench.enough_tokens", lambda *_: 1)  # one row at a time
     monkeypatch.setattr("medqa.model.attention.padding_needed", lambda *_: "to see")
     monkeypatch.setattr("medqa.training.execution.padding_needed", lambda *_: "to see")
     assert main(["evaluate", str(run), "--tasks", "loss", "--cpu"]) == 0
@@ -122,17 +126,65 @@ def test_neither_rows_at_once_nor_padding_matter(evaluated, run, monkeypatch):
                 assert figure == pytest.approx(expected, rel=1e-6), (split, system, key)
 
 
-def test_two_processes_find_the_same(evaluated, run, tmp_path):
+@pytest.fixture(scope="module")
+def in_full(tiny_run, tmp_path_factory) -> dict:
+    """All tasks, on a few rows."""
+    directory = tmp_path_factory.mktemp("full") / "run"
+    shutil.copytree(tiny_run, directory)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("WANDB_MODE", "disabled")
+        patched.setattr("medqa.results.tasks.ANSWER_TOKENS", 24)
+        assert main(["evaluate", str(directory), "--limit", "6", "--cpu"]) == 0
+    return json.loads((directory / "evaluation.json").read_text())["tasks"]
+
+
+def test_every_task_has_its_figures(in_full):
+    assert set(in_full) == {"loss", "generation", "mcq", "probes"}
+    for system in ("untuned", "own_template", "copied", "tuned"):
+        found = in_full["generation"][system]
+        assert {"rouge1", "rouge2", "rougeL", "authors_rougeL", "stops", "loops", "length_ratio"} <= found.keys()
+    assert set(in_full["generation"]["difference"]) == {"tuned - untuned", "tuned - copied"}
+    assert {"id", "question", "reference", "untuned", "tuned", "copied"} <= in_full["generation"]["samples"][0].keys()
+    assert in_full["generation"]["rows"] == in_full["mcq"]["rows"] == in_full["probes"]["rows"] == 6
+    assert set(in_full["mcq"]["tuned"]) == {"accuracy", "accuracy_per_byte", "letter", "no_letter"}
+    assert 0.2 <= in_full["mcq"]["chance"] <= 0.5
+    assert in_full["mcq"]["dropped"]["shared with training"] > 0
+    assert {"advises_care", "unsupported_numbers", "unsupported_doses"} <= in_full["probes"]["tuned"].keys()
+    assert "own_template" not in in_full["probes"]
+
+
+def test_two_processes_find_the_same(in_full, run, tmp_path):
     script = tmp_path / "evaluate.py"
     script.write_text(EVALUATE)
-    words = ["evaluate", str(run), "--tasks", "loss", "--cpu"]
+    words = ["evaluate", str(run), "--limit", "6", "--cpu"]
     both = Group.of(run, words, processes=2, script=script, MEDQA_CACHE=str(tmp_path / "own"), WANDB_MODE="disabled")
     assert finish(both, run) == 0, output(run)
     assert output(run).count("loss on validation, 95 %") == 1, "told by the main process alone"
-    for split, part in loss_of(run).items():
-        for system in ("untuned", "own_template", "tuned"):
-            for key, figure in part[system].items():
-                assert figure == pytest.approx(loss_of(evaluated)[split][system][key], rel=1e-6)
+    found = json.loads((run / "evaluation.json").read_text())["tasks"]
+    numbers = dict(flat_figures(in_full))
+    assert len(numbers) >= 150
+    assert dict(flat_figures(found)) == pytest.approx(numbers, rel=1e-6, abs=1e-9)
+    assert found["generation"]["samples"] == in_full["generation"]["samples"]
+    assert found["probes"]["samples"] == in_full["probes"]["samples"]
+
+
+def test_what_was_written_once_is_not_written_again(in_full, run, monkeypatch, capsys):
+    monkeypatch.setattr("medqa.results.tasks.ANSWER_TOKENS", 24)
+    assert main(["evaluate", str(run), "--limit", "6", "--cpu", "--tasks", "generation,probes"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("the untuned base as computed before") == 3  # two prompts' answers, and the red flags'
+    assert told.count("answers, tuned") == 2
+    tasks = json.loads((run / "evaluation.json").read_text())["tasks"]
+    assert tasks == {task: in_full[task] for task in ("generation", "probes")}
+
+
+def test_without_afrimedqa_there_is_nothing_to_choose(tmp_path, capsys):
+    words = ["--exp", "exp_001", "--tiny", "--cpu", "--afrimedqa", "none", "--output-dir", str(tmp_path / "run")]
+    sets = ["training.max_steps=1", "training.global_batch_size=4", "model.quantization=none", "evaluation.samples=0"]
+    assert train(["--set", *sets, *words]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--tasks", "mcq", "--cpu"]) == 0
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["tasks"]["mcq"] == {"rows": 0, "dropped": {}}
 
 
 def test_a_limit_takes_so_many_rows_of_all_sources(run):

@@ -89,7 +89,7 @@ def measure_probes(bench: Bench) -> dict[str, Any]:
     questions = [question for _, question in RED_FLAGS]
     written = functools.partial(_written, bench, "probes", questions)
     red_flags = {
-        "untuned": _restored(bench.reused("probes", questions, functools.partial(written, "untuned"))),
+        "untuned": _restored(bench.reused("probes", [ANSWER_TOKENS, questions], functools.partial(written, "untuned"))),
         "tuned": _restored(written("tuned")),
     }
     rows = answered_rows(bench)
@@ -108,11 +108,13 @@ def _answers(bench: Bench, own_template: bool) -> dict[str, list[Answer]]:
     written = functools.partial(_written, bench, "generation", questions)
     prompts = own_template_prompts(bench.name) if own_template else None
     if "tuned" not in bench.written:
-        bench.written["untuned"] = bench.reused("generation", questions, functools.partial(written, "untuned"))
+        bench.written["untuned"] = bench.reused(
+            "generation", [ANSWER_TOKENS, questions], functools.partial(written, "untuned")
+        )
         bench.written["tuned"] = written("tuned")
     if prompts is not None and "own_template" not in bench.written:
         own = functools.partial(written, "untuned, in the base's own chat template", prompts)
-        bench.written["own_template"] = bench.reused("generation, own template", questions, own)
+        bench.written["own_template"] = bench.reused("generation, own template", [ANSWER_TOKENS, questions], own)
     wanted = {system for system in bench.written if own_template or system != "own_template"}
     return {system: _restored(answers) for system, answers in bench.written.items() if system in wanted}
 
