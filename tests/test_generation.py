@@ -26,7 +26,7 @@ TOKENS = 24
 
 @pytest.fixture(scope="module")
 def parts(tiny):
-    """Of a model that was hardly trained: it would never end, so it gets one more EOS, a token of half of its answers."""
+    """Of a model that was hardly trained: it would never end. So it has one more EOS, one of half of its answers."""
     parts = adapted_parts(tiny)
     written = [step_by_step(parts, example.row.question)[0] for example in parts.examples["validation"][:14]]
     usual = sorted({token for ids in written for token in ids})
