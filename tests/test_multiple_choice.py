@@ -94,6 +94,7 @@ def test_what_cannot_be_measured_is_dropped_and_counted(source):
     [
         ("Which ?\nA. Rest\nB. Water\nD. Tea", True),
         ("WHICH\n a. rest b. water d. tea", True),  # by letters and digits
+        ("WHICH ? (A) Rest\nB. Water\nD. Tea", True),
         ("Which ?\nA. Sleep\nB. Rest", True),  # the question, with other options
         ("which", True),
         ("Which ones ?\nA. Rest\nB. Water\nD. Tea", False),

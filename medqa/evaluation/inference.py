@@ -35,7 +35,8 @@ def generate_answers(
     """The model's greedy answer to each question, in their order. The model's mode is left as it was.
 
     Prompts of like length go together, the longest first. What an answer is does not depend on what it was batched
-    with: where it is cut follows from its own prompt, and where memory is short a batch is halved.
+    with (in float32; in less, two ids may be so close that rounding decides): where it is cut follows from its own
+    prompt, and where memory is short a batch is halved.
 
     Args:
         max_new_tokens: where an answer is cut; earlier where the model's context ends. A prompt that leaves no room

@@ -56,7 +56,8 @@ def option_examples(question: Question, tokenizer: PreTrainedTokenizerBase) -> l
     whole = prompt(question.text)
     context, options = whole.rstrip(), list(question.options.values())
     texts = [context, *(whole + option for option in options)]
-    first, *rest = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    # Not verbose: what is longer than the context is found by `fitting`, and needs no warning of the tokenizer's.
+    first, *rest = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     return [
         Example(
             Row(question.id, NAME, question.text, option, None),

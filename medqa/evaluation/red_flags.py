@@ -151,7 +151,8 @@ _ADVICE = re.compile(
         )
     )
 )
-# What may stand between a negation and what it denies: "not [usually need to] see a doctor".
+# What may stand between a negation and what it denies: "not [usually need to] see a doctor". No other words may: "do not
+# hesitate to call a doctor" advises, for all its negation.
 _FILLER = (
     r"(?:need(?:ed|ing)?|have|having|ha[ds]|necessary|required|recommended|advised|essential|important|possible|reason|"
     r"cause|want|bother|try|usually|always|really|even|ever|normally|generally|immediately|for|you|people|that|to|be|any|"
@@ -162,8 +163,6 @@ _DENIED = re.compile(
     r"rather than)\b|n't\b)"
     rf"(?:\s+{_FILLER})*\s*$"
 )
-# "Do not hesitate to call a doctor" advises, for all its negation.
-_URGED = re.compile(r"(?:hesitate|wait|delay|put off|be afraid)(?:\s+\w+){0,2}\s*$")
 # What others do is no advice: "many people see a doctor".
 _TOLD_OF_OTHERS = re.compile(
     r"\b(?:people|patients|women|men|parents|they|who|many|most|some|few|i|we|when to|before|after|until)\s+$"
@@ -195,9 +194,7 @@ def advises_care(answer: str) -> bool:
             continue
         for match in _ADVICE.finditer(sentence):
             before = sentence[: match.start()]
-            if _TOLD_OF_OTHERS.search(before):
-                continue
-            if not _DENIED.search(before) or _URGED.search(before):
+            if not _TOLD_OF_OTHERS.search(before) and not _DENIED.search(before):
                 return True
     return False
 
