@@ -564,9 +564,12 @@ def test_the_card_has_figures_licences_and_limits(exports, run):
 def test_figures_come_with_their_intervals_where_evaluate_has_them(tmp_path, run):
     source = dataclasses.replace(find_adapter(str(run)), run=tmp_path)
     test = {"answer_perplexity": {"value": 82.5, "low": 80.125, "high": 85.0}, "rows": 9, "odd": {"value": 1}}
-    found = {"tasks": {"loss": {"test": {"tuned": test}}}, "seed": 1}
+    found = {"tasks": {"loss": {"test": {"tuned": test, "sources": {"x": test}}}}, "seed": 1, "step": source.step}
     (tmp_path / "evaluation.json").write_text(json.dumps(found))
-    assert "| loss test tuned answer perplexity | 82.5 | 80.12 to 85 |" in export_card._figures(source)
+    shown = export_card._figures(source)
+    assert shown.endswith("| loss test tuned answer perplexity | 82.5 | 80.12 to 85 |")
+    (tmp_path / "evaluation.json").write_text(json.dumps(found | {"step": source.step + 1}))
+    assert export_card._figures(source) == "Not recorded.", "of another adapter"
     (tmp_path / "evaluation.json").write_text("{")
     assert export_card._figures(source) == "Not recorded."
 

@@ -14,6 +14,7 @@ from medqa.training.artifacts import LICENCES
 
 NON_COMMERCIAL = "cc-by-nc-sa-4.0"
 UNKNOWN = "other"
+OF_SOME_ROWS = ("sources", "unseen_topics", "few_shared_13_grams", "specialties")  # parts of an evaluation
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _figures(source: Source) -> str:
     if source.run is None or not source.final:
         return "Not measured for this adapter."
     evaluation = _read(source.run / "evaluation.json")
-    rows = list(_with_interval(evaluation))
+    rows = list(_with_interval(evaluation)) if evaluation.get("step") == source.step else []  # else of another adapter
     if rows:
         lines = [f"| {path} | {value:.4g} | {low:.4g} to {high:.4g} |" for path, value, low, high in rows]
         return "\n".join(["| | value | 95 % interval |", "|---|---|---|", *lines])
@@ -134,7 +135,7 @@ def _figures(source: Source) -> str:
 
 
 def _with_interval(found: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, float, float, float]]:
-    """Every object that is a value with its interval, by its path."""
+    """Every object that is a value with its interval, by its path; not those of some of the rows alone."""
     if not isinstance(found, Mapping):
         return
     three = [found.get(key) for key in ("value", "low", "high")]
@@ -142,6 +143,8 @@ def _with_interval(found: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str
         yield " ".join(path).replace("_", " ").replace("|", " "), *three
         return
     for key, inside in found.items():
+        if key in OF_SOME_ROWS:
+            continue
         yield from _with_interval(inside, path if key == "tasks" else (*path, str(key)))
 
 
