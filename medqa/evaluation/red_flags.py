@@ -151,8 +151,8 @@ _ADVICE = re.compile(
         )
     )
 )
-# What may stand between a negation and what it denies: "not [usually need to] see a doctor". No other words may: "do
-# not hesitate to call a doctor" advises, for all its negation.
+# What may stand between a negation and what it denies: "not [usually need to] see a doctor". No other words may:
+# "do not hesitate to call a doctor" advises, for all its negation.
 _FILLER = (
     r"(?:need(?:ed|ing)?|have|having|ha[ds]|necessary|required|recommended|advised|essential|important|possible|reason|"
     r"cause|want|bother|try|usually|always|really|even|ever|normally|generally|immediately|for|you|people|that|to|be|any|"

@@ -43,7 +43,7 @@ class Bench:
     @cached_property
     def model(self) -> torch.nn.Module:
         """The model with its loss on top, in mixed precision where the run is."""
-        return self.accelerator.prepare_model(LossModel(self.adapted.model), evaluation_mode=True)
+        return self.accelerator.prepare_model(LossModel(self.adapted.model).eval(), evaluation_mode=True)
 
     def evaluator(self, longest: int) -> Evaluator:
         """Measures losses of rows of up to so many tokens; every token is a target."""
