@@ -1,4 +1,4 @@
-"""The three recipes through `accelerate launch`, and their adapters in a process that knows nothing of this project."""
+"""The three recipes, one through `accelerate launch`, and an adapter where nothing is known of this project."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import LAUNCH, ROOT, finish, metrics, output, start, summary
+from launching import LAUNCH, ROOT, Group, finish, metrics, output, start, summary
 from safetensors import safe_open
 from transformers import AutoTokenizer
 from wandb_file import read_finished_run
@@ -52,9 +52,10 @@ print(json.dumps({"loss": total / count, "tokens": count}))
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """All three, side by side, one thread each."""
+    """All three, side by side, one thread each; one of them as a user starts it."""
     place = tmp_path_factory.mktemp("tiny")
-    started = {name: start(LAUNCH, place / name, "--exp", name, "--tiny") for name in NAMES}
+    started = {"exp_002": start(LAUNCH, place / "exp_002", "--exp", "exp_002", "--tiny")}
+    started |= {name: Group(place / name, "--exp", name, "--tiny") for name in ("exp_001", "exp_003")}
     for name, process in started.items():
         assert finish(process, place / name) == 0, output(place / name)
     return {name: place / name for name in NAMES}
