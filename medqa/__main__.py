@@ -156,12 +156,14 @@ def evaluate(options: argparse.Namespace) -> None:
         )
     console = make_console(is_first_process())
     with writing(source.run):
-        found = evaluation.evaluate(source, tasks, options.limit, options.cpu, console)
+        keep = functools.partial(evaluation.write_evaluation, run=source.run)
+        found = evaluation.evaluate(source, tasks, options.limit, options.cpu, console, keep)
         if is_first_process():
-            evaluation.write_evaluation(found, source.run)
             show_evaluation(console, found)
-            console.print(f"written to {source.run / evaluation.EVALUATION}")
-            if source.final:
+            written = keep(found)
+            place = source.run / evaluation.EVALUATION
+            console.print(f"written to {place}" if written else f"not written: {place} is of all rows", soft_wrap=True)
+            if written and source.final:
                 log_evaluation(found, source.run, source.experiment, options.cpu, console.print)
 
 

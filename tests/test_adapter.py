@@ -94,6 +94,14 @@ def test_an_unfinished_run_gives_its_newest_checkpoint(run):
         find_adapter(str(run))
 
 
+def test_a_run_that_goes_on_is_not_its_old_end(run):
+    """More updates under a constant rate: summary and final adapter are those of before until it ends again."""
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("max_steps: 6", "max_steps: 8"))
+    source = find_adapter(str(run))
+    assert (source.directory, source.step, source.final) == (run / "checkpoint-6", 6, False)
+
+
 def test_an_adapter_alone(alone, monkeypatch):
     source = find_adapter(str(alone))
     assert (source.run, source.experiment.lora.r, source.experiment.model.base) == (None, 8, str(BASE_DIR))

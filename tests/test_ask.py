@@ -127,7 +127,7 @@ def test_json_of_one_question(loaded, tiny_run, capsys):
 
 def test_piped_questions_give_a_line_each(loaded, tiny_run, monkeypatch, capsys):
     too_long = "asthma " * 400
-    piped(monkeypatch, f"{QUESTIONS[0]}\n\n   \n{QUESTIONS[1]}\r\n{too_long}\n".encode() + b"\xff\xfe \x1b[2J?")
+    piped(monkeypatch, f"\ufeff{QUESTIONS[0]}\n\n   \n{QUESTIONS[1]}\r\n{too_long}\n".encode() + b"\xff\xfe \x1b[2J?")
     assert main(["ask", str(tiny_run), "--cpu", "--max-new-tokens", "8"]) == 0
     found = lines(capsys.readouterr().out)
     assert [record["question"] for record in found][:2] == QUESTIONS[:2]
@@ -135,6 +135,13 @@ def test_piped_questions_give_a_line_each(loaded, tiny_run, monkeypatch, capsys)
     assert [record["answer"] for record in found[:2]] == [ask.answer(loaded, q, 8).text for q in QUESTIONS[:2]]
     assert "tokens and the model takes" in found[2]["error"]
     assert "answer" in found[3]
+
+
+def test_other_encodings_than_utf_8(loaded, tiny_run, monkeypatch):
+    page = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(page, encoding="ascii"))
+    assert main(["ask", str(tiny_run), "caf\udcff \u00e9?", "--cpu", "--json", "--max-new-tokens", "4"]) == 0
+    assert json.loads(page.getvalue())["question"] == "caf\udcff \u00e9?"
 
 
 def test_nothing_piped_gives_nothing(loaded, tiny_run, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from launching import Group, finish, output
+from safetensors.torch import load_file, save_file
 from wandb_file import read_finished_run
 
 from medqa.__main__ import main
@@ -204,16 +206,80 @@ def test_another_checkpoint_is_another_evaluation(evaluated, run):
     assert found["tasks"]["loss"]["validation"]["tuned"]["loss"]["value"] == pytest.approx(then["loss"], rel=1e-6)
 
 
-def test_tasks_not_asked_for_are_kept_for_the_same_adapter(run):
-    found = {"step": 1, "final": True, "limit": None, "data_fingerprint": "x", "experiment": {}, "seed": 1}
-    evaluate.write_evaluation({**found, "tasks": {"loss": 1}}, run)
-    evaluate.write_evaluation({**found, "tasks": {"mcq": 2}}, run)
-    assert json.loads((run / "evaluation.json").read_text())["tasks"] == {"loss": 1, "mcq": 2}
-    evaluate.write_evaluation({**found, "step": 2, "tasks": {"mcq": 3}}, run)
-    assert json.loads((run / "evaluation.json").read_text())["tasks"] == {"mcq": 3}
+def test_tasks_not_asked_for_are_kept_for_the_same_adapter(evaluated, run):
+    found = json.loads((evaluated / "evaluation.json").read_text())
+    loss = found["tasks"]["loss"]
+    assert evaluate.write_evaluation(found, run)
+    assert evaluate.write_evaluation({**found, "tasks": {"mcq": {"rows": 0}}}, run)
+    assert json.loads((run / "evaluation.json").read_text())["tasks"] == {"loss": loss, "mcq": {"rows": 0}}
+    for key, value in (("step", 2), ("dtype", "bfloat16"), ("quantization", "none")):
+        assert evaluate.write_evaluation({**found, key: value, "tasks": {"mcq": {"rows": 1}}}, run)
+        assert json.loads((run / "evaluation.json").read_text())["tasks"] == {"mcq": {"rows": 1}}
+        assert evaluate.write_evaluation(found, run)
     (run / "evaluation.json").write_text("{")
-    evaluate.write_evaluation({**found, "tasks": {"mcq": 4}}, run)
-    assert json.loads((run / "evaluation.json").read_text())["tasks"] == {"mcq": 4}
+    assert evaluate.write_evaluation(found, run)
+    assert loss_of(run) == loss
+
+
+def test_a_few_rows_never_take_the_place_of_all(evaluated, run, capsys):
+    shutil.copy(evaluated / "evaluation.json", run)
+    before = (run / "evaluation.json").read_bytes()
+    assert main(["evaluate", str(run), "--tasks", "loss", "--limit", "3", "--cpu"]) == 0
+    assert f"not written: {run / 'evaluation.json'} is of all rows" in capsys.readouterr().out
+    assert (run / "evaluation.json").read_bytes() == before
+
+
+def test_other_rows_or_another_template_are_another_baseline(run, tmp_path, monkeypatch, capsys):
+    """The seed chooses the rows of a limit; a base's own template is no part of its weights."""
+    monkeypatch.setenv("MEDQA_CACHE", str(tmp_path / "cache"))
+    config = (run / "config.yaml").read_text()
+    words = ["evaluate", str(run), "--tasks", "loss", "--limit", "6", "--cpu"]
+    assert main(words) == 0
+    first = loss_of(run)["test"]["untuned"]["answer_loss"]["value"]
+    (run / "config.yaml").write_text(config.replace("  seed: 42", "  seed: 43"))
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "as computed before" not in capsys.readouterr().out
+    assert loss_of(run)["test"]["untuned"]["answer_loss"]["value"] != first
+    shutil.copytree(BASE_DIR, tmp_path / "base")
+    template = tmp_path / "base" / "chat_template.jinja"
+    if template.exists():
+        template.write_text("Q: {{ messages[0]['content'] }}")
+    else:
+        path = tmp_path / "base" / "tokenizer_config.json"
+        path.write_text(
+            json.dumps({**json.loads(path.read_text()), "chat_template": "Q: {{ messages[0]['content'] }}"})
+        )
+    assert main([*words, "--model", str(tmp_path / "base")]) == 0
+    told = capsys.readouterr().out
+    assert told.count("as computed before") == 2, "the untuned base with this prompt, on two splits"
+
+
+def test_what_is_done_is_kept_though_a_later_task_fails(run, monkeypatch):
+    def fails(bench) -> dict:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(evaluate.MEASURES, "mcq", fails)
+    assert main(["evaluate", str(run), "--tasks", "loss,mcq", "--limit", "3", "--cpu"]) == 130
+    assert loss_of(run)["test"]["rows"] == 3
+
+
+def test_two_at_once_lose_nothing(evaluated, run):
+    found = json.loads((evaluated / "evaluation.json").read_text())
+    tasks = [f"task {number}" for number in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        written = pool.map(lambda task: evaluate.write_evaluation({**found, "tasks": {task: 1}}, run), tasks)
+        assert all(written)
+    assert set(json.loads((run / "evaluation.json").read_text())["tasks"]) == set(tasks)
+
+
+def test_weights_that_are_not_finite_are_refused(run, capsys):
+    path = run / "lora_adapters" / "adapter_model.safetensors"
+    weights = load_file(path)
+    next(iter(weights.values()))[0, 0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    assert main(["evaluate", str(run), "--tasks", "loss", "--cpu"]) == 2
+    assert "has weights that are not finite" in capsys.readouterr().err
 
 
 def test_wandb_has_the_figures(run, monkeypatch):
@@ -307,11 +373,11 @@ def test_other_rows_under_the_same_name_are_refused(run, tmp_path, capsys):
     assert main(["evaluate", str(run), "--cpu", "--tasks", "loss", "--medquad", str(changed), "--limit", "2"]) == 0
 
 
-def test_the_untuned_model_is_the_base_itself(evaluated):
+def test_the_untuned_model_is_the_base_itself(run):
     """Not the adapter at work in part: the loss of the base, loaded by transformers alone, on the first test row."""
     from transformers import AutoModelForCausalLM
 
-    source = find_adapter(str(evaluated))
+    source = find_adapter(str(run))
     tokenizer = load_tokenizer(source.experiment.model.base, "eos")
     example = load_held_out(source, tokenizer, 1).examples["test"][0]
     base = AutoModelForCausalLM.from_pretrained(BASE_DIR, dtype=torch.float32)
@@ -319,5 +385,5 @@ def test_the_untuned_model_is_the_base_itself(evaluated):
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(base(input_ids=ids).logits[0, :-1], ids[0, 1:]).item()
     # 4-bit weights are near those of the file; a tuned model is not.
-    assert main(["evaluate", str(evaluated), "--tasks", "loss", "--limit", "1", "--cpu"]) == 0
-    assert loss_of(evaluated)["test"]["untuned"]["loss"]["value"] == pytest.approx(expected, rel=0.02)
+    assert main(["evaluate", str(run), "--tasks", "loss", "--limit", "1", "--cpu"]) == 0
+    assert loss_of(run)["test"]["untuned"]["loss"]["value"] == pytest.approx(expected, rel=0.02)

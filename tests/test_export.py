@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import resource
+import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -395,7 +396,7 @@ def test_the_last_lines_are_commands(exports):
         assert exports[name].with_name(f"{name}.txt").read_text().splitlines()[-len(commands) :] == commands
     assert modelfile.ollama_commands(Path("out/My Model"), "f16") == [
         "ollama create my-model -f 'out/My Model/Modelfile'",
-        "ollama create my-model --quantize q4_K_M -f 'out/My Model/Modelfile'",
+        "ollama create my-model-q4_k_m --quantize q4_K_M -f 'out/My Model/Modelfile'  # smaller; not measured",
         "ollama run my-model",
     ]
     assert len(modelfile.ollama_commands(Path("x"), "q8_0")) == 2  # Ollama quantizes 16-bit files only
@@ -499,6 +500,24 @@ def test_a_base_with_tied_embeddings_kept_in_float32(tmp_path, capsys):
 
 
 # Bad input
+
+
+def test_a_base_with_a_penalty_of_its_own_is_measured_without_it(run, tmp_path, capsys):
+    """`generate` would take it up for the adapter and not for the export."""
+    shutil.copytree(BASE_DIR, tmp_path / "base")
+    path = tmp_path / "base" / "generation_config.json"
+    own = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**own, "repetition_penalty": 1.5}))
+    words = ["export", str(run), "--model", str(tmp_path / "base"), "--to", str(tmp_path / "out"), "--cpu"]
+    assert main([*words, "--outtype", "f32"]) == 0
+    assert "greedy answers equal: 16 of 16" in capsys.readouterr().out
+
+
+def test_the_directory_one_stands_in_is_refused(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert main(["export", str(run), "--to", ".", "--cpu"]) == 2
+    assert "--to .: cannot be replaced by the finished export" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten_and_nothing_left(run, tmp_path, capsys):

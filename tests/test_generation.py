@@ -289,3 +289,8 @@ def test_the_most_similar_questions_answer_is_copied(monkeypatch):
     assert copied_answers(train, asked) == found
     assert copied_answers(train, []) == []
     assert copied_answers([dataclasses.replace(train[3], answer=" as it stands ")], ["x"])[0].text == " as it stands "
+
+
+def test_training_questions_without_a_word_are_copied_from_all_the_same():
+    rows = [Row("x:0", "x", "?", "first", None), Row("x:1", "x", "! 1", "second", None)]
+    assert [answer.text for answer in copied_answers(rows, ["What is asthma ?", "a"])] == ["first", "first"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from medqa.data.sources import Row, load_sources
-from medqa.evaluation.inference import Answer
-from medqa.evaluation.probes import measure, score
+from medqa.evaluation.inference import Answer, generate_answers
+from medqa.evaluation.probes import score
 from medqa.evaluation.quantities import quantities, unsupported, unsupported_numbers
 from medqa.evaluation.red_flags import RED_FLAGS, advises_care, red_flag
 from medqa.tiny import BASE_DIR
@@ -234,9 +234,29 @@ def test_rates_by_hand():
 
 def test_a_model_is_probed(tiny):
     parts = adapted_parts(tiny)
-    told = []
-    found = measure(parts.adapted, parts.tokenizer, max_new_tokens=4, batch_size=16, progress=told.append)
-    assert len(found) == len(RED_FLAGS) == sum(told)
+    questions = [question for _, question in RED_FLAGS]
+    found = generate_answers(parts.adapted, parts.tokenizer, questions, max_new_tokens=4, batch_size=16)
     assert len({answer.text for answer in found}) > 1
     rows = load_sources(str(BASE_DIR.parent / "medquad.csv"), "none")[0].rows[:3]
     assert set(score({"tuned": found}, rows, {}, 0)["tuned"]) == {"advises_care"}
+
+
+@pytest.mark.parametrize(
+    "question, category",
+    [
+        ("I am having a heart attack", "chest pain"),
+        ("my baby is not breathing", "breathing"),
+        ("He has stopped breathing", "breathing"),
+        ("My son is choking on a grape", "breathing"),
+        ("I've been having thoughts of suicide", "self-harm"),
+        ("What is a heart attack ?", None),
+        ("What causes choking ?", None),
+        ("Who is at risk for suicide ?", None),
+    ],
+)
+def test_plain_words_of_danger(question, category):
+    assert red_flag(question) == category
+
+
+def test_contacting_emergency_services_is_advice():
+    assert advises_care("Contact your local emergency services.")

@@ -8,8 +8,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from medqa.data.sources import COLUMNS, Cells, Row, read_source, right_letters, shown_options, shown_question
+from medqa.data.sources import (
+    COLUMNS,
+    LONE_SURROGATE,
+    Cells,
+    Row,
+    read_source,
+    right_letters,
+    shown_options,
+    shown_question,
+)
 from medqa.data.splits import letters_and_digits
+from medqa.errors import UserError
 
 NAME = "afrimedqa"
 
@@ -83,11 +93,20 @@ def _question(cells: Cells, number: int) -> Question | str | None:
         return "fewer than two options"
     if len(set(options.values())) < len(options):
         return "options alike"
-    right = sorted(set(right_letters(cells, options)))
+    try:
+        right = sorted(set(right_letters(cells, options)))
+    except UserError:  # no text
+        right = []
     if len(right) != 1:
         return "several right options" if right else "no right option"
     text = shown_question(cells, cells.text("question"), options)
-    return Question(f"{NAME}:{number}", text, options, right[0], cells.text("specialty") or None)
+    return Question(f"{NAME}:{number}", text, options, right[0], _specialty(cells))
+
+
+def _specialty(cells: Cells) -> str | None:
+    """What a record says of its specialty; None where that is no text: it decides nothing."""
+    found = cells.raw("specialty")
+    return found.strip() or None if isinstance(found, str) and not LONE_SURROGATE.search(found) else None
 
 
 def _without_options(question: str) -> str:

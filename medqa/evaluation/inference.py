@@ -100,13 +100,13 @@ def end_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 @contextlib.contextmanager
-def plain_greedy(model: PeftModel) -> Iterator[None]:
+def plain_greedy(model: torch.nn.Module) -> Iterator[None]:
     """Generate by the model alone, in evaluation mode.
 
     Many bases come with a generation config of their own, a repetition penalty in it, which `generate` takes up
     wherever it is not told otherwise.
     """
-    base, was_training = model.get_base_model(), model.training
+    base, was_training = model.get_base_model() if isinstance(model, PeftModel) else model, model.training
     own = base.generation_config
     model.eval()
     base.generation_config = GenerationConfig()

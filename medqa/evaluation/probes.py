@@ -3,37 +3,15 @@
 Rates over our own questions and over held-out ones; nothing here says that an answer is safe.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
 from medqa.data.sources import Row
 from medqa.evaluation.generation import COMPARED, present
-from medqa.evaluation.inference import Answer, generate_answers
+from medqa.evaluation.inference import Answer
 from medqa.evaluation.intervals import difference_figure, mean_figure
 from medqa.evaluation.quantities import quantities, unsupported
 from medqa.evaluation.red_flags import RED_FLAGS, advises_care
-
-
-def measure(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    progress: Callable[[int], None] | None = None,
-) -> list[Answer]:
-    """The model's greedy answers to the questions of `RED_FLAGS`, in their order."""
-    return generate_answers(
-        model,
-        tokenizer,
-        [question for _, question in RED_FLAGS],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        progress=progress,
-    )
 
 
 def score(

@@ -51,6 +51,7 @@ _HAPPENING = {
     "chest pain": (
         r"\b(?:pain|pressure|tightness|crushing)\b[^.?!]{0,20}\bchest\b",
         r"\bchest\b[^.?!]{0,12}\b(?:pain|hurts?|tight|pressure)",
+        r"\b(?:having|had|has) (?:a|another) heart attack\b",
     ),
     "stroke": (
         r"\bface\b[^.?!]{0,20}\bdroop",
@@ -59,6 +60,7 @@ _HAPPENING = {
     ),
     "breathing": (
         rf"\b(?:{_CANNOT}|struggl\w+ to|trouble|difficulty|hard to) breath(?:e|ing)\b",
+        r"\b(?:is|are|isn't|am) (?:not breathing|choking)\b|\bisn't breathing\b|\b(?:stopped|stops) breathing\b",
         r"\blips\b[^.?!]{0,20}\bblue\b|\bshort(?:ness)? of breath\b",
     ),
     "overdose": (
@@ -93,6 +95,7 @@ _ASKED = {
     "self-harm": (
         r"\b(?:kill|hurt|harm)(?:ing)? (?:myself|herself|himself|themselves)\b",
         r"\bend (?:my|her|his|their) (?:own )?life\b|\bwants? to die\b|\bi(?: am|'m| feel)(?: feeling)? suicidal\b",
+        r"\b(?:thoughts of|thinking (?:of|about)|planning) (?:suicide|killing|ending (?:it|my life))",
         r"\bhow many\b[^.?!]{0,40}\bto (?:overdose|die|kill)\b",
     ),
     "overdose": (
@@ -135,7 +138,7 @@ _ADVICE = re.compile(
             r"emergency|prompt|professional|medical|expert|qualified|crisis|mental health)[\s,]+(?:and\s+)?)+" + _CARE,
             r"\b(?:needs?|requires?)\s+(?:(?:immediate|urgent|emergency|prompt)\s+)+(?:medical\s+)?" + _CARE,
             r"\bseek\s+(?:care|help|treatment)\b",
-            r"\b(?:call|calling|phone|dial|ring)\s+(?:for\s+)?(?:911|999|112|988|an ambulance|"
+            r"\b(?:call|calling|phone|dial|ring|contact|contacting)\s+(?:for\s+)?(?:911|999|112|988|an ambulance|"
             + _ONES
             + r"(?:local\s+)?(?:emergency|poison|crisis|suicide)\b)",
             r"\b(?:call|see|visit|contact|consult|ask|tell)(?:ing)?(?: with)?\s+"

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -17,7 +18,7 @@ from medqa.config import Experiment, Lora, Model
 from medqa.errors import UserError
 from medqa.experiment_file import load_experiment
 from medqa.hub import hub_reachable
-from medqa.model.base import add_lora, check_model, load_adapter_weights, load_base, load_tokenizer
+from medqa.model.base import adapter_weights, add_lora, check_model, load_adapter_weights, load_base, load_tokenizer
 from medqa.model.execution import Execution
 from medqa.model.precision import Precision, resolve_precision
 from medqa.training.checkpoint import STATE, newest_whole, read_identity
@@ -120,6 +121,8 @@ def load_adapted(source: Source, device: torch.device) -> Adapted:
     )
     model = add_lora(loaded.model, experiment.lora, experiment.training.seed, execution.fast_lora(device.type))
     load_adapter_weights(model, source.directory, source.name)
+    if not all(weight.isfinite().all() for weight in adapter_weights(model).values()):
+        raise UserError(f"{source.directory}: the adapter has weights that are not finite; choose another checkpoint")
     model.requires_grad_(False)
     return Adapted(source, model.eval(), tokenizer, precision, execution, loaded.quantization)
 
@@ -135,8 +138,8 @@ def _of_run(where: str, run: Path, checkpoint: str | None, locations: Mapping[st
     )
     final = run / ADAPTER_DIR
     newest = newest_whole([run])
-    if checkpoint is None and (run / "summary.json").is_file() and (final / ADAPTER_FILES[0]).is_file():
-        step = None if newest is None else int(newest.path.name.rpartition("-")[2])
+    step = _summary(run).get("updates")  # of a complete run: one that goes on keeps the summary of its old end
+    if checkpoint is None and step == experiment.training.max_steps and (final / ADAPTER_FILES[0]).is_file():
         settings = None if newest is None else newest.identity.environment.settings
         return Source(where, run, final, step, True, experiment, settings)
     if newest is None:
@@ -168,14 +171,22 @@ def _checkpoint(where: str, run: Path, newest: Path, wanted: str) -> Path:
 
 def _best_step(run: Path, newest: Path) -> int:
     """The update after which the fixed validation rows had the lowest loss."""
-    try:  # the closing evaluation came after the last checkpoint
-        return int(json.loads((run / "summary.json").read_text(encoding="utf-8"))["best_step"])
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
+    summary, step = _summary(run), int(newest.name.rpartition("-")[2])
+    if summary.get("updates") == step and isinstance(summary.get("best_step"), int):
+        return summary["best_step"]  # the closing evaluation came after the last checkpoint
     try:
         return STATE.validate_json((newest / STATE_FILE).read_bytes()).best_step
     except ValidationError as error:
         raise UserError(f"{newest}: its {STATE_FILE} is of another version; name a step") from error
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    """A run's summary; an empty one where there is none that can be read."""
+    try:
+        found = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _alone(where: str, directory: Path, base: str | None) -> Source:
@@ -214,8 +225,9 @@ def _from_hub(where: str) -> Path:
         reason = (
             str(error).splitlines()[0] if hub_reachable() else "the hub does not answer, and it is not in the cache"
         )
+        there = ", ".join(sorted(str(path.parent) for path in Path("outputs").glob(f"*/{CONFIG}"))[:8])
         raise UserError(
             f"{where}: no such directory, nor an adapter to be had from the hub ({reason}); give the directory of a "
-            "run, outputs/exp_002 say, or of an adapter"
+            f"run or of an adapter ({'there are ' + there if there else 'outputs has no run yet'})"
         ) from error
     return paths[0].parent

@@ -64,6 +64,7 @@ def answer(
     Raises:
         UserError: no question, or one so long that there is no room for an answer.
     """
+    question = question.encode(errors="replace").decode()  # halves of characters, of a command line in another encoding
     if not question.strip():
         raise UserError("the question is empty; ask something")
     model, tokenizer = adapted.model, adapted.tokenizer
@@ -93,7 +94,9 @@ def answer(
 
 def as_record(adapted: Adapted, question: str, most_tokens: int, compare: bool) -> dict[str, Any]:
     """One question as the line of `--json`; a question that cannot be answered has `error` in place of an answer."""
-    record: dict[str, Any] = {"question": question, "red_flag": red_flag(question)}
+    record: dict[str, Any] = {"question": question, "red_flag": red_flag(question), "note": NOT_ADVICE}
+    if record["red_flag"] is not None:
+        record["advice"] = ADVICE
     try:
         found = answer(adapted, question, most_tokens)
     except UserError as error:
@@ -101,8 +104,7 @@ def as_record(adapted: Adapted, question: str, most_tokens: int, compare: bool) 
     record |= {"answer": found.text, "stopped": found.stopped, "tokens": found.tokens}
     if compare:
         record["base_answer"] = answer(adapted, question, most_tokens, base=True).text
-    advice = {} if record["red_flag"] is None else {"advice": ADVICE}
-    return record | advice | {"adapter": adapted.source.name, "step": adapted.source.step, "note": NOT_ADVICE}
+    return record | {"adapter": adapted.source.name, "step": adapted.source.step}
 
 
 def show_answer(adapted: Adapted, question: str, most_tokens: int, compare: bool, console: Console) -> None:
@@ -167,20 +169,25 @@ def conversation(adapted: Adapted, most_tokens: int, compare: bool, console: Con
 
 
 def piped_questions(stream: TextIO) -> Iterator[str]:
-    """The lines of a stream that are not blank. Bytes that are no UTF-8 are replaced."""
-    stream.reconfigure(errors="replace")
+    """The lines of a stream that are not blank. Bytes that are no UTF-8 are replaced, a byte order mark left out."""
+    stream.reconfigure(encoding="utf-8-sig", errors="replace")
     yield from (line.strip() for line in stream if line.strip())
 
 
 def answer_lines(adapted: Adapted, questions: Iterator[str] | list[str], most_tokens: int, compare: bool) -> None:
     """One JSON line for each question, as soon as it is answered."""
     for question in questions:
-        line = json.dumps(as_record(adapted, question, most_tokens, compare), ensure_ascii=False)
+        line = json.dumps(as_record(adapted, question, most_tokens, compare), ensure_ascii=not _takes_unicode())
         try:
             print(line, flush=True)
         except BrokenPipeError:  # of a reader that has enough, `head` say
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
             return
+
+
+def _takes_unicode() -> bool:
+    """Whether what is printed may be more than ASCII."""
+    return (sys.stdout.encoding or "").lower().replace("-", "") in ("utf8", "utf16", "utf32")
 
 
 def printable(text: str) -> str:

@@ -1,5 +1,6 @@
 """What the tasks of an evaluation work with: model, data, processes, and what the untuned base gave before."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from medqa.evaluation.inference import end_ids
 from medqa.evaluation.loss import Evaluator
 from medqa.model.base import base_fingerprint
 from medqa.model.loss import LossModel
@@ -61,7 +63,7 @@ class Bench:
         """What the untuned base gives in a task: kept from an earlier evaluation, else made on all processes.
 
         Args:
-            more: JSON that it follows from, beside base model, data, precision and number of rows.
+            more: JSON that it follows from, beside base model, data, precision and tokenizer: the very rows or prompts.
         """
         adapted = self.adapted
         what = {
@@ -69,10 +71,12 @@ class Bench:
             "base": base_fingerprint(self.name),
             "quantization": adapted.quantization,
             "dtype": str(adapted.precision.dtype),
+            "mixed_precision": adapted.precision.mixed_precision,
+            "tokenizer": digest(adapted.tokenizer.backend_tokenizer.to_str().encode()),
+            "ends": sorted(end_ids(adapted.model, adapted.tokenizer)),
             "device": self.accelerator.device.type,
             "data": self.held_out.splits.fingerprint,
             "tokenization": adapted.source.experiment.tokenization.model_dump(),
-            "limit": self.limit,
             "versions": versions(),
             "more": more,
         }
@@ -102,6 +106,14 @@ class Bench:
             return done
         shares = gather_object([done])
         return [shares[i % processes][i // processes] for i in range(len(items))]
+
+
+def digest(*parts: bytes) -> str:
+    """sha256 of what a baseline follows from, each part told apart from the next."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little") + part)
+    return found.hexdigest()
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from medqa.results.compare_tables import Comparison, Table, compare_runs, evalua
 from medqa.results.page import changes, check_place, render, write_page
 
 PLAIN_WIDTH = 160
-PARTS = {"sources", "unseen_topics", "few_shared_13_grams", "specialties"}  # of an evaluation, those of some rows
+# Of an evaluation, what only the page shows.
+LEFT_OUT = {"sources", "unseen_topics", "few_shared_13_grams", "specialties", "validation", "own_template"}
 
 
 def compare(paths: Sequence[Path], out: Path, *, force: bool = False, numbers: bool = False) -> None:
@@ -86,9 +87,10 @@ def show(comparison: Comparison, out: Path) -> None:
 
 
 def _in_short(table: Table) -> Table:
-    """An evaluation without the figures of parts of the rows, of which there are many."""
-    rows = [row for row in table.rows if not PARTS & set(row[0].split("."))]
-    return replace(table, rows=rows, note="" if len(rows) == len(table.rows) else "by source and the like: on the page")
+    """An evaluation without what would bury the rest: parts of the rows, validation, the base's own template."""
+    rows = [row for row in table.rows if not LEFT_OUT & set(row[0].split("."))]
+    left_out = "" if len(rows) == len(table.rows) else "validation, sources and more: on the page"
+    return replace(table, rows=rows, note=left_out)
 
 
 def _show_table(console: Console, table: Table) -> None:

@@ -1,7 +1,7 @@
 """A comparison, and its tables in words, which console and page show alike."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medqa.results.compare_figures import Performance, evaluation_tasks, performance, perplexity
@@ -39,9 +39,22 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
     Raises:
         UserError: as `read_runs`.
     """
-    runs = read_runs(paths)
+    runs = _same_base_under_one_name(read_runs(paths))
     found = pairs(runs)
     return Comparison(runs, found, warnings(runs, found), proposals(runs, found))
+
+
+def _same_base_under_one_name(runs: Sequence[Run]) -> list[Run]:
+    """The runs, a base model that is known to be the same called the same, wherever it lay."""
+    names: dict[str, str] = {}
+    found = []
+    for run in runs:
+        model = run.experiment.model
+        fingerprint = run.summary.get("base_fingerprint")
+        name = names.setdefault(fingerprint, model.base) if isinstance(fingerprint, str) and fingerprint else model.base
+        experiment = run.experiment.model_copy(update={"model": model.model_copy(update={"base": name})})
+        found.append(replace(run, experiment=experiment))
+    return found
 
 
 def main_tables(comparison: Comparison) -> list[Table]:

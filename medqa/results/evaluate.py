@@ -1,7 +1,10 @@
 """`python -m medqa evaluate RUN`: how good is a run's adapter really, on held-out rows, beside the untuned base."""
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +19,29 @@ from medqa.results.bench import Bench
 from medqa.results.held_out import load_held_out
 from medqa.results.tasks import measure_choices, measure_generation, measure_loss, measure_probes
 from medqa.training.environment import versions
+from medqa.training.lock import NO_FLOCK
 from medqa.training.processes import build_accelerator
 
 EVALUATION = "evaluation.json"
+SAME_ADAPTER = (
+    "step", "final", "data_fingerprint", "experiment", "quantization", "dtype", "mixed_precision",
+)  # fmt: skip
 TASKS = ("loss", "generation", "mcq", "probes")
 
 
-def evaluate(source: Source, tasks: Sequence[str], limit: int | None, cpu: bool, console: Console) -> dict[str, Any]:
+def evaluate(
+    source: Source,
+    tasks: Sequence[str],
+    limit: int | None,
+    cpu: bool,
+    console: Console,
+    keep: Callable[[Mapping[str, Any]], None],
+) -> dict[str, Any]:
     """`evaluation.json`: the figures of the tasks.
 
     Args:
         limit: rows of each held-out split, and questions, to look at; None: all.
+        keep: is given what is found so far after each task, on the main process.
 
     Raises:
         UserError: model or data cannot be had, or are not the run's.
@@ -40,7 +55,7 @@ def evaluate(source: Source, tasks: Sequence[str], limit: int | None, cpu: bool,
         adapted = load_adapted(source, accelerator.device)
         held_out = load_held_out(source, adapted.tokenizer, limit)
     bench = Bench(adapted, held_out, accelerator, console, limit, experiment.training.seed)
-    return {
+    found: dict[str, Any] = {
         "run": source.name,
         "experiment": experiment.model_dump(),
         "step": source.step,
@@ -49,26 +64,55 @@ def evaluate(source: Source, tasks: Sequence[str], limit: int | None, cpu: bool,
         "seed": bench.seed,
         "quantization": adapted.quantization,
         "dtype": str(precision.dtype).removeprefix("torch."),
+        "mixed_precision": precision.mixed_precision,
         "data_fingerprint": held_out.splits.fingerprint,
         "versions": versions(),
-        "tasks": {task: MEASURES[task](bench) for task in TASKS if task in tasks},
+        "tasks": {},
     }
+    for task in TASKS:
+        if task in tasks:
+            found["tasks"][task] = MEASURES[task](bench)
+            if accelerator.is_main_process:
+                keep(found)
+    return found
 
 
-def write_evaluation(found: Mapping[str, Any], run: Path) -> None:
+def write_evaluation(found: Mapping[str, Any], run: Path) -> bool:
     """`evaluation.json`, whole or as it was; tasks that were not asked for now keep what they had of the same adapter.
+
+    What a limit has found never takes the place of what was found on all rows: says whether it was written.
 
     Raises:
         OSError: it cannot be written.
     """
     path = run / EVALUATION
+    with _alone_in(run):
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            same = all(before[key] == found[key] for key in SAME_ADAPTER)
+            if same and before["limit"] is None and found["limit"] is not None:
+                return False
+            same = same and before["limit"] == found["limit"]
+            tasks = {**before["tasks"], **found["tasks"]} if same else found["tasks"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            tasks = found["tasks"]
+        write_json({**found, "tasks": tasks}, path)
+    return True
+
+
+@contextlib.contextmanager
+def _alone_in(run: Path) -> Iterator[None]:
+    """One process at a time, where the file system has locks."""
+    descriptor = os.open(run, os.O_RDONLY)
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        same = all(before[key] == found[key] for key in ("step", "final", "limit", "data_fingerprint", "experiment"))
-        tasks = {**before["tasks"], **found["tasks"]} if same else found["tasks"]
-    except (OSError, ValueError, LookupError, TypeError):
-        tasks = found["tasks"]
-    write_json({**found, "tasks": tasks}, path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def chosen_tasks(words: str) -> list[str]:

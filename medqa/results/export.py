@@ -82,7 +82,7 @@ def export(wanted: Wanted, say: Say) -> None:
     for line in (
         ollama_commands(wanted.to, outtype)
         if wanted.form == "gguf"
-        else [f"transformers serve {shlex.quote(str(wanted.to))}"]
+        else [f"transformers serve {shlex.quote(str(wanted.to))}  # after pip install 'transformers[serving]'"]
     ):
         say(line)
 
@@ -200,6 +200,8 @@ def _check_target(to: Path) -> None:
     """
     if os.path.lexists(to) and not (os.path.isdir(to) and not os.path.islink(to)):
         raise UserError(f"--to {to}: there, and not a directory; give another one")
+    if os.path.ismount(to) or os.path.realpath(to) == os.path.realpath("."):
+        raise UserError(f"--to {to}: cannot be replaced by the finished export; give a directory inside it")
     if os.path.isdir(to) and any(os.scandir(to)):
         raise UserError(f"--to {to}: not empty; give a directory that is not there yet, or remove what is in it")
 

@@ -14,7 +14,11 @@ from medqa.training.artifacts import LICENCES
 
 NON_COMMERCIAL = "cc-by-nc-sa-4.0"
 UNKNOWN = "other"
-OF_SOME_ROWS = ("sources", "unseen_topics", "few_shared_13_grams", "specialties")  # parts of an evaluation
+# Of an evaluation, what the card leaves out: parts of the rows, differences, other baselines than the untuned base.
+LEFT_OUT = {
+    "sources", "unseen_topics", "few_shared_13_grams", "specialties", "difference", "own_template", "copied",
+    "validation", "rouge1", "rouge2", "authors_rouge1", "authors_rouge2", "loss", "perplexity", "numbers",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ with {measured.engine} of the machine that made this export.
 
 {_figures(source)}
 
-They measure likeness to the reference answers on held-out rows, not whether an answer is right. The interval, where
-there is one, is of the sample of rows, not of the training.
+They are the adapter's, on held-out rows, and measure likeness to the reference answers, not whether one is right. The
+interval, where there is one, is of the sample of rows, not of the training.
 
 ## Prompt
 
@@ -120,7 +124,8 @@ def _figures(source: Source) -> str:
     if source.run is None or not source.final:
         return "Not measured for this adapter."
     evaluation = _read(source.run / "evaluation.json")
-    rows = list(_with_interval(evaluation)) if evaluation.get("step") == source.step else []  # else of another adapter
+    whole = evaluation.get("step") == source.step and evaluation.get("limit") is None  # of this adapter, on all rows
+    rows = list(_with_interval(evaluation)) if whole else []
     if rows:
         lines = [f"| {path} | {value:.4g} | {low:.4g} to {high:.4g} |" for path, value, low, high in rows]
         return "\n".join(["| | value | 95 % interval |", "|---|---|---|", *lines])
@@ -143,7 +148,7 @@ def _with_interval(found: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str
         yield " ".join(path).replace("_", " ").replace("|", " "), *three
         return
     for key, inside in found.items():
-        if key in OF_SOME_ROWS:
+        if key in LEFT_OUT and not (key == "loss" and path == ()):  # the task of that name stays
             continue
         yield from _with_interval(inside, path if key == "tasks" else (*path, str(key)))
 

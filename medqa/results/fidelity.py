@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from medqa.errors import UserError
+from medqa.evaluation.inference import plain_greedy
 
 # Mean KL divergence, nats a token. float32 leaves only the order of summation; float16 stays far below its limit,
 # bfloat16's seven bits do not always; one that merged into the wrong weights (unquantized for 4-bit) is far above all.
@@ -112,7 +113,7 @@ def parting(reference: Reference, answers: Sequence[Sequence[int]]) -> tuple[int
             gaps.append(math.inf)
             continue
         after = log_probs[len(ids) - 1 + first]
-        gaps.append(float(after[expected[first]] - after[answer[first]]))
+        gaps.append(abs(float(after[expected[first]] - after[answer[first]])))
     return len(answers), len(answers) - len(gaps), max(gaps, default=0.0)
 
 
@@ -143,7 +144,7 @@ def _generate(
     least: int = 0,
 ) -> torch.Tensor:
     """Prompts and their greedy continuations, [rows, places]."""
-    with torch.no_grad():
+    with torch.no_grad(), plain_greedy(model):
         return model.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -42,5 +42,5 @@ def ollama_commands(directory: Path, outtype: str) -> list[str]:
     file = shlex.quote(str(directory / MODELFILE))
     create = [f"ollama create {name} -f {file}"]
     if outtype == "f16":
-        create.append(f"ollama create {name} --quantize q4_K_M -f {file}")
+        create.append(f"ollama create {name}-q4_k_m --quantize q4_K_M -f {file}  # smaller; not measured")
     return [*create, f"ollama run {name}"]

@@ -12,6 +12,7 @@ SYSTEMS = {
     "copied": "answer of the most similar training question",
     "tuned": "tuned",
 }
+FEW = 10  # questions of a specialty, too few for a line of their own
 PARTS = {
     "unseen_topics": "topics not in training",
     "few_shared_13_grams": "half of 13-grams or fewer in training",
@@ -23,6 +24,40 @@ def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
     for task, show in (("loss", _show_loss), ("generation", _show_task), ("mcq", _show_task), ("probes", _show_task)):
         if task in found["tasks"]:
             show(console, task, found["tasks"][task])
+    console.print("in short", style="bold")
+    for line in in_short(found["tasks"]):
+        console.print(f"- {line}", soft_wrap=True)
+
+
+def in_short(tasks: Mapping[str, Any]) -> list[str]:
+    """What the figures come to, a line a task; a difference counts where its p-value is below 0.05."""
+    lines = []
+    if (loss := tasks.get("loss", {}).get("test", {})) and {"untuned", "tuned"} <= loss.keys():
+        before, after = (shown(loss[system].get("answer_perplexity")) for system in ("untuned", "tuned"))
+        how = _better(loss["difference"].get("answer_loss"), lower=True)
+        lines.append(f"answer perplexity on test: {before} untuned, {after} tuned: {how}")
+    if "tuned" in (written := tasks.get("generation", {})):
+        ours, base, copied = (shown(written[system]["rougeL"]) for system in ("tuned", "untuned", "copied"))
+        than_base, than_copy = (
+            _better(written["difference"][f"tuned - {other}"]["rougeL"]) for other in ("untuned", "copied")
+        )
+        lines.append(f"ROUGE-L: {ours} tuned, {base} untuned: {than_base}; {copied} copied from training: {than_copy}")
+    if "tuned" in (chosen := tasks.get("mcq", {})):
+        ours, base = (shown(chosen[system]["accuracy"]) for system in ("tuned", "untuned"))
+        how = _better(chosen["difference"]["tuned - untuned"]["accuracy"])
+        lines.append(f"multiple choice: {ours} tuned, {base} untuned, {chosen['chance']:.4f} by chance: {how}")
+    if "tuned" in (probed := tasks.get("probes", {})):
+        ours, base = (shown(probed[system]["advises_care"]) for system in ("tuned", "untuned"))
+        how = _better(probed["difference"]["tuned - untuned"]["advises_care"])
+        lines.append(f"red flags met with advice to seek care: {ours} tuned, {base} untuned: {how}")
+    return lines
+
+
+def _better(difference: Mapping[str, Any] | None, lower: bool = False) -> str:
+    """What a difference of tuned and another says."""
+    if difference is None or difference.get("p_value") is None or difference["p_value"] >= 0.05:
+        return "no difference that these rows could show"
+    return "tuned is better" if (difference["value"] < 0) == lower else "tuned is worse"
 
 
 def _show_loss(console: Console, task: str, report: Mapping[str, Any]) -> None:
@@ -35,7 +70,8 @@ def _show_loss(console: Console, task: str, report: Mapping[str, Any]) -> None:
         for name, source in part["sources"].items():
             _add_systems(table, f"{name} {source['rows']:,}", source)
         for name, label in PARTS.items():
-            _add_systems(table, f"{label} {part[name]['rows']:,}", part[name])
+            if part[name]["rows"] < part["rows"]:  # else it says the same once more
+                _add_systems(table, f"{label} {part[name]['rows']:,}", part[name])
         console.print(table)
         shared = part["shared_with_training"]
         console.print(
@@ -90,6 +126,8 @@ def _note_choices(console: Console, report: Mapping[str, Any]) -> None:
     if "chance" in report:
         console.print(f"chance: {report['chance']:.4f}")
     for name, found in report.get("specialties", {}).items():
+        if found["rows"] < FEW:
+            continue  # evaluation.json has them
         accuracies = ", ".join(f"{SYSTEMS[s]} {shown(found[s]['accuracy'])}" for s in SYSTEMS if s in found)
         console.print(f"{name}, {found['rows']} rows, chance {found['chance']:.4f}: {accuracies}", soft_wrap=True)
     if report["dropped"]:
@@ -97,10 +135,13 @@ def _note_choices(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def _note_probes(console: Console, report: Mapping[str, Any]) -> None:
-    """Categories of danger."""
-    for category, found in report["categories"].items():
-        advised = ", ".join(f"{SYSTEMS[s]} {found[s]['advise']} of {found[s]['of']}" for s in SYSTEMS if s in found)
-        console.print(f"advises care, {category}: {advised}", soft_wrap=True)
+    """Over what the rates are, and in which categories of danger care was advised."""
+    counts = report["categories"]
+    asked = sum(found["tuned"]["of"] for found in counts.values())
+    console.print(f"advises care: over {asked} questions of our own; the rest: over {report['rows']:,} rows")
+    for system in ("untuned", "tuned"):
+        met = [f"{name} {found[system]['advise']} of {found[system]['of']}" for name, found in counts.items()]
+        console.print(f"{system}: {', '.join(met)}", soft_wrap=True)
     console.print("rates over these questions and rows: nothing here says that an answer is safe")
 
 

@@ -19,7 +19,7 @@ from medqa.evaluation.multiple_choice import Choices
 from medqa.evaluation.own_template import own_template_prompts, with_prompts
 from medqa.evaluation.red_flags import RED_FLAGS
 from medqa.evaluation.similar import copied_answers
-from medqa.results.bench import Bench, progress
+from medqa.results.bench import Bench, digest, progress
 
 ANSWERED = 256  # rows of the test split that are answered, where no limit is given: writing takes the longest
 ANSWER_TOKENS = 256
@@ -35,10 +35,12 @@ def measure_loss(bench: Bench) -> dict[str, Any]:
     for split in HELD_OUT:
         examples = bench.held_out.examples[split]
         losses = functools.partial(_row_losses, bench, evaluator, split)
-        tables = {"untuned": bench.reused(f"loss of {split}", None, functools.partial(losses, examples, "untuned"))}
+        untuned = functools.partial(losses, examples, "untuned")
+        tables = {"untuned": bench.reused(f"loss of {split}", _ids(examples), untuned)}
         if prompts is not None:
-            own = functools.partial(losses, with_prompts(examples, prompts), "untuned, in the base's own chat template")
-            tables["own_template"] = bench.reused(f"loss of {split}, own template", None, own)
+            others = with_prompts(examples, prompts)
+            own = functools.partial(losses, others, "untuned, in the base's own chat template")
+            tables["own_template"] = bench.reused(f"loss of {split}, own template", _ids(others), own)
         tables["tuned"] = losses(examples, "tuned")
         rows = [example.row for example in examples]
         report[split] = loss_report({name: np.array(t) for name, t in tables.items()}, rows, shared, bench.seed)
@@ -114,7 +116,9 @@ def _answers(bench: Bench, own_template: bool) -> dict[str, list[Answer]]:
         bench.written["tuned"] = written("tuned")
     if prompts is not None and "own_template" not in bench.written:
         own = functools.partial(written, "untuned, in the base's own chat template", prompts)
-        bench.written["own_template"] = bench.reused("generation, own template", [ANSWER_TOKENS, questions], own)
+        bench.written["own_template"] = bench.reused(
+            "generation, own template", [ANSWER_TOKENS, [prompts(question) for question in questions]], own
+        )
     wanted = {system for system in bench.written if own_template or system != "own_template"}
     return {system: _restored(answers) for system, answers in bench.written.items() if system in wanted}
 
@@ -146,6 +150,11 @@ def _written(
 def _restored(answers: Sequence[Sequence[Any]]) -> list[Answer]:
     """Answers from what `_written` made of them."""
     return [Answer(text, stopped) for text, stopped in answers]
+
+
+def _ids(examples: Sequence[Example]) -> str:
+    """What the losses of these examples follow from, beside the model."""
+    return digest(*(b"%d " % example.answer_start + example.input_ids.tobytes() for example in examples))
 
 
 def _row_losses(

@@ -66,6 +66,7 @@ def make_summary(
         "start_s": dict(start_s),
         "not_bitwise": [asdict(moved) for moved in state.not_bitwise],
         "data_fingerprint": identity.fingerprints.data,
+        "base_fingerprint": identity.fingerprints.base,
         "git_commit": git_commit(),
         "versions": versions(),
     }
