@@ -407,6 +407,19 @@ def test_where_data_lie_is_told_apart(tmp_path):
     assert pairs(reread(here, moved))[0].keys == ("data.medquad",)
 
 
+def test_the_same_base_at_another_place_is_the_same(tmp_path):
+    runs = [make_run(tmp_path / "a", "exp_001"), make_run(tmp_path / "b", "exp_001", "model.base=/elsewhere/base")]
+    assert compared(*runs).pairs[0].keys == ("model.base",)
+    for run, fingerprint in zip(runs, ("f", "g"), strict=True):
+        path = run / "summary.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_fingerprint": fingerprint}))
+    assert compared(*runs).pairs[0].keys == ("model.base",)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_fingerprint": "f"}))
+    comparison = compared(*runs)
+    assert comparison.pairs[0].keys == ()
+    assert not [warning for warning in comparison.warnings if "model.base" in warning]
+
+
 def test_what_was_in_effect_counts(tmp_path):
     change = {"model.quantization": {"asked": "4bit", "used": "none", "reason": "cannot be had"}, "x": 3}
     asked, fell_back = make_run(tmp_path / "a", "exp_001"), make_run(tmp_path / "b", "exp_001", in_effect=change)
