@@ -110,7 +110,7 @@ def export(options: argparse.Namespace) -> None:
     console = make_console(True)
     run_export(
         Wanted(
-            run=options.run,
+            run=options.adapter,
             to=options.to,
             form=options.format,
             outtype=options.outtype,

@@ -116,7 +116,7 @@ def _export(commands: Commands) -> None:
         "prompts, and refuses one that differs; with tokenizer, prompt and model card.",
         allow_abbrev=False,
     )
-    parser.add_argument("run", metavar="RUN", help="a run's directory, an adapter's, or an adapter's id on the hub")
+    _add_adapter_options(parser, "RUN", "a run's directory, an adapter's, or an adapter's id on the hub")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a directory that is not there yet")
     parser.add_argument("--format", choices=("merged", "gguf"), default="merged", help="default: merged")
     parser.add_argument(
@@ -124,9 +124,4 @@ def _export(commands: Commands) -> None:
         choices=("f32", "f16", "bf16", "q8_0"),
         help="merged: f32, f16, bf16 (default: f16; f32 for a base kept in float32); gguf: f16 (default), q8_0",
     )
-    parser.add_argument(
-        "--checkpoint", metavar="best|STEP", help="a checkpoint of the run instead of its final adapter"
-    )
-    parser.add_argument("--model", metavar="ID_OR_DIR", help="where the base model is, if not where it was")
-    parser.add_argument("--cpu", action="store_true", help="on the CPU although there is a GPU")
     parser.add_argument("--push", metavar="REPO", help="hand the folder to this repository of the hub (made private)")

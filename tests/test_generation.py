@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from medqa.data.sources import Row
 from medqa.evaluation import inference
-from medqa.evaluation.generation import answer_rows, loops, score_generation
-from medqa.evaluation.inference import Answer, sample_answers
+from medqa.evaluation.generation import loops, score_generation
+from medqa.evaluation.inference import Answer, generate_answers, sample_answers
 from medqa.evaluation.own_template import own_template_prompts
 from medqa.evaluation.similar import copied_answers
 from medqa.model.base import load_tokenizer
@@ -57,7 +57,7 @@ def with_room(tokenizer, text: str, room: int) -> str:
 
 
 def answers(parts, questions, batch_size: int, **options) -> list[Answer]:
-    return answer_rows(
+    return generate_answers(
         parts.adapted, parts.tokenizer, questions, max_new_tokens=TOKENS, batch_size=batch_size, **options
     )
 

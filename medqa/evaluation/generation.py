@@ -3,15 +3,13 @@
 ROUGE against the reference answer says how alike the words are, not whether an answer is right.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
 from medqa.data.sources import Row
-from medqa.evaluation.inference import Answer, generate_answers
+from medqa.evaluation.inference import Answer
 from medqa.evaluation.intervals import difference_figure, mean_figure
 from medqa.evaluation.rouge import TYPES, authors_rouge_scores, rouge_scores
 
@@ -20,28 +18,6 @@ COMPARED = (("tuned", "untuned"), ("tuned", "copied"))
 AUTHORS_SOURCE = "afrimedqa"
 SAMPLES = 5
 LOOP_WORDS, LOOP_TIMES = 4, 3
-
-
-def answer_rows(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    progress: Callable[[int], None] | None = None,
-    prompts: Callable[[str], list[int]] | None = None,
-) -> list[Answer]:
-    """The answers to score, as `generate_answers` gives them: greedy, in the order of the questions."""
-    return generate_answers(
-        model,
-        tokenizer,
-        questions,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        prompts=prompts,
-        progress=progress,
-    )
 
 
 def loops(text: str) -> bool:

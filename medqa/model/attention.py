@@ -134,7 +134,7 @@ def _varlen_works(device: torch.device, dtype: torch.dtype) -> bool:
         ours_gradients = torch.autograd.grad(ours.square().sum(), inputs)
     except torch.OutOfMemoryError:  # a RuntimeError, but no answer
         raise
-    except (RuntimeError, NotImplementedError, ValueError):  # not built for this GPU
+    except (RuntimeError, ValueError):  # what torch raises where the kernel is not made for this GPU or type
         return False
     parts = zip(*(tensor.split((17, 31), dim=2) for tensor in inputs), strict=True)
     plain = [

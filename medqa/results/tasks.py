@@ -11,8 +11,8 @@ from medqa.data.sources import Row
 from medqa.data.splits import HELD_OUT, shared_with_training
 from medqa.data.tokens import Example
 from medqa.evaluation import multiple_choice, probes
-from medqa.evaluation.generation import answer_rows, score_generation
-from medqa.evaluation.inference import Answer
+from medqa.evaluation.generation import score_generation
+from medqa.evaluation.inference import Answer, generate_answers
 from medqa.evaluation.loss import Evaluator, fixed_subset
 from medqa.evaluation.loss_report import loss_report
 from medqa.evaluation.multiple_choice import Choices
@@ -133,7 +133,7 @@ def _written(
     """Answers as JSON: text, and whether it ended by itself."""
 
     def write(mine: Sequence[str], advance: Callable[[int], None]) -> list[tuple[str, bool]]:
-        answers = answer_rows(
+        answers = generate_answers(
             bench.adapted.model,
             bench.adapted.tokenizer,
             mine,
