@@ -16,6 +16,7 @@ from medqa.errors import StoppedInTime, exit_code, together, writing
 from medqa.evaluation.inference import sample_answers
 from medqa.evaluation.loss import fixed_subset, summarize
 from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
+from medqa.length import planned_updates
 from medqa.model.base import add_lora, check_model, load_base, load_tokenizer
 from medqa.model.loss import LossModel
 from medqa.model.precision import resolve_precision
@@ -23,6 +24,7 @@ from medqa.options import parse_options
 from medqa.training.artifacts import make_summary, save_final_adapter
 from medqa.training.checkpoint import RunState, Trained, save_checkpoint
 from medqa.training.console import ProgressLine, make_console, quiet_libraries, show_plan, show_result
+from medqa.training.ending import close_run
 from medqa.training.execution import choose_execution
 from medqa.training.interrupts import Deadline, Interrupts, elapsed
 from medqa.training.lock import RunLock
@@ -92,6 +94,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     tokenizer = load_tokenizer(experiment.model.base, tokenization.pad_token)
     examples = {split: tokenize(getattr(splits, split), tokenizer, tokenization) for split in SPLITS}
     stream = Stream(examples["train"], seed, training.global_batch_size)
+    updates = planned_updates(experiment, len(stream.examples))
     phases.done("tokens")
     memory = available_memory(accelerator.device, accelerator.num_processes)
     execution = on_main(
@@ -101,7 +104,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
         base = load_base(experiment.model, precision, execution, accelerator.device, len(tokenizer), seed, kept)
     adapted = add_lora(base.model, experiment.lora, seed, execution.fast_lora(accelerator.device.type))
     bare_optimizer = build_optimizer(adapted, experiment.optimizer)
-    scheduler = build_scheduler(bare_optimizer, experiment.scheduler, training.max_steps)
+    scheduler = build_scheduler(bare_optimizer, experiment.scheduler, updates)
     model, optimizer = accelerator.prepare(LossModel(adapted), bare_optimizer)
     identity = identify(experiment, splits, examples, tokenizer, base, precision, execution, accelerator)
     trained = Trained(adapted, optimizer, scheduler, accelerator.scaler)
@@ -109,7 +112,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     state = go_on(found, trained, identity) if found else RunState()
     leg = start_run(output_dir, options.fresh, found, state, lock, accelerator)  # from here on files are written
     tracker = Tracker(accelerator.is_main_process, MetricsFile(output_dir / "metrics.jsonl"))
-    spent = tracker.resume(state.step if state.baseline else -1, training.max_steps)
+    spent = tracker.resume(state.step if state.baseline else -1, state.step if state.stopped_early else updates)
     state.peak_memory = max(state.peak_memory, spent.peak_memory)
     clock = functools.partial(elapsed, max(state.elapsed_s, spent.elapsed_s) - started)
     changes = in_effect(precision, execution, experiment.model.quantization, base)
@@ -118,9 +121,9 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
         write_config(output_dir, experiment, accumulation, changes)
         write_reports(output_dir, sources, splits, examples, stream, experiment, execution.padding_free)
         copies.start(training.keep_checkpoints, options.fresh, say)
-    plan = make_plan(experiment, stream, examples, adapted, execution, changes, accelerator, tokenizer.decode)
+    plan = make_plan(experiment, updates, stream, examples, adapted, execution, changes, accelerator, tokenizer.decode)
     plan.lines.extend(told_of(found, state, spent.damaged))
-    plan.lines.extend(space_needed(options.persist_to, experiment, adapted, state.step))
+    plan.lines.extend(space_needed(options.persist_to, experiment, adapted, state.step, updates))
     show_plan(console, f"{name} in {output_dir}", plan)
     console.print(start_wandb(accelerator, experiment, output_dir, leg.run_id, changes))
     feed = WandbFeed(accelerator, say)
@@ -150,7 +153,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
             note_saved(output_dir)
             copies.wake({state.step, state.best_step})
 
-    with ProgressLine(console, state.step, training.max_steps, training.log_steps) as progress:
+    with ProgressLine(console, state.step, updates, training.log_steps) as progress:
         train(
             accelerator,
             model,
@@ -160,6 +163,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
             experiment,
             tokenizer.pad_token_id,
             state,
+            updates=updates,
             validate=functools.partial(evaluator.measure, fixed_rows),
             save=save,
             tracker=tracker,
@@ -172,19 +176,16 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
 
     if on_main(accelerator, lambda: deadline.within(3 * state.evaluation_s)):  # validation, test, and a margin
         raise StoppedInTime(f"stopped in time after update {state.step}, the last, before the closing evaluation")
-    losses = evaluator.row_losses(validation)
-    final, test = summarize(losses, validation), evaluator.measure(examples["test"])
-    state.note_best(state.step, summarize(losses[subset], fixed_rows).loss)
-    tracker.log({"step": state.step, "split": "eval", "elapsed_s": clock(), **final.record()})
-    tracker.log({"step": state.step, "split": "test", "elapsed_s": clock(), **test.record()})
+    places = [output_dir] if options.persist_to is None else [output_dir, options.persist_to]
+    ending = close_run(evaluator, examples, subset, adapted, state, experiment, places, tracker, clock, say)
     if accelerator.is_main_process:
         summary = make_summary(
-            name, experiment, state, final, test, adapted, accelerator, leg, identity, phases.seconds, clock()
+            name, experiment, state, ending, adapted, accelerator, leg, identity, phases.seconds, clock()
         )
         adapter_dir = save_final_adapter(output_dir, adapted, tokenizer, summary, experiment)
         samples = [validation[i].row for i in fixed_subset(validation, experiment.evaluation.samples, seed)]
         if accelerator.trackers and experiment.tracking.log_samples is not False:
-            answers = sample_answers(adapted, tokenizer, samples, state.step)
+            answers = sample_answers(adapted, tokenizer, samples, ending.adapter_step)
             feed.attempt(lambda: log_samples(accelerator, answers, feed.first), asks=True)
         feed.attempt(lambda: log_adapter(accelerator, experiment.tracking, adapter_dir, leg.run_id), asks=True)
         write_json(summary, output_dir / "summary.json")

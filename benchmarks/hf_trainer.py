@@ -191,6 +191,7 @@ def run_train(
         parts.experiment,
         parts.tokenizer.pad_token_id,
         state,
+        updates=parts.experiment.training.max_steps,
         validate=_no_validation,
         save=save,
         tracker=tracker,

@@ -121,6 +121,7 @@ def run(job: Job, gate: Gate) -> None:
             parts.experiment,
             PAD,
             parts.state,
+            updates=parts.experiment.training.max_steps,
             validate=_never,
             save=_never,
             tracker=tracker,

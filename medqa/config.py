@@ -110,10 +110,16 @@ class Scheduler(Section):
 
 
 class Training(Section):
-    """Updates, batches, precision. `global_batch_size` examples make an update, on however many processes."""
+    """Updates, batches, precision. `global_batch_size` examples make an update, on however many processes.
+
+    `early_stopping_patience` evaluations in a row without a lower loss on the fixed validation rows end the run.
+    `keep` says which adapter it leaves: that of its last update, or that of the lowest such loss.
+    """
 
     max_steps: Positive | None = None
-    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
+    early_stopping_patience: Positive | None = None
+    keep: Literal["final", "best"] = "final"
     global_batch_size: Positive = 32
     per_device_batch_size: Positive = 4
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
@@ -152,6 +158,9 @@ class Tracking(Section):
     log_model: bool = True
 
 
+LENGTH = ("training.max_steps", "training.epochs")  # how long a run is: one of the two
+
+
 class Experiment(Section):
     """All that a run computes follows from this and the data."""
 
@@ -170,10 +179,13 @@ def may_change_on_resume(key: str, experiment: Experiment) -> bool:
     """Whether a run may go on although this `section.key` changed: nothing computed before or after depends on it.
 
     (`training.micro_batch_tokens`: but for the last digits, and dropout's noise; the run says so.)
-    `training.max_steps` may grow under a constant rate, where no update depends on how many follow.
+    `training.max_steps` or `epochs` may grow under a constant rate, where no update depends on how many follow. Where
+    evaluation decides when the run ends, or with which adapter, what is evaluated stays.
     """
-    if key == "training.max_steps":
+    if key in LENGTH:
         return experiment.scheduler.name == "none"
+    if key in ("evaluation.steps", "evaluation.rows"):
+        return experiment.training.early_stopping_patience is None and experiment.training.keep == "final"
     return key.startswith("tracking.") or key in {
         "training.log_steps",
         "training.save_steps",
@@ -181,8 +193,6 @@ def may_change_on_resume(key: str, experiment: Experiment) -> bool:
         "training.keep_checkpoints",
         "training.process_timeout_s",
         "training.micro_batch_tokens",
-        "evaluation.steps",
-        "evaluation.rows",
         "evaluation.samples",
     }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from medqa.config import Experiment, flat, may_change_on_resume
+from medqa.config import LENGTH, Experiment, flat, may_change_on_resume
 from medqa.errors import UserError
 from medqa.key_advice import meant, wanted
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
@@ -29,6 +29,7 @@ TINY = {
     "optimizer.learning_rate": 1e-2,
     "tokenization.max_length": 160,
     "training.max_steps": 40,
+    "training.epochs": None,
     "training.log_steps": 1,
     "training.save_steps": 10,
     "evaluation.steps": 10,
@@ -37,7 +38,6 @@ TINY_WARMUP = 4  # for recipes that warm up at all
 
 # Of the contract, what this version does not do yet: refused by name, never silently ignored.
 NOT_YET = {
-    "training.epochs": lambda value: value is not None,
     "data.files": bool,
     "data.split": lambda value: value == "topic",
 }
@@ -87,6 +87,8 @@ def load_experiment(
         if location is not None:
             values[key], origins[key] = location, f"--{'model' if key == 'model.base' else key.split('.')[1]}"
     overrides, bad_words = parse_sets(sets)
+    if len(given := overrides.keys() & set(LENGTH)) == 1:  # it takes the place of the other
+        values.update(dict.fromkeys(set(LENGTH) - given))
     for key, override in overrides.items():
         values[key], origins[key] = override.value, override.origin
     experiment, bad_values = _validate(values, origins)
@@ -202,7 +204,10 @@ def _impossible(experiment: Experiment) -> Iterator[tuple[list[str], str]]:
         if asked(values[key]):
             yield [key], f"{key} = {values[key]!r}: not in this version yet"
     if training.max_steps is None and training.epochs is None:
-        yield ["training.max_steps", "training.epochs"], "training.max_steps is missing: how many updates?"
+        yield (
+            ["training.max_steps", "training.epochs"],
+            ("training.max_steps is missing (or training.epochs): how many updates?"),
+        )
     if training.max_steps is not None and training.epochs is not None:
         yield ["training.max_steps", "training.epochs"], "training.max_steps and training.epochs: give one of the two"
     if training.max_steps is not None and experiment.scheduler.warmup_steps > training.max_steps:

@@ -72,6 +72,9 @@ OTHER_TOOLS_NAMES = {
     "report_to": "tracking.wandb",
     "wandb_project": "tracking.project",
     "run_name": "tracking.run_name",
+    "patience": "training.early_stopping_patience",
+    "load_best_model_at_end": "training.keep",
+    "epoch": "training.epochs",
 }
 
 

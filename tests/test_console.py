@@ -143,7 +143,7 @@ def plan_of(rows, tokenizer, *sets: str, exp: str = "exp_001") -> Plan:
     examples = {name: tokenize(rows, tokenizer, experiment.tokenization) for name in ("train", "validation", "test")}
     stream = Stream(examples["train"], 42, experiment.training.global_batch_size)
     changes = in_effect(precision, execution, experiment.model.quantization, base)
-    plan = make_plan(experiment, stream, examples, model, execution, changes, accelerator, tokenizer.decode)
+    plan = make_plan(experiment, experiment.training.max_steps, stream, examples, model, execution, changes, accelerator, tokenizer.decode)
     AcceleratorState._reset_state(reset_partial_state=True)
     return plan
 

@@ -18,6 +18,7 @@ from medqa.config import Experiment, Lora, Model
 from medqa.errors import UserError
 from medqa.experiment_file import load_experiment
 from medqa.hub import hub_reachable
+from medqa.length import is_complete
 from medqa.model.base import adapter_weights, add_lora, check_model, load_adapter_weights, load_base, load_tokenizer
 from medqa.model.execution import Execution
 from medqa.model.precision import Precision, resolve_precision
@@ -138,9 +139,11 @@ def _of_run(where: str, run: Path, checkpoint: str | None, locations: Mapping[st
     )
     final = run / ADAPTER_DIR
     newest = newest_whole([run])
-    step = _summary(run).get("updates")  # of a complete run: one that goes on keeps the summary of its old end
-    if checkpoint is None and step == experiment.training.max_steps and (final / ADAPTER_FILES[0]).is_file():
+    summary = _summary(run)  # a run that goes on keeps that of its old end
+    whole = is_complete(summary, experiment) and (final / ADAPTER_FILES[0]).is_file()
+    if checkpoint is None and whole:
         settings = None if newest is None else newest.identity.environment.settings
+        step = summary.get("adapter_step", summary.get("updates"))
         return Source(where, run, final, step, True, experiment, settings)
     if newest is None:
         raise UserError(f"{where}: this run has no adapter yet, nor a checkpoint; train it first, or longer")

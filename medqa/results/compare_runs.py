@@ -13,6 +13,7 @@ from typing import Any
 from medqa.config import Experiment, flat
 from medqa.errors import UserError, together
 from medqa.experiment_file import load_experiment
+from medqa.length import is_complete, planned_updates
 from medqa.yaml_core import load_yaml
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
@@ -65,8 +66,12 @@ class Run:
 
     @property
     def max_steps(self) -> int:
-        """Updates that the run is to have."""
-        return self.experiment.training.max_steps or 0
+        """Updates that the run is to have; where epochs say it and the report does not fit them, those that it has."""
+        rows = number(part(self.data_report, "splits", "train", "rows"))
+        try:
+            return planned_updates(self.experiment, int(rows or 0)) or self.updates
+        except UserError:
+            return self.updates
 
     @property
     def updates(self) -> int:
@@ -76,13 +81,15 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether it went to its end, as `training/run_dir.py` has it."""
-        whole = isinstance(self.summary.get("final"), dict)
-        return whole and self.summary.get("updates") == self.max_steps
+        return isinstance(self.summary.get("final"), dict) and is_complete(self.summary, self.experiment)
 
     @property
     def state(self) -> str:
         """Whether it is finished, in words."""
-        return "finished" if self.finished else f"unfinished: {self.updates:,} of {self.max_steps:,} updates"
+        if self.finished:
+            early = self.summary.get("stopped_early") is True
+            return f"finished early, after {self.updates:,} of {self.max_steps:,} updates" if early else "finished"
+        return f"unfinished: {self.updates:,} of {self.max_steps:,} updates"
 
     @property
     def data_fingerprint(self) -> str | None:

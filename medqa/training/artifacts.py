@@ -12,9 +12,10 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from medqa.config import Experiment
-from medqa.evaluation.loss import SplitLoss
+from medqa.length import length
 from medqa.prompts import prompt
 from medqa.training.checkpoint import Identity, RunState, save_adapter
+from medqa.training.ending import Ending
 from medqa.training.environment import git_commit, versions
 from medqa.training.plan import accumulation_steps, parameter_counts
 from medqa.training.run_dir import ADAPTER_DIR, Leg, copy_whole
@@ -30,8 +31,7 @@ def make_summary(
     name: str,
     experiment: Experiment,
     state: RunState,
-    final: SplitLoss,
-    test: SplitLoss,
+    ending: Ending,
     model: torch.nn.Module,
     accelerator: Accelerator,
     leg: Leg,
@@ -45,8 +45,8 @@ def make_summary(
     return {
         "experiment": name,
         "baseline": _figures(state.baseline.record()),
-        "final": _figures(final.record()),
-        "test": _figures(test.record()),
+        "final": _figures(ending.final.record()),
+        "test": _figures(ending.test.record()),
         "best_step": state.best_step,
         "wall_clock_s": wall_clock_s,
         "peak_memory_bytes": state.peak_memory,
@@ -54,6 +54,9 @@ def make_summary(
         "trainable_parameters": trainable,
         "total_parameters": total,
         "updates": state.step,
+        "length": length(experiment),
+        "stopped_early": state.stopped_early,
+        "adapter_step": ending.adapter_step,
         "resumes": leg.resumes,
         "processes": accelerator.num_processes,
         "cpu_threads": torch.get_num_threads(),

@@ -68,6 +68,8 @@ class RunState:
     tokens_seen: int = 0
     best_step: int = 0
     best_loss: float | None = None
+    evaluations_since_best: NonNegativeInt = 0
+    stopped_early: bool = False
     elapsed_s: float = 0.0
     peak_memory: int = 0
     evaluation_s: float = 0.0
@@ -81,9 +83,10 @@ class RunState:
     not_bitwise: list[Moved] = field(default_factory=list)
 
     def note_best(self, step: int, loss: float) -> None:
-        """Remember the lowest loss on the fixed validation rows."""
+        """Remember the lowest loss on the fixed validation rows, and how many evaluations ago it was."""
+        self.evaluations_since_best += 1
         if self.best_loss is None or loss < self.best_loss:
-            self.best_step, self.best_loss = step, loss
+            self.best_step, self.best_loss, self.evaluations_since_best = step, loss, 0
 
     def halve(self, rows: int, tokens: int | None) -> tuple[str, str]:
         """Have smaller micro-batches after one of so many rows, and tokens, found no room; what was, and what will be.

@@ -32,6 +32,7 @@ def train(
     pad_token_id: int,
     state: RunState,
     *,
+    updates: int,
     validate: Callable[[], SplitLoss],
     save: Callable[[], None],
     tracker: Tracker,
@@ -41,7 +42,7 @@ def train(
     say: Callable[[str], None],
     clock: Callable[[], float],
 ) -> None:
-    """Train from `state.step` to `training.max_steps` updates; `state` moves along.
+    """Train from `state.step` to so many `updates`, or until it stops early; `state` moves along.
 
     Args:
         model, optimizer: prepared by the accelerator; the scheduler is not.
@@ -62,7 +63,7 @@ def train(
     saved_at, first_update, longest = clock(), state.step, 0.0
     model.train()
     interrupts.finish_update = True
-    while state.step < settings.max_steps:
+    while state.step < updates and not state.stopped_early:
         began = started = time.perf_counter()
         result = None
         while result is None:
@@ -99,7 +100,7 @@ def train(
         state.step += 1
         state.tokens_seen += result.tokens
         state.overflows += result.overflows
-        last = state.step == settings.max_steps
+        last = state.step == updates
         # A save and another update, each maybe slower than any so far, must still fit.
         late = deadline.within(2 * max(longest, time.perf_counter() - began))
         stop, save_due, late = agreed(
@@ -132,7 +133,12 @@ def train(
         if due(state.step, evaluation.steps) and not last:  # the last is evaluated on all rows, after the loop
             loss = validate()
             state.note_best(state.step, loss.loss)
-            tracker.log({"step": state.step, "split": "eval", "elapsed_s": clock(), **loss.record()})
+            last = state.stopped_early = patience_ended(state, settings.early_stopping_patience)
+            if not last:
+                tracker.log({"step": state.step, "split": "eval", "elapsed_s": clock(), **loss.record()})
+            elif not due(state.step, settings.log_steps):
+                tracker.log(record)
+            save_due = save_due or (settings.keep == "best" and state.best_step == state.step)
         if due(state.step, settings.save_steps) or last or save_due or stop or late:
             state.elapsed_s = saved_at = clock()
             state.peak_memory = max(state.peak_memory, memory.allocated)
@@ -142,7 +148,12 @@ def train(
         if stop:
             raise Interrupted(stop)
         if late and not last:
-            raise StoppedInTime(f"stopped in time after update {state.step} of {settings.max_steps}, and saved")
+            raise StoppedInTime(f"stopped in time after update {state.step} of {updates}, and saved")
+    if state.stopped_early:
+        say(
+            f"stopped early after update {state.step} of {updates}: no lower validation loss in "
+            f"{state.evaluations_since_best} evaluations, the best was after update {state.best_step}"
+        )
     interrupts.finish_update = False
 
 
@@ -238,6 +249,11 @@ def token_counts(micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many updates happens after this one."""
     return step % every == 0
+
+
+def patience_ended(state: RunState, patience: int | None) -> bool:
+    """Whether so many evaluations in a row have not been better than the best before; never, if None."""
+    return patience is not None and state.evaluations_since_best >= patience
 
 
 def minutes_due(seconds: float, minutes: float | None) -> bool:

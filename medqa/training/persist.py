@@ -213,16 +213,16 @@ def _forget_cached(path: Path) -> None:
 
 
 def space_needed(
-    place: Path | None, experiment: Experiment, model: torch.nn.Module, step: int
+    place: Path | None, experiment: Experiment, model: torch.nn.Module, step: int, updates: int
 ) -> list[tuple[str, str]]:
-    """The plan's line on what copies will take from update `step` to the run's end; none where nothing is copied.
+    """The plan's line on what copies will take from update `step` to the last of so many; none where nothing is copied.
 
     A parameter that trains takes 4 bytes in the adapter and 8 in AdamW's state (8-bit: 2, and a little for scales).
     """
     if place is None:
         return []
     trainable, _ = parameter_counts(model)
-    saves = -(-(experiment.training.max_steps - step) // experiment.training.save_steps)
+    saves = -(-(updates - step) // experiment.training.save_steps)
     size = trainable * (4 + (2.1 if "8bit" in experiment.optimizer.name else 8)) + 100_000
     try:
         above = next(path for path in (place, *place.absolute().parents) if path.exists())

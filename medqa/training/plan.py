@@ -58,6 +58,7 @@ class Plan:
 
 def make_plan(
     experiment: Experiment,
+    updates: int,
     stream: Stream,
     examples: Mapping[str, Sequence[Example]],
     model: torch.nn.Module,
@@ -86,8 +87,8 @@ def make_plan(
         ("data", ", ".join(f"{name} {count:,}" for name, count in rows.items()) + " rows"),
         (
             "updates",
-            f"{training.max_steps:,} of {training.global_batch_size} examples, about "
-            f"{training.global_batch_size * mean_length:,.0f} tokens: {stream.epoch(training.max_steps):.2f} epochs",
+            f"{updates:,} of {training.global_batch_size} examples, about "
+            f"{training.global_batch_size * mean_length:,.0f} tokens: {stream.epoch(updates):.2f} epochs",
         ),
         ("micro-batches", batches),
         (
@@ -104,7 +105,7 @@ def make_plan(
     if device.type == "cpu" and total > 100e6:
         padded = experiment.tokenization.padding == "max_length" and not execution.padding_free
         tokens = experiment.tokenization.max_length if padded else mean_length
-        whole = tokens * training.global_batch_size * training.max_steps
+        whole = tokens * training.global_batch_size * updates
         hours = cpu_hours(total, whole, execution.gradient_checkpointing)
         lines.append(("time", f"about {hours:,.0f} hours on this CPU; a GPU, or --tiny, is the way"))
     return Plan(lines, loss_segments(stream.at(0), experiment.tokenization.loss_on, decode))

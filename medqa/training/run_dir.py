@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from medqa.config import Experiment
 from medqa.data.report import write_json
 from medqa.errors import UserError
+from medqa.length import is_complete
 from medqa.training.checkpoint import Found, RunState, newest_whole
 from medqa.training.checkpoint_files import (
     ADAPTER_FILES,
@@ -176,8 +177,7 @@ def finished(output_dir: Path, experiment: Experiment) -> dict[str, Any] | None:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = isinstance(summary, dict) and {"experiment", "baseline", "final", "test"} <= summary.keys()
-    return summary if whole and summary.get("updates") == experiment.training.max_steps else None
+    return summary if isinstance(summary, dict) and is_complete(summary, experiment) else None
 
 
 def write_config(output_dir: Path, experiment: Experiment, accumulation: int, changes: dict[str, Any]) -> None:

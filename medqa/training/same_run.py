@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from medqa.config import Experiment, flat, may_change_on_resume
+from medqa.config import LENGTH, Experiment, flat, may_change_on_resume
 from medqa.data.splits import Splits
 from medqa.data.tokens import Example, ids_fingerprint
 from medqa.errors import UserError, listed
@@ -21,7 +21,8 @@ from medqa.yaml_core import load_yaml
 
 # These may lie elsewhere than before: their fingerprints say whether they are the same.
 LOCATIONS = {"data.medquad", "data.afrimedqa", "model.base"}
-LATER_KEYS = {"data.mcq_answers"}  # not yet in runs of the first versions
+# Not yet in runs of the first versions.
+LATER_KEYS = {"data.mcq_answers", "training.early_stopping_patience", "training.keep"}
 WHAT = {"data": "the data", "tokenizer": "the token ids of the data", "base": "the base model"}
 
 
@@ -94,6 +95,8 @@ def told_of(found: Found | None, state: RunState, damaged_lines: int) -> list[tu
     lines = [("passed over", reason) for reason in (found.passed_over if found else ())]
     if found:
         lines.append(("resumed", f"going on after update {state.step}, from {found.path}"))
+    if state.stopped_early:
+        lines.append(("stopped early", f"after update {state.step}; what is left is the closing evaluation"))
     if damaged_lines:
         lines.append(("lost", f"{damaged_lines} damaged lines of metrics.jsonl"))
     return lines + [
@@ -153,6 +156,7 @@ def _split(keys: set[str]) -> list[tuple[str, str]]:
 
 def _may_change(key: str, before: Any, now: Any, experiment: Experiment) -> bool:
     """Whether the run may go on with this change; updates may be added, never taken back."""
-    if key == "training.max_steps":
-        return may_change_on_resume(key, experiment) and isinstance(before, int) and now > before
+    if key in LENGTH:
+        longer = isinstance(before, int | float) and now is not None and now > before
+        return may_change_on_resume(key, experiment) and longer
     return may_change_on_resume(key, experiment)

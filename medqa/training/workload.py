@@ -4,7 +4,6 @@ All of it follows from the experiment, the examples' lengths and the model's sha
 """
 
 import io
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from medqa.config import Experiment
 from medqa.data.batches import Stream, epoch_permutation
+from medqa.length import planned_updates
 from medqa.model.base import add_lora
 from medqa.training.optimizer import build_optimizer
 from medqa.training.probe import most_in_an_update
@@ -58,7 +58,7 @@ def count(experiment: Experiment, stream: Stream, padding_free: bool) -> dict[st
     """What a run goes through: counted, not estimated, since the order of the examples is known."""
     training, tokenization = experiment.training, experiment.tokenization
     rows = training.global_batch_size
-    updates = training.max_steps or math.ceil((training.epochs or 0) * len(stream.examples) / rows)
+    updates = planned_updates(experiment, len(stream.examples))
     order = _order(stream, updates * rows)
     lengths = np.array([len(example.input_ids) for example in stream.examples])[order]
     first = [max(1, e.answer_start) if tokenization.loss_on == "answer" else 1 for e in stream.examples]
