@@ -6,6 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
+from medqa.config import Data
 from medqa.data.batches import Stream
 from medqa.data.sources import load_sources
 from medqa.data.tokens import tokenize
@@ -117,7 +118,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def rows():
-    (source,) = load_sources(str(MEDQUAD_CSV), "none")
+    (source,) = load_sources(Data(medquad=str(MEDQUAD_CSV), afrimedqa="none"))
     return source.rows[:40]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from medqa.config import Data
 from medqa.data.sources import Row, load_sources
 from medqa.data.splits import HELD_OUT, SPLITS, Splits, letters_and_digits, overlap_report, split_rows, write_splits_csv
 from medqa.errors import UserError
@@ -251,7 +252,7 @@ def test_overlap_counts_by_hand() -> None:
 
 @pytest.fixture(scope="module")
 def real_rows() -> list[Row]:
-    sources = load_sources(str(SHARED / "medquad.csv"), str(SHARED / "afrimedqa_v2.csv"))
+    sources = load_sources(Data(medquad=str(SHARED / "medquad.csv"), afrimedqa=str(SHARED / "afrimedqa_v2.csv")))
     return [row for source in sources for row in source.rows]
 
 
