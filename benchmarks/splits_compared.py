@@ -4,8 +4,8 @@
     python -m benchmarks.splits_compared --tiny
 
 One run a split, the same experiment, updates and seed. Test rows differ from split to split, and some are harder than
-others: what compares is the ratio of tuned to untuned answer perplexity, on the same rows. `--write` puts the table into
-`benchmarks/RESULTS.md`.
+others: what compares is the ratio of tuned to untuned answer perplexity, on the same rows. `--write` puts the table
+into `benchmarks/RESULTS.md`.
 """
 
 import argparse

@@ -282,8 +282,6 @@ def test_wrong_values_are_refused_with_key_and_value(word):
 @pytest.mark.parametrize(
     "words, told",
     [
-        (["data.files={mine: a.csv}"], "data.files = {'mine': 'a.csv'}: not in this version yet"),
-        (["data.split=topic"], "data.split = 'topic': not in this version yet"),
         (["training.epochs=2", "training.max_steps=null"], "training.epochs = 2.0: not in this version yet"),
         (["model.dtype=float16"], "do not go together"),
         (["training.mixed_precision=fp16"], "do not go together"),

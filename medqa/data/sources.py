@@ -175,8 +175,8 @@ def _cleaned(name: str, location: str, table: Table, named: bool, seen: set[tupl
     if not rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "it holds no records"
         raise UserError(
-            f"{location}: no usable rows among {len(table.records)} read ({reasons}); give {_asked_with(name)} other data, "
-            "or none"
+            f"{location}: no usable rows among {len(table.records)} read ({reasons}); give {_asked_with(name)} "
+            "other data, or none"
         )
     return Source(name, location, tuple(rows), len(table.records), dict(dropped))
 
@@ -187,7 +187,9 @@ def _require_columns(name: str, location: str, table: Table) -> None:
     if missing:
         wanted = " and ".join(" or ".join(columns) for columns in missing)
         found = ", ".join(table.columns) or "none"
-        raise UserError(f"{location}: no column {wanted}; columns found: {found}. Rename them, or mend {_asked_with(name)}")
+        raise UserError(
+            f"{location}: no column {wanted}; columns found: {found}. Rename them, or mend {_asked_with(name)}"
+        )
 
 
 def _rows(name: str, location: str, table: Table, named: bool) -> Iterator[Row | str]:
