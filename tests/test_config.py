@@ -141,7 +141,10 @@ def test_the_order_is_file_tiny_options_set(tmp_path):
 
 def test_options_become_locations():
     options = parse_options(["--exp", "x", "--model", "m", "--medquad", "a", "--afrimedqa", "none"])
-    assert options.locations == {"model.base": "m", "data.medquad": "a", "data.afrimedqa": "none"}
+    given = {"model.base": "m", "data.medquad": "a", "data.afrimedqa": "none"}
+    assert options.locations == {**given, "data.files": None}
+    options = parse_options(["--exp", "x", "--data", "notes=a=b.csv", "--data", "more=c/d"])
+    assert options.locations == dict.fromkeys(given) | {"data.files": {"notes": "a=b.csv", "more": "c/d"}}
 
 
 def test_tiny_keeps_the_recipe():

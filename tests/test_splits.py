@@ -277,6 +277,25 @@ def test_the_real_files_grouped(real_rows: list[Row]) -> None:
 
 
 @needs_shared
+def test_the_real_files_by_topic(real_rows: list[Row]) -> None:
+    splits = split_rows(real_rows, "topic", 42, FRACTIONS)
+    sizes = Counter(splits.groups.values())
+    assert (len(sizes), max(sizes.values())) == (5_773, 2_129)
+    names = split_of(splits)
+    assert all(names[row] == names[group] for row, group in splits.groups.items())
+    assert {names[row] for row, group in splits.groups.items() if sizes[group] > 81} == {"train"}
+    for source in ("medquad", "afrimedqa"):
+        total = sum(row.source == source for row in real_rows)
+        for name, fraction in zip(SPLITS, FRACTIONS, strict=True):
+            part = sum(row.source == source for row in getattr(splits, name))
+            assert part / total == pytest.approx(fraction, abs=0.005)
+    report = overlap_report(splits)
+    for name in (*HELD_OUT, "held_out"):
+        assert report[name]["question_or_answer"]["rows"] == report[name]["topic"]["rows"] == 0
+        assert report[name]["topic"]["of"] > 1_000
+
+
+@needs_shared
 def test_the_real_files_at_random(real_rows: list[Row]) -> None:
     report = overlap_report(split_rows(real_rows, "random", 42, FRACTIONS))["held_out"]
     assert report["question"]["share"] == pytest.approx(0.167, abs=0.015)
