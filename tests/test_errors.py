@@ -147,7 +147,6 @@ OPTIONS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     ),
     "data": (lambda d: argv("--data", "mine=x.csv"), ["mine: x.csv: no such file", "--data mine=none"]),
     "data twice": (lambda d: argv("--data", "a=x.csv", "--data", "a=y.csv"), ["--data: a: given more than once"]),
-    "data without a name": (lambda d: argv("--data", "x.csv"), ["'x.csv': write NAME=SOURCE"]),
     "micro-batch of no tokens": (
         lambda d: argv(sets=("training.micro_batch_tokens=0",)),
         ["training.micro_batch_tokens = 0", "greater than or equal to 1"],
