@@ -41,7 +41,7 @@ from medqa.training.same_run import go_on, identify, told_of
 from medqa.training.scheduler import build_scheduler
 from medqa.training.tracking import MetricsFile, Tracker
 from medqa.training.wandb_feed import WandbFeed
-from medqa.training.wandb_run import log_adapter, log_samples, start_wandb
+from medqa.training.wandb_run import log_adapter, log_samples, sampled_rows, start_wandb
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     with accelerator.main_process_first():  # so that what is fetched is fetched once
         model_config, sources = together(
             lambda: check_model(experiment.model, tokenization.max_length),
-            lambda: load_sources(experiment.data.medquad, experiment.data.afrimedqa, experiment.data.mcq_answers),
+            lambda: load_sources(experiment.data),
         )
     rows = [row for source in sources for row in source.rows]
     splits = split_rows(rows, experiment.data.split, experiment.data.split_seed, tuple(experiment.data.fractions))
@@ -183,8 +183,8 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
             name, experiment, state, ending, adapted, accelerator, leg, identity, phases.seconds, clock()
         )
         adapter_dir = save_final_adapter(output_dir, adapted, tokenizer, summary, experiment)
-        samples = [validation[i].row for i in fixed_subset(validation, experiment.evaluation.samples, seed)]
-        if accelerator.trackers and experiment.tracking.log_samples is not False:
+        samples = sampled_rows(validation, experiment)
+        if accelerator.trackers and samples:
             answers = sample_answers(adapted, tokenizer, samples, ending.adapter_step)
             feed.attempt(lambda: log_samples(accelerator, answers, feed.first), asks=True)
         feed.attempt(lambda: log_adapter(accelerator, experiment.tracking, adapter_dir, leg.run_id), asks=True)

@@ -126,7 +126,7 @@ class Curve:
 def _splits(data: str) -> Splits:
     """The rows of these data settings (as JSON, which can be hashed), read once a process."""
     settings = Data.model_validate_json(data)
-    sources = load_sources(settings.medquad, settings.afrimedqa, settings.mcq_answers)
+    sources = load_sources(settings)
     rows = [row for source in sources for row in source.rows]
     return split_rows(rows, settings.split, settings.split_seed, tuple(settings.fractions))
 

@@ -87,7 +87,7 @@ def train_and_measure(
     found = {}
     for name, reading in readings.items():
         data = reading.data
-        sources = load_sources(data.medquad, data.afrimedqa, data.mcq_answers)
+        sources = load_sources(data)
         everything = [row for source in sources for row in source.rows]
         held_out = split_rows(everything, data.split, data.split_seed, tuple(data.fractions)).validation
         trained_on = {example.row.id for example in parts.examples["train"]}

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.gpu_check import MEDQUAD_LENGTHS, SHAPES
-from medqa.config import Tokenization
+from medqa.config import Data, Tokenization
 from medqa.data.batches import epoch_permutation
 from medqa.data.sources import load_sources
 from medqa.data.tokens import tokenize
@@ -95,7 +95,7 @@ def even_rows(count: int, length: int, vocabulary: int) -> Rows:
 
 def real_ids(count: int, max_length: int, medquad: Path) -> list[np.ndarray]:
     """Of MedQuAD's rows so many, drawn with a fixed seed, as this project tokenizes them."""
-    rows = [row for source in load_sources(str(medquad), "none") for row in source.rows]
+    rows = [row for source in load_sources(Data(medquad=str(medquad), afrimedqa="none")) for row in source.rows]
     drawn = np.random.default_rng(0).permutation(len(rows))[:count]
     tokenizer = AutoTokenizer.from_pretrained(LLAMA_TOKENIZER)
     examples = tokenize([rows[i] for i in drawn], tokenizer, Tokenization(max_length=max_length))

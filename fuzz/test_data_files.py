@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medqa.config import Tokenization
+from medqa.config import PUBLIC, Data, Tokenization
 from medqa.data.sources import Source, load_sources
 from medqa.data.splits import SPLITS, split_rows
 from medqa.data.tokens import tokenize
@@ -45,7 +45,10 @@ CELL = st.one_of(TEXT, HUGE, st.none(), st.booleans(), st.integers(), st.floats(
 ANY = st.recursive(
     CELL, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6
 )
-NAME = st.one_of(st.sampled_from(["question", "answer", "Question", " answer ", "source", "focus_area"]), TEXT)
+NAME = st.one_of(
+    st.sampled_from(["question", "answer", "Question", " answer ", "source", "focus_area", "group", "topic"]), TEXT
+)
+SOURCE = st.sampled_from(["medquad", "afrimedqa", "own"])
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "latin-1", "utf-32"]
 
 
@@ -54,13 +57,20 @@ def tokenizer():
     return load_tokenizer(str(BASE_DIR), "eos")
 
 
+def data_of(option: str, path: Path) -> Data:
+    """The one source; any other name than the two is data of one's own."""
+    if option in PUBLIC:
+        return Data(**{"medquad": "none", "afrimedqa": "none", option: str(path)})
+    return Data(medquad="none", afrimedqa="none", files={option: str(path)})
+
+
 def read(content: bytes, suffix: str, option: str = "medquad", name: str = "data") -> Source | None:
     """What is read of a file, None if it is refused. The file stays as it is, and alone."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / f"{name}{suffix}"
         path.write_bytes(content)
         try:
-            (source,) = load_sources(**{"medquad": "none", "afrimedqa": "none", option: str(path)})
+            (source,) = load_sources(data_of(option, path))
         except UserError as error:
             assert str(path) in str(error)
             source = None
@@ -99,7 +109,9 @@ def encoded(text: str, encoding: str) -> bytes:
 @FUZZ
 @given(st.data())
 def test_csv(data):
-    names = data.draw(st.lists(NAME, max_size=5)) + data.draw(st.sampled_from([[], ["question", "answer"]]))
+    names = data.draw(st.lists(NAME, max_size=5)) + data.draw(
+        st.sampled_from([[], ["question", "answer"], ["question", "answer", "group", "topic"]])
+    )
     rows = data.draw(st.lists(st.lists(CELL.map(str), max_size=8), max_size=6))
     text = io.StringIO()
     writer = csv.writer(
@@ -108,7 +120,7 @@ def test_csv(data):
     )  # fmt: skip
     writer.writerows([names, *rows])
     content = damaged(data.draw, encoded(text.getvalue(), data.draw(st.sampled_from(ENCODINGS))))
-    assert_clean(read(content, ".csv", data.draw(st.sampled_from(["medquad", "afrimedqa"]))))
+    assert_clean(read(content, ".csv", data.draw(SOURCE)))
 
 
 @FUZZ
@@ -119,13 +131,17 @@ def test_jsonl(data):
     text = end.join(json.dumps(record, ensure_ascii=data.draw(st.booleans())) for record in records)
     deep = data.draw(st.sampled_from(["", "[" * 100_000, '{"question":' * 50_000, '{"question": 1' + "0" * 5000 + "}"]))
     content = damaged(data.draw, encoded(text + end + deep, data.draw(st.sampled_from(ENCODINGS))))
-    assert_clean(read(content, ".jsonl", data.draw(st.sampled_from(["medquad", "afrimedqa"]))))
+    assert_clean(read(content, ".jsonl", data.draw(SOURCE)))
 
 
 @FUZZ
 @given(st.data())
 def test_parquet(data):
-    columns = data.draw(st.sampled_from([["question", "answer"], ["question", "answer", "question "], ["x"], []]))
+    columns = data.draw(
+        st.sampled_from(
+            [["question", "answer"], ["question", "answer", "question "], ["question", "answer", "group"], ["x"], []]
+        )
+    )
     kinds = [WHOLE, st.integers(-(2**60), 2**60), st.floats(), st.booleans(), st.lists(WHOLE, max_size=2), st.binary()]
     count = data.draw(st.integers(0, 5))
     table = pa.table(
@@ -137,7 +153,7 @@ def test_parquet(data):
     )
     place = io.BytesIO()
     pq.write_table(table, place, compression=data.draw(st.sampled_from(["snappy", "gzip", "none", "zstd"])))
-    assert_clean(read(damaged(data.draw, place.getvalue()), ".parquet"))
+    assert_clean(read(damaged(data.draw, place.getvalue()), ".parquet", data.draw(SOURCE)))
 
 
 @FUZZ
@@ -168,7 +184,7 @@ def test_xml(data):
         path = Path(directory) / "1_x" / "0000001.xml"
         path.write_bytes(content)
         try:
-            sources = load_sources(directory, "none")
+            sources = load_sources(Data(medquad=directory, afrimedqa="none"))
         except UserError as error:
             assert directory in str(error)
         else:

@@ -19,7 +19,7 @@ from rich.console import Console
 from medqa.command_options import command_parser
 from medqa.errors import UserError, exit_code, writing
 from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
-from medqa.options import locations, run_words
+from medqa.options import data_locations, locations, run_words
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
@@ -147,8 +147,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit {options.limit}: at least 1")
     quiet_libraries()
-    data = {"data.medquad": options.medquad, "data.afrimedqa": options.afrimedqa}
-    source = find_adapter(options.adapter, options.checkpoint, options.model, data)
+    source = find_adapter(options.adapter, options.checkpoint, options.model, data_locations(options))
     if source.run is None:
         raise UserError(
             f"{options.adapter}: an adapter alone does not say which rows it was not trained on; give its run's "

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from medqa.options import add_run_options
+from medqa.options import add_data_option, add_run_options
 
 Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -48,6 +48,7 @@ def _evaluate(commands: Commands) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="look at N rows of each split, and N questions")
     parser.add_argument("--medquad", metavar="SOURCE", help="where MedQuAD is now, if not where it was")
     parser.add_argument("--afrimedqa", metavar="SOURCE", help="where AfriMed-QA is now, if not where it was")
+    add_data_option(parser, "where data of your own are now, if not where they were; repeatable")
 
 
 def _ask(commands: Commands) -> None:

@@ -4,6 +4,7 @@ Reading it from a file, with `--tiny` and `--set` laid over it, is in `experimen
 the field's. Every key has a default, so a file may be silent; `config.yaml` of a run has them all written out.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -11,6 +12,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+PUBLIC = ("medquad", "afrimedqa")  # the two public datasets; every other source is data of one's own
+OWN_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
+# Keys that stand beside the names of sources, or below them, where figures are; a source of that name would hide them.
+TAKEN = {
+    *PUBLIC, "none", "rows", "sources", "value", "low", "high", "p_value", "loss", "perplexity", "answer_loss",
+    "answer_perplexity",
+}  # fmt: skip
 
 
 def _brackets(value: Any) -> Any:
@@ -21,6 +30,19 @@ def _brackets(value: Any) -> Any:
 def _none_word(value: str) -> str:
     """`None` and `NONE` are `none`."""
     return "none" if value.strip().lower() == "none" else value
+
+
+def _own_sources(files: dict[str, str]) -> dict[str, str]:
+    """Names can stand in row ids and in names of figures; what is `none` is left out."""
+    wrong = [name for name in files if not OWN_NAME.fullmatch(name) or name.lower() in TAKEN]
+    if wrong:
+        raise ValueError(
+            f"no name for a source: {', '.join(map(repr, wrong))}; a name has up to 40 letters, digits, _ and -, and "
+            f"is none of {', '.join(sorted(TAKEN))}"
+        )
+    if empty := [name for name, source in files.items() if not source.strip()]:
+        raise ValueError(f"no source for {', '.join(empty)}: a file or a hub id is wanted (`none` to leave it out)")
+    return {name: source for name, source in files.items() if source.strip().lower() != "none"}
 
 
 def _constant(value: Any) -> Any:
@@ -67,6 +89,7 @@ class Lora(Section):
 class Data(Section):
     """Sources (see `data/sources.py`) and the split into train, validation and test.
 
+    `files` has data of one's own: a name to a file or a hub id.
     `mcq_answers: named` puts the right option before the rationale in the answer to a multiple-choice question.
     """
 
@@ -74,7 +97,7 @@ class Data(Section):
         "kaggle:pythonafroz/medquad-medical-question-answer-for-ai-research"
     )
     afrimedqa: Annotated[str, AfterValidator(_none_word)] = "intronhealth/afrimedqa_v2"
-    files: dict[str, str] = {}
+    files: Annotated[dict[str, str], AfterValidator(_own_sources)] = {}
     mcq_answers: Literal["rationale", "named"] = "rationale"
     split: Literal["grouped", "topic", "random"] = "grouped"
     split_seed: Count = 42

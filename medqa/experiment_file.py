@@ -1,6 +1,6 @@
 """From a file, `--tiny`, `--model` and the like, and `--set` to an `Experiment`, or to one message with every problem.
 
-Order: file < `--tiny` < `--model`, `--medquad`, `--afrimedqa` < `--set`.
+Order: file < `--tiny` < `--model`, `--medquad`, `--afrimedqa`, `--data` < `--set`.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ TINY = {
     "model.base": str(BASE_DIR),
     "data.medquad": str(MEDQUAD_CSV),
     "data.afrimedqa": str(AFRIMEDQA_CSV),
+    "data.files": {},
     "optimizer.learning_rate": 1e-2,
     "tokenization.max_length": 160,
     "training.max_steps": 40,
@@ -36,11 +37,7 @@ TINY = {
 }
 TINY_WARMUP = 4  # for recipes that warm up at all
 
-# Of the contract, what this version does not do yet: refused by name, never silently ignored.
-NOT_YET = {
-    "data.files": bool,
-    "data.split": lambda value: value == "topic",
-}
+Locations = Mapping[str, str | Mapping[str, str] | None]  # `section.key` to what its own option says, None: nothing
 
 WRITTEN_BY_RUNS = ("gradient_accumulation_steps", "in_effect")  # so that a run's config.yaml is an experiment file
 
@@ -58,7 +55,7 @@ def load_experiment(
     name: str,
     *,
     tiny: bool = False,
-    locations: Mapping[str, str | None] | None = None,
+    locations: Locations | None = None,
     sets: Sequence[str] = (),
 ) -> Experiment:
     """The experiment called `name` (or the file at that path) with everything laid over it.
@@ -66,7 +63,8 @@ def load_experiment(
     Args:
         name: a name in `experiments/` or the path of a YAML file.
         tiny: the embedded base model and data, and numbers that suit them.
-        locations: `section.key` to the value of its own option (`--model`, ...), None where not given.
+        locations: `section.key` to the value of its own option (`--model`, ...), None where not given; that of
+            `data.files` is laid over the file's by name.
         sets: the words after `--set`, `section.key=value` each.
 
     Raises:
@@ -84,7 +82,11 @@ def load_experiment(
         for key, value in {**TINY, "scheduler.warmup_steps": warmup}.items():
             values[key], origins[key] = value, "--tiny"
     for key, location in (locations or {}).items():
-        if location is not None:
+        if key == "data.files" and location:
+            before = values.get(key, {})
+            if isinstance(before, dict):  # else it is refused below
+                values[key], origins[key] = {**before, **location}, "--data"
+        elif location is not None and key != "data.files":
             values[key], origins[key] = location, f"--{'model' if key == 'model.base' else key.split('.')[1]}"
     overrides, bad_words = parse_sets(sets)
     if len(given := overrides.keys() & set(LENGTH)) == 1:  # it takes the place of the other
@@ -133,10 +135,14 @@ def parse_sets(words: Sequence[str]) -> tuple[dict[str, Override], list[str]]:
 
 
 def default_output_dir(name: str, tiny: bool, sets: Sequence[str], experiment: Experiment) -> Path:
-    """`outputs/<exp>[-tiny][,key=value...]`: overrides that make it another run are part of the name, sorted."""
+    """`outputs/<exp>[-tiny][,key=value...]`: overrides that make it another run are part of the name, sorted.
+
+    Of `data.files` the names alone: the directory's name is the run's on W&B, and a path says who one is.
+    """
     overrides, _ = parse_sets(sets)
+    own = "+".join(sorted(experiment.data.files)) or "none"
     words = sorted(
-        re.sub(r"[^A-Za-z0-9._=+-]", "-", f"{key}={override.text}")
+        re.sub(r"[^A-Za-z0-9._=+-]", "-", f"{key}={own if key == 'data.files' else override.text}")
         for key, override in overrides.items()
         if not may_change_on_resume(key, experiment)
     )
@@ -199,10 +205,6 @@ def _nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _impossible(experiment: Experiment) -> Iterator[tuple[list[str], str]]:
     """Combinations that cannot be: the keys involved, and the message. The batch's is in `plan.accumulation_steps`."""
     model, data, training = experiment.model, experiment.data, experiment.training
-    values = flat(experiment)
-    for key, asked in NOT_YET.items():
-        if asked(values[key]):
-            yield [key], f"{key} = {values[key]!r}: not in this version yet"
     if training.max_steps is None and training.epochs is None:
         yield (
             ["training.max_steps", "training.epochs"],
@@ -231,4 +233,7 @@ def _impossible(experiment: Experiment) -> Iterator[tuple[list[str], str]]:
             "the base model, which the adapter would not fit; use pad_token: eos, or leave lm_head out",
         )
     if data.medquad == data.afrimedqa == "none" and not data.files:
-        yield ["data.medquad", "data.afrimedqa"], "data.medquad and data.afrimedqa are both none: no data"
+        yield (
+            ["data.medquad", "data.afrimedqa", "data.files"],
+            "data.medquad and data.afrimedqa are both none, and data.files names nothing: no data",
+        )

@@ -112,6 +112,10 @@ def _close_by_last(last: str, known: list[str]) -> list[str]:
 
 def wanted(key: str, detail: Mapping[str, Any]) -> str:
     """What pydantic found wrong, in this project's words."""
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    if key == "data.files":
+        return "names with a file or a hub id each are wanted: {notes: notes.csv} (a number as a name: in quotes)"
     match detail["type"]:
         case "literal_error":
             return f"one of {detail['ctx']['expected']} is wanted"

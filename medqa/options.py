@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medqa.errors import UserError
+from medqa.experiment_file import Locations
 
-NOT_YET = ("--data",)
 DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
@@ -29,8 +29,6 @@ def option_parser() -> argparse.ArgumentParser:
         help="save and stop in time (1h30m, 45s); the same command goes on",
     )
     add("--persist-to", type=Path, metavar="DIR", help="copy checkpoints and results there too, verified")
-    for name in NOT_YET:
-        add(name, help=argparse.SUPPRESS)
     return parser
 
 
@@ -43,6 +41,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     source = "instead of the file's: a local file, kaggle:OWNER/NAME, a hub dataset id, or none"
     add("--medquad", metavar="SOURCE", help=f"MedQuAD {source}; a directory of its XML files works too")
     add("--afrimedqa", metavar="SOURCE", help=f"AfriMed-QA {source}")
+    add_data_option(parser, "data of your own beside them, repeatable: .csv, .jsonl, .parquet or a hub dataset id")
     add(
         "--set",
         nargs="+",
@@ -54,18 +53,61 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--cpu", action="store_true", help="train on the CPU although there is a GPU")
 
 
+def add_data_option(parser: argparse.ArgumentParser, about: str) -> None:
+    """`--data`, once for each source."""
+    parser.add_argument("--data", type=own_source, action="append", default=[], metavar="NAME=SOURCE", help=about)
+
+
+def own_source(text: str) -> tuple[str, str]:
+    """`NAME=SOURCE` as a pair.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    name, _, source = text.partition("=")
+    if not name.strip() or not source.strip():
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=SOURCE, notes=notes.csv say")
+    return name.strip(), source.strip()
+
+
+def own_sources(options: argparse.Namespace) -> dict[str, str]:
+    """What all `--data` say, name to source.
+
+    Raises:
+        UserError: a name is given twice.
+    """
+    names = [name for name, _ in options.data]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"--data: {', '.join(twice)}: given more than once; give each source a name of its own")
+    return dict(options.data)
+
+
 def run_words(options: argparse.Namespace) -> list[str]:
     """The options of `add_run_options` as words again."""
     words = ["--exp", options.exp, *(["--tiny"] if options.tiny else []), *(["--cpu"] if options.cpu else [])]
     for name in ("model", "medquad", "afrimedqa"):
         if (value := getattr(options, name)) is not None:
             words += [f"--{name}", value]
+    words += [word for name, source in options.data for word in ("--data", f"{name}={source}")]
     return words + (["--set", *options.set] if options.set else [])
 
 
-def locations(options: argparse.Namespace) -> dict[str, str | None]:
-    """`section.key` to what `--model`, `--medquad` and `--afrimedqa` say."""
-    return {"model.base": options.model, "data.medquad": options.medquad, "data.afrimedqa": options.afrimedqa}
+def locations(options: argparse.Namespace) -> Locations:
+    """`section.key` to what `--model`, `--medquad`, `--afrimedqa` and `--data` say.
+
+    Raises:
+        UserError: two `--data` of one name.
+    """
+    return {"model.base": options.model, **data_locations(options)}
+
+
+def data_locations(options: argparse.Namespace) -> Locations:
+    """As `locations`, of the data alone."""
+    return {
+        "data.medquad": options.medquad,
+        "data.afrimedqa": options.afrimedqa,
+        "data.files": own_sources(options) or None,
+    }
 
 
 def duration(text: str) -> float:
@@ -83,14 +125,11 @@ def duration(text: str) -> float:
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, with `locations`: `section.key` to what `--model`, `--medquad` and `--afrimedqa` say.
+    """The options, with `locations` as that function gives them.
 
     Raises:
-        UserError: an option of a later version.
+        UserError: two `--data` of one name.
     """
     options = option_parser().parse_args(argv)
-    for name in NOT_YET:
-        if getattr(options, name.strip("-").replace("-", "_")) is not None:
-            raise UserError(f"{name}: not in this version yet")
     options.locations = locations(options)
     return options

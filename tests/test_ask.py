@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from medqa.__main__ import main
+from medqa.config import Data
 from medqa.data.sources import load_sources
 from medqa.data.tokens import tokenize
 from medqa.errors import UserError
@@ -43,7 +44,11 @@ def piped(monkeypatch, content: bytes) -> None:
 
 
 def test_the_prompt_is_trainings_id_for_id(adapted, monkeypatch):
-    rows = [row for source in load_sources(str(MEDQUAD_CSV), str(AFRIMEDQA_CSV)) for row in source.rows][::40]
+    rows = [
+        row
+        for source in load_sources(Data(medquad=str(MEDQUAD_CSV), afrimedqa=str(AFRIMEDQA_CSV)))
+        for row in source.rows
+    ][::40]
     asked, generate = [], adapted.model.generate
     monkeypatch.setattr(
         adapted.model, "generate", lambda **words: asked.append(words["input_ids"]) or generate(**words)

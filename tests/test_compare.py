@@ -399,6 +399,8 @@ def test_where_data_lie_is_told_apart(tmp_path):
     assert tables["what differs between the configurations"].rows == []
     assert tables["where data and base model lie"].rows[0][0] == "data.medquad"
     said(compared(there, here), "data.medquad", "is not there", "--medquad")
+    own = make_run(tmp_path / "own", "exp_001", "data.files={notes: /elsewhere/notes.csv}")
+    said(compared(own, here), "data.files notes = /elsewhere/notes.csv is not there", "--data notes=")
     edited = make_run(tmp_path / "edited", "exp_001", fingerprint="g")
     comparison = compared(here, edited)
     assert comparison.pairs[0].keys == (CONTENTS,)

@@ -6,6 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
+from medqa.config import Data
 from medqa.data.batches import Stream
 from medqa.data.sources import load_sources
 from medqa.data.tokens import tokenize
@@ -117,7 +118,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def rows():
-    (source,) = load_sources(str(MEDQUAD_CSV), "none")
+    (source,) = load_sources(Data(medquad=str(MEDQUAD_CSV), afrimedqa="none"))
     return source.rows[:40]
 
 
@@ -143,7 +144,17 @@ def plan_of(rows, tokenizer, *sets: str, exp: str = "exp_001") -> Plan:
     examples = {name: tokenize(rows, tokenizer, experiment.tokenization) for name in ("train", "validation", "test")}
     stream = Stream(examples["train"], 42, experiment.training.global_batch_size)
     changes = in_effect(precision, execution, experiment.model.quantization, base)
-    plan = make_plan(experiment, experiment.training.max_steps, stream, examples, model, execution, changes, accelerator, tokenizer.decode)
+    plan = make_plan(
+        experiment,
+        experiment.training.max_steps,
+        stream,
+        examples,
+        model,
+        execution,
+        changes,
+        accelerator,
+        tokenizer.decode,
+    )
     AcceleratorState._reset_state(reset_partial_state=True)
     return plan
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 from wandb_file import read_finished_run
 
-from medqa.config import Experiment
+from medqa.config import Data, Experiment
 from medqa.data.sources import load_sources
 from medqa.data.tokens import tokenize
 from medqa.evaluation.loss import fixed_subset
@@ -69,7 +69,11 @@ def validation_ids(run: Path, name: str) -> list[list[int]]:
     """The ids of the run's validation rows, by its own record of the split."""
     with (run / "splits.csv").open() as file:
         held_out = {line["id"] for line in csv.DictReader(file) if line["split"] == "validation"}
-    rows = [row for source in load_sources(str(MEDQUAD_CSV), str(AFRIMEDQA_CSV)) for row in source.rows]
+    rows = [
+        row
+        for source in load_sources(Data(medquad=str(MEDQUAD_CSV), afrimedqa=str(AFRIMEDQA_CSV)))
+        for row in source.rows
+    ]
     tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
     chosen = [row for row in rows if row.id in held_out]
     return [example.input_ids.tolist() for example in tokenize(chosen, tokenizer, experiment(name).tokenization)]

@@ -145,7 +145,8 @@ OPTIONS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
         lambda d: argv("--persist-to", str(d / "run"), "--output-dir", str(d / "run")),
         ["--persist-to", "the output directory itself"],
     ),
-    "data": (lambda d: argv("--data", "mine=x.csv"), ["--data", "not in this version yet"]),
+    "data": (lambda d: argv("--data", "mine=x.csv"), ["mine: x.csv: no such file", "--data mine=none"]),
+    "data twice": (lambda d: argv("--data", "a=x.csv", "--data", "a=y.csv"), ["--data: a: given more than once"]),
     "micro-batch of no tokens": (
         lambda d: argv(sets=("training.micro_batch_tokens=0",)),
         ["training.micro_batch_tokens = 0", "greater than or equal to 1"],

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import train
 from medqa.__main__ import main
+from medqa.config import Data
 from medqa.data.sources import load_sources
 from medqa.errors import UserError
 from medqa.model.base import load_tokenizer
@@ -410,7 +411,7 @@ def small_llama(vocabulary: int, **changes) -> LlamaForCausalLM:
 
 
 def questions_of_medquad(most: int) -> list[str]:
-    rows = load_sources(str(MEDQUAD_CSV), "none")[0].rows
+    rows = load_sources(Data(medquad=str(MEDQUAD_CSV), afrimedqa="none"))[0].rows
     return [text for row in rows for text in (row.question, row.answer[:300])][:most]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from medqa.config import Data
 from medqa.data.multiple_choice import Question, QuestionSet, load_questions
 from medqa.data.sources import Row, load_sources
 from medqa.data.splits import letters_and_digits, split_rows
@@ -56,7 +57,7 @@ def test_a_question_as_it_is_read(source):
     text = "Which ?\nA. Rest\nB. Water\nD. Tea"  # an empty option keeps its letter
     assert found.questions == (Question("afrimedqa:1", text, {"A": "Rest", "B": "Water", "D": "Tea"}, "D", "Surgery"),)
     assert found.dropped == {}
-    assert load_sources("none", location)[0].rows[0].id == "afrimedqa:0"  # the same numbers
+    assert load_sources(Data(medquad="none", afrimedqa=location))[0].rows[0].id == "afrimedqa:0"  # the same numbers
 
 
 def test_what_cannot_be_measured_is_dropped_and_counted(source):
@@ -112,7 +113,7 @@ def test_what_training_has_asked_is_not_asked_again(source, trained, shared):
 def test_no_training_row_shares_a_question(location):
     if not location.exists():
         pytest.skip(f"no {location}")
-    rows = load_sources("none", str(location))[0].rows
+    rows = load_sources(Data(medquad="none", afrimedqa=str(location)))[0].rows
     splits = split_rows(rows, "grouped", 42, (0.8, 0.1, 0.1))
     found, all_of_them = load_questions(str(location), splits.train), load_questions(str(location), [])
     trained = {letters_and_digits(row.question) for row in splits.train}

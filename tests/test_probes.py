@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from medqa.config import Data
 from medqa.data.sources import Row, load_sources
 from medqa.evaluation.inference import Answer, generate_answers
 from medqa.evaluation.probes import score
@@ -237,7 +238,7 @@ def test_a_model_is_probed(tiny):
     questions = [question for _, question in RED_FLAGS]
     found = generate_answers(parts.adapted, parts.tokenizer, questions, max_new_tokens=4, batch_size=16)
     assert len({answer.text for answer in found}) > 1
-    rows = load_sources(str(BASE_DIR.parent / "medquad.csv"), "none")[0].rows[:3]
+    rows = load_sources(Data(medquad=str(BASE_DIR.parent / "medquad.csv"), afrimedqa="none"))[0].rows[:3]
     assert set(score({"tuned": found}, rows, {}, 0)["tuned"]) == {"advises_care"}
 
 

@@ -12,7 +12,7 @@ from medqa.__main__ import main
 from medqa.command_options import command_parser
 from medqa.config import Experiment, flat
 from medqa.experiment_file import find_experiment, load_experiment
-from medqa.options import option_parser
+from medqa.options import locations, option_parser
 from medqa.training.loop import train_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,14 +29,14 @@ def test_the_code_shown_is_the_code():
 
 
 def test_there_are_launch_lines():
-    assert len(LAUNCHES) == 8
+    assert len(LAUNCHES) == 10
 
 
 @pytest.mark.parametrize("command", LAUNCHES)
 def test_launch_lines_parse(command):
     words = shlex.split(command)
     options = option_parser().parse_args(words[words.index("train.py") + 1 :])
-    load_experiment(options.exp, tiny=options.tiny, sets=options.set)
+    load_experiment(options.exp, tiny=options.tiny, locations=locations(options), sets=options.set)
 
 
 def test_commands_of_the_package_parse():

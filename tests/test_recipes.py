@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from benchmarks import splits_compared
 from benchmarks.recipes import compare, main
 
 
@@ -58,3 +59,20 @@ def test_the_recommended_recipe_beats_the_others_at_equal_examples(tmp_path):
         for line in lines[:-1]:
             assert line["interval"][1] < 1
             assert line["wilcoxon_p"] < 0.05
+
+
+@pytest.mark.slow
+def test_the_three_splits_are_compared(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "RESULTS.md"
+    file.write_text(f"before\n{splits_compared.BEGIN}\nan older table\n{splits_compared.END}\nafter\n")
+    monkeypatch.setattr(splits_compared, "RESULTS", file)
+    assert splits_compared.main(["--tiny", "--updates", "4", "--write"]) == 0
+    written = file.read_text()
+    lines = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in written.splitlines()}
+    assert lines["held-out rows that share with training: topic"][1:] == ["100.0%", "0.0%"]
+    assert lines["held-out rows that share with training: question or answer"][1:] == ["0.0%", "0.0%"]
+    assert all(float(cell.split()[0]) < 1 for cell in lines["tuned over untuned"])
+    assert "older" not in written
+    assert written.startswith("before\n")
+    assert written.endswith("after\n")
+    assert lines["tuned over untuned"][2] in capsys.readouterr().out

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from medqa.config import Data
 from medqa.data.readers import read_file
 from medqa.data.sources import Row, Source, load_sources
 from medqa.errors import UserError
@@ -76,12 +77,12 @@ def write_xml(directory: Path, records: list[dict]) -> str:
 
 
 def medquad(location: str | Path) -> Source:
-    (source,) = load_sources(str(location), "none")
+    (source,) = load_sources(Data(medquad=str(location), afrimedqa="none"))
     return source
 
 
 def afrimedqa(location: str | Path) -> Source:
-    (source,) = load_sources("none", str(location))
+    (source,) = load_sources(Data(medquad="none", afrimedqa=str(location)))
     return source
 
 
@@ -185,7 +186,7 @@ def test_duplicates_are_found_over_both_sources_and_the_first_wins(tmp_path: Pat
         tmp_path / "a.csv",
         [{"question": " Q ? ", "answer_rationale": "A."}, {"question": "q ?", "answer_rationale": "A."}],
     )
-    first, second = load_sources(one, two)
+    first, second = load_sources(Data(medquad=one, afrimedqa=two))
     assert ([row.id for row in first.rows], first.dropped) == (["medquad:0", "medquad:2"], {"duplicate": 1})
     assert ([row.id for row in second.rows], second.dropped) == (["afrimedqa:1"], {"duplicate": 1})
 
@@ -310,7 +311,7 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 )
 def test_wrong_locations_are_refused_together(given: tuple[str, str], messages: list[str]) -> None:
     with pytest.raises(UserError) as raised:
-        load_sources(*given)
+        load_sources(Data(medquad=given[0], afrimedqa=given[1]))
     assert [message for message in messages if message not in str(raised.value)] == []
 
 
@@ -337,12 +338,14 @@ def test_kagglehub_cache_answers_without_network(tmp_path: Path, monkeypatch: py
 
 LOAD = """
 import json, sys, time
+from medqa.config import Data
 from medqa.data.sources import load_sources
 from medqa.errors import UserError
 for given in json.load(sys.stdin):
     start = time.monotonic()
     try:
-        result = [[row.question, row.answer] for source in load_sources(*given) for row in source.rows]
+        sources = load_sources(Data(medquad=given[0], afrimedqa=given[1]))
+        result = [[row.question, row.answer] for source in sources for row in source.rows]
     except UserError as error:
         result = str(error)
     print("RESULT", json.dumps([result, time.monotonic() - start]))
@@ -441,7 +444,7 @@ def test_the_real_client_against_a_hub(tmp_path: Path, hub: str) -> None:
 
 @needs_shared
 def test_the_real_files() -> None:
-    sources = load_sources(str(SHARED / "medquad.csv"), str(SHARED / "afrimedqa_v2.csv"))
+    sources = load_sources(Data(medquad=str(SHARED / "medquad.csv"), afrimedqa=str(SHARED / "afrimedqa_v2.csv")))
     counts = [(source.name, source.read, len(source.rows), source.dropped) for source in sources]
     assert counts == [
         ("medquad", 16_412, 16_359, {"empty answer": 5, "duplicate": 48}),

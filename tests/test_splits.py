@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from medqa.config import Data
 from medqa.data.sources import Row, load_sources
 from medqa.data.splits import HELD_OUT, SPLITS, Splits, letters_and_digits, overlap_report, split_rows, write_splits_csv
 from medqa.errors import UserError
@@ -251,7 +252,7 @@ def test_overlap_counts_by_hand() -> None:
 
 @pytest.fixture(scope="module")
 def real_rows() -> list[Row]:
-    sources = load_sources(str(SHARED / "medquad.csv"), str(SHARED / "afrimedqa_v2.csv"))
+    sources = load_sources(Data(medquad=str(SHARED / "medquad.csv"), afrimedqa=str(SHARED / "afrimedqa_v2.csv")))
     return [row for source in sources for row in source.rows]
 
 
@@ -273,6 +274,25 @@ def test_the_real_files_grouped(real_rows: list[Row]) -> None:
         assert report[name]["question_or_answer"]["rows"] == 0
     assert report["held_out"]["topic"]["share"] == pytest.approx(0.85, abs=0.03)
     assert report["held_out"]["13_grams"]["share"] == pytest.approx(0.19, abs=0.03)
+
+
+@needs_shared
+def test_the_real_files_by_topic(real_rows: list[Row]) -> None:
+    splits = split_rows(real_rows, "topic", 42, FRACTIONS)
+    sizes = Counter(splits.groups.values())
+    assert (len(sizes), max(sizes.values())) == (5_773, 2_129)
+    names = split_of(splits)
+    assert all(names[row] == names[group] for row, group in splits.groups.items())
+    assert {names[row] for row, group in splits.groups.items() if sizes[group] > 81} == {"train"}
+    for source in ("medquad", "afrimedqa"):
+        total = sum(row.source == source for row in real_rows)
+        for name, fraction in zip(SPLITS, FRACTIONS, strict=True):
+            part = sum(row.source == source for row in getattr(splits, name))
+            assert part / total == pytest.approx(fraction, abs=0.005)
+    report = overlap_report(splits)
+    for name in (*HELD_OUT, "held_out"):
+        assert report[name]["question_or_answer"]["rows"] == report[name]["topic"]["rows"] == 0
+        assert report[name]["topic"]["of"] > 1_000
 
 
 @needs_shared

@@ -91,7 +91,7 @@ def _access(dataset_id: str, option: str) -> str:
     """How to get at a dataset that the Hub refuses to show."""
     steps = f"Accept its terms at https://huggingface.co/datasets/{dataset_id}, then run `hf auth login`. "
     copy = OPEN_COPIES.get(dataset_id)
-    return steps + (f"Or use the open copy: {option} {copy}. " if copy else "")
+    return steps + (f"Or use the open copy: {with_value(option, copy)}. " if copy else "")
 
 
 def _hub_table(splits: "DatasetDict", wanted: frozenset[str], where: str) -> Table:
@@ -106,4 +106,10 @@ def _hub_table(splits: "DatasetDict", wanted: frozenset[str], where: str) -> Tab
 
 
 def _elsewhere(option: str) -> str:
-    return f"Give a local copy with {option} PATH, or {option} none; --tiny needs no data at all"
+    wanted, none = with_value(option, "PATH"), with_value(option, "none")
+    return f"Give a local copy with {wanted}, or {none}; --tiny needs no data at all"
+
+
+def with_value(option: str, value: str) -> str:
+    """An option with its value: `--medquad none`, `--data notes=none`."""
+    return f"{option}{'=' if option.startswith('--data ') else ' '}{value}"

@@ -1,4 +1,4 @@
-"""MedQuAD and AfriMed-QA, from wherever they lie, as rows of one shape; what is unusable is dropped and counted."""
+"""The two datasets and data of one's own as rows of one shape; what is unusable is dropped and counted."""
 
 import ast
 import json
@@ -8,12 +8,13 @@ import re
 import string
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from medqa.config import PUBLIC, Data
 from medqa.data.readers import Record, Table, read_file, read_medquad_xml
-from medqa.data.remote import read_hub, read_kaggle
+from medqa.data.remote import read_hub, read_kaggle, with_value
 from medqa.errors import UserError
 
 NONE = "none"
@@ -37,6 +38,12 @@ COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
         "specialty": ("specialty",),
     },
 }
+OWN_COLUMNS: dict[str, tuple[str, ...]] = {
+    "question": ("question",),
+    "answer": ("answer",),
+    "group": ("group",),
+    "topic": ("topic", "focus_area"),
+}
 REQUIRED = ("question", "answer")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one; it can be neither written to a file nor tokenized
 
@@ -50,6 +57,7 @@ class Row:
     question: str  # the options of a multiple-choice question below it, a consumer's prompt before it
     answer: str
     topic: str | None  # what MedQuAD calls the focus area; AfriMed-QA has none
+    group: str | None = None  # of data of one's own: rows of one source and group belong together
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,27 +71,27 @@ class Source:
     dropped: dict[str, int]
 
 
-def load_sources(medquad: str, afrimedqa: str, mcq_answers: str = "rationale") -> list[Source]:
-    """Read and clean both datasets, each given as a path, a hub id, `kaggle:owner/name` (MedQuAD only) or `none`.
+def load_sources(data: Data) -> list[Source]:
+    """Read and clean all sources, each given as a path, a hub id, `kaggle:owner/name` (MedQuAD only) or `none`.
 
-    With `mcq_answers` "named" the answer to a multiple-choice question begins with the right option, as the question
-    shows it; with "rationale" it is the rationale alone.
+    Data of one's own come after the two datasets, by name. With `data.mcq_answers` "named" the answer to a
+    multiple-choice question begins with the right option, as the question shows it; with "rationale" it is the
+    rationale alone.
 
     Dropped, and counted by reason: "empty question", "empty answer", "unreadable options" (a multiple-choice question
     whose options are neither JSON nor a Python literal: it would make no sense without them), and "duplicate" (question
-    and answer both equal those of an earlier row, of either source).
+    and answer both equal those of an earlier row, of whatever source).
 
-    Raises UserError, with the problems of both sources in one message.
+    Raises UserError, with the problems of all sources in one message.
     """
-    given = {"medquad": medquad, "afrimedqa": afrimedqa}
-    used = {name: location for name, location in given.items() if location.strip().lower() != NONE}
+    used = used_sources(data)
     if not used:
-        raise UserError("no data: --medquad and --afrimedqa are both none; give a source to one, or use --tiny")
+        raise UserError("no data: --medquad and --afrimedqa are both none; give a source, --data say, or use --tiny")
     sources, problems = [], []
     seen: set[tuple[str, str]] = set()
     for name, location in used.items():
         try:
-            sources.append(_cleaned(name, location, read_source(name, location), mcq_answers == "named", seen))
+            sources.append(_cleaned(name, location, read_source(name, location), data.mcq_answers == "named", seen))
         except UserError as error:
             problems.append(f"{name}: {error}")
     if problems:
@@ -91,21 +99,29 @@ def load_sources(medquad: str, afrimedqa: str, mcq_answers: str = "rationale") -
     return sources
 
 
+def used_sources(data: Data) -> dict[str, str]:
+    """Name to location of every source that is not `none`; those of one's own sorted, so that their order is none."""
+    given = {"medquad": data.medquad, "afrimedqa": data.afrimedqa, **dict(sorted(data.files.items()))}
+    return {name: location for name, location in given.items() if location.strip().lower() != NONE}
+
+
 def read_source(name: str, location: str) -> Table:
     """Find out what `location` is, and read it."""
-    option = f"--{name}"
-    wanted = frozenset(column for columns in COLUMNS[name].values() for column in columns)
+    option = _asked_with(name)
+    none = with_value(option, NONE)
+    wanted = frozenset(column for columns in _columns(name).values() for column in columns)
     local = os.path.expanduser(location)
     if os.path.exists(local):  # not Path.exists: it raises on names that are too long, and takes "" for "."
         return _read_local(name, Path(local), wanted)
     if location.startswith(KAGGLE):
         if name != "medquad":
-            raise UserError(f"{location}: AfriMed-QA is not on Kaggle; give {option} a path, a hub id or none")
+            what = "AfriMed-QA is not on Kaggle" if name == "afrimedqa" else "MedQuAD alone is read from Kaggle"
+            raise UserError(f"{location}: {what}; give {option} a path, a hub id or none")
         if location.count("/") != 1:
-            raise UserError(f"{location}: not of the form {KAGGLE}owner/name; mend {option}, or give {option} none")
+            raise UserError(f"{location}: not of the form {KAGGLE}owner/name; mend {option}, or give {none}")
         return read_kaggle(location.removeprefix(KAGGLE), wanted, option)
     if _looks_like_a_path(location):
-        raise UserError(f"{location}: no such file or directory; mend {option}, or give {option} none")
+        raise UserError(f"{location}: no such file or directory; mend {option}, or give {none}")
     if location.count("/") != 1:
         raise UserError(
             f"{location!r} is no existing path and no hub id (owner/name); give {option} one of these, or none"
@@ -117,8 +133,22 @@ def _read_local(name: str, path: Path, wanted: frozenset[str]) -> Table:
     if not path.is_dir():
         return read_file(path, wanted)
     if name != "medquad":
-        raise UserError(f"{path}: a directory; give --{name} a file ({', '.join(SUFFIXES)})")
+        raise UserError(f"{path}: a directory; give {_asked_with(name)} a file ({', '.join(SUFFIXES)})")
     return read_medquad_xml(path)
+
+
+def _asked_with(name: str) -> str:
+    """Where on the command line a source is given."""
+    return f"--{name}" if name in PUBLIC else f"--data {name}"
+
+
+def _columns(name: str) -> Mapping[str, tuple[str, ...]]:
+    return COLUMNS.get(name, OWN_COLUMNS)
+
+
+def is_hub_id(location: str) -> bool:
+    """Whether the location of data of one's own, if it is any, is on the hub: local files have a suffix."""
+    return location.count("/") == 1 and not _looks_like_a_path(location)
 
 
 def _looks_like_a_path(location: str) -> bool:
@@ -145,24 +175,27 @@ def _cleaned(name: str, location: str, table: Table, named: bool, seen: set[tupl
     if not rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "it holds no records"
         raise UserError(
-            f"{location}: no usable rows among {len(table.records)} read ({reasons}); give --{name} other data, or none"
+            f"{location}: no usable rows among {len(table.records)} read ({reasons}); give {_asked_with(name)} "
+            "other data, or none"
         )
     return Source(name, location, tuple(rows), len(table.records), dict(dropped))
 
 
 def _require_columns(name: str, location: str, table: Table) -> None:
     present = {column.strip().lower() for column in table.columns}
-    missing = [COLUMNS[name][part] for part in REQUIRED if present.isdisjoint(COLUMNS[name][part])]
+    missing = [_columns(name)[part] for part in REQUIRED if present.isdisjoint(_columns(name)[part])]
     if missing:
         wanted = " and ".join(" or ".join(columns) for columns in missing)
         found = ", ".join(table.columns) or "none"
-        raise UserError(f"{location}: no column {wanted}; columns found: {found}. Rename them, or mend --{name}")
+        raise UserError(
+            f"{location}: no column {wanted}; columns found: {found}. Rename them, or mend {_asked_with(name)}"
+        )
 
 
 def _rows(name: str, location: str, table: Table, named: bool) -> Iterator[Row | str]:
     """For each record its row, or the reason why there is none. `named`: answers name the right option."""
     for number, record in enumerate(table.records):
-        cells = Cells(COLUMNS[name], record, f"{location}, record {number} (the first is 0)")
+        cells = Cells(_columns(name), record, f"{location}, record {number} (the first is 0)")
         question, answer = cells.text("question"), cells.text("answer")
         if not question or not answer:
             yield "empty answer" if question else "empty question"
@@ -177,26 +210,35 @@ def _rows(name: str, location: str, table: Table, named: bool) -> Iterator[Row |
         except ValueError:
             yield "unreadable options"
             continue
-        topic = cells.text("topic") if name == "medquad" else ""
-        yield Row(f"{name}:{number}", name, question, answer, topic or None)
+        own = name not in PUBLIC
+        topic = "" if name == "afrimedqa" else cells.text("topic", numbers=own)
+        group = cells.text("group", numbers=True) if own else ""
+        yield Row(f"{name}:{number}", name, question, answer, topic or None, group or None)
 
 
 @dataclass(frozen=True, slots=True)
 class Cells:
     """One record, its cells asked for by the part of a row they make up."""
 
-    columns: dict[str, tuple[str, ...]]
+    columns: Mapping[str, tuple[str, ...]]
     record: Record
     where: str
 
-    def text(self, part: str) -> str:
-        """The first text for `part` that is not empty, outer whitespace removed, else ""; UserError if not text."""
+    def text(self, part: str, numbers: bool = False) -> str:
+        """The first text for `part` that is not empty, outer whitespace removed, else ""; UserError if not text.
+
+        `numbers`: whole ones will do, also as floats: pandas makes these of them where one is missing.
+        """
         for column in self.columns[part]:
             cell = self.record.get(column)
             if _is_missing(cell):
                 continue
+            if numbers and (type(cell) is int or (isinstance(cell, float) and cell.is_integer())):
+                cell = str(int(cell))
             if not isinstance(cell, str):
-                raise UserError(f"{self.where}, column {column!r}: {cell!r:.60} is not text; mend or remove the record")
+                wanted = "neither text nor a whole number" if numbers else "not text"
+                how = "mend or remove the record" if part in REQUIRED else "mend the record, or rename the column"
+                raise UserError(f"{self.where}, column {column!r}: {cell!r:.60} is {wanted}; {how}")
             if LONE_SURROGATE.search(cell):
                 raise UserError(
                     f"{self.where}, column {column!r}: half a character (a lone surrogate); mend the record"

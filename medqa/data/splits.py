@@ -1,7 +1,7 @@
 """Which rows are trained on and which are held out, and what the held-out ones share with training all the same.
 
 Medical question-answer sets repeat themselves: a random split puts about a fifth of the held-out rows' questions or
-answers into training as well, and then measures memory. `grouped` never does.
+answers into training as well, and then measures memory. `grouped` never does; `topic` keeps topics apart too.
 """
 
 import contextlib
@@ -28,9 +28,11 @@ POWERS = np.uint64(0x9E3779B97F4A7C15) ** np.arange(NGRAM, dtype=np.uint64)  # o
 
 # A group that would make up more than this share of a held-out split stays in training: the split would measure little
 # but one templated answer (377 rows of MedQuAD hang together by "inherited in an autosomal recessive manner"). Where a
-# split is so small that the share is less than GIANT_ROWS, a group of that many may still be held out if it fits.
+# split is so small that the share is less than GIANT_ROWS, a group of that many may still be held out if it fits. Where
+# a source has so few groups that a held-out split would stay emptier than LEAST_FILLED, larger ones may be, too.
 GIANT_SHARE = 0.05
 GIANT_ROWS = 10
+LEAST_FILLED = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +49,14 @@ class Splits:
 def split_rows(rows: Sequence[Row], method: str, seed: int, fractions: tuple[float, float, float]) -> Splits:
     """Split `rows` into training, validation and test with the given shares, each source in proportion.
 
-    `grouped`: rows that share a question or an answer (directly or over other rows; see `letters_and_digits`) never
-    stand in two splits. `random`: every row for itself. The result follows from the rows and the seed alone: rows are
-    ordered by a hash of seed and id, so neither platform nor library versions nor the other source have a say.
+    `grouped`: rows that share a question, an answer, or a group of one source (directly or over other rows; see
+    `letters_and_digits`) never stand in two splits. `topic`: nor do rows that share a topic. `random`: every row for
+    itself; `groups` is then that of `grouped`. The result follows from the rows and the seed alone: rows are ordered by
+    a hash of seed and id, so neither platform nor library versions nor sources that share nothing have a say.
 
     Raises UserError if a split would be empty.
     """
-    groups = _groups(rows)
+    groups = _groups(rows, topics=method == "topic")
     units = {row.id: row.id for row in rows} if method == "random" else groups
     members: dict[str, list[Row]] = {}
     for row in rows:
@@ -64,32 +67,41 @@ def split_rows(rows: Sequence[Row], method: str, seed: int, fractions: tuple[flo
         sizes = {unit: len(found) for unit, found in members.items() if found[0].source == source}
         split_of |= _assign(sizes, seed, fractions)
     parts = {name: tuple(row for row in rows if split_of[units[row.id]] == name) for name in SPLITS}
-    _refuse_empty(parts, len(members), fractions)
+    _refuse_empty(parts, members, fractions)
     return Splits(**parts, groups=groups, fingerprint=_fingerprint(parts))
 
 
 def _assign(sizes: dict[str, int], seed: int, fractions: tuple[float, float, float]) -> dict[str, str]:
     """A split for each unit of one source, given its number of rows: held-out splits are filled, the rest trains."""
     total = sum(sizes.values())
-    room = {name: round(total * fraction) for name, fraction in zip(HELD_OUT, fractions[1:], strict=True)}
-    giant = max(GIANT_SHARE * min(room.values()), GIANT_ROWS)
-    chosen = {}
-    for unit in sorted(sizes, key=lambda unit: hashlib.sha256(f"{seed}:{unit}".encode()).digest()):
-        fits = (name for name in HELD_OUT if sizes[unit] <= min(room[name], giant))
-        chosen[unit] = next(fits, "train")
-        if chosen[unit] != "train":
-            room[chosen[unit]] -= sizes[unit]
-    return chosen
+    wanted = {name: round(total * fraction) for name, fraction in zip(HELD_OUT, fractions[1:], strict=True)}
+    giant = max(GIANT_SHARE * min(wanted.values()), GIANT_ROWS)
+    order = sorted(sizes, key=lambda unit: hashlib.sha256(f"{seed}:{unit}".encode()).digest())
+    while True:
+        room, chosen = dict(wanted), {}
+        for unit in order:
+            fits = (name for name in HELD_OUT if sizes[unit] <= min(room[name], giant))
+            chosen[unit] = next(fits, "train")
+            if chosen[unit] != "train":
+                room[chosen[unit]] -= sizes[unit]
+        filled = all(room[name] <= (1 - LEAST_FILLED) * wanted[name] for name in HELD_OUT)
+        if filled or giant >= max(wanted.values()):
+            return chosen
+        giant *= 2
 
 
-def _groups(rows: Sequence[Row]) -> dict[str, str]:
-    """Row id to the id of the first row that it is connected with by equal questions or answers."""
+def _groups(rows: Sequence[Row], topics: bool) -> dict[str, str]:
+    """Row id to the id of the first row that it is connected with: by question, answer, group and, if asked, topic."""
     from networkx.utils import UnionFind
 
     connected = UnionFind()
     questions = [("question", letters_and_digits(row.question)) for row in rows]
     for row, question in zip(rows, questions, strict=True):
         connected.union(question, ("answer", letters_and_digits(row.answer)))
+        if row.group:
+            connected.union(question, ("group", row.source, row.group))
+        if topics and row.topic:
+            connected.union(question, ("topic", letters_and_digits(row.topic)))
     first: dict[object, str] = {}
     return {
         row.id: first.setdefault(connected[question], row.id) for row, question in zip(rows, questions, strict=True)
@@ -102,13 +114,17 @@ def letters_and_digits(text: str) -> str:
     return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold()) or text
 
 
-def _refuse_empty(parts: dict[str, tuple[Row, ...]], units: int, fractions: tuple[float, float, float]) -> None:
+def _refuse_empty(
+    parts: dict[str, tuple[Row, ...]], members: dict[str, list[Row]], fractions: tuple[float, float, float]
+) -> None:
     empty = [name for name in SPLITS if not parts[name]]
     if empty:
         rows = sum(map(len, parts.values()))
+        largest = max(map(len, members.values()), default=0)
+        together = f" (up to {largest} rows stay together, see data.split)" if largest > 1 else ""
         raise UserError(
-            f"too few rows to split: {rows} rows, {units} of which can be told apart, leave nothing for "
-            f"{' and '.join(empty)} at data.fractions {list(fractions)}; give more data or other fractions"
+            f"too few rows to split: {rows} rows, {len(members)} of which can be told apart{together}, leave nothing "
+            f"for {' and '.join(empty)} at data.fractions {list(fractions)}; give more data or other fractions"
         )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medqa.config import Experiment, Lora, Model
 from medqa.errors import UserError
-from medqa.experiment_file import load_experiment
+from medqa.experiment_file import Locations, load_experiment
 from medqa.hub import hub_reachable
 from medqa.length import is_complete
 from medqa.model.base import adapter_weights, add_lora, check_model, load_adapter_weights, load_base, load_tokenizer
@@ -77,7 +76,7 @@ def find_adapter(
     where: str,
     checkpoint: str | None = None,
     base: str | None = None,
-    data: Mapping[str, str | None] | None = None,
+    data: Locations | None = None,
 ) -> Source:
     """The adapter that `where` names: a run's directory, an adapter's, or an id on the hub.
 
@@ -85,7 +84,7 @@ def find_adapter(
         checkpoint: of a run, `best`, or the update of a checkpoint; None: the final adapter, or the newest checkpoint
             of a run that is not complete.
         base: where the base model is, if not where it was.
-        data: `section.key` of a run's data to where it is, if not where it was.
+        data: `section.key` of a run's data to where they are, if not where they were.
 
     Raises:
         UserError: there is none; it is damaged, or not LoRA as this project trains it; no such checkpoint.
@@ -128,7 +127,7 @@ def load_adapted(source: Source, device: torch.device) -> Adapted:
     return Adapted(source, model.eval(), tokenizer, precision, execution, loaded.quantization)
 
 
-def _of_run(where: str, run: Path, checkpoint: str | None, locations: Mapping[str, str | None]) -> Source:
+def _of_run(where: str, run: Path, checkpoint: str | None, locations: Locations) -> Source:
     """An adapter of a run."""
     experiment = load_experiment(str(run / CONFIG), locations=locations)
     experiment = experiment.model_copy(

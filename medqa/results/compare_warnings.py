@@ -167,9 +167,10 @@ def _moved(base: Run) -> list[str]:
     """What the proposed runs would read, but is not where it was."""
     if printable(str(base.directory)) != str(base.directory):
         return [f"{base.label}: no command can name its directory, so no runs are proposed; rename it"]
-    values = {key: flat(base.experiment)[key] for key in OPTIONS}
+    values = {(key, option): flat(base.experiment)[key] for key, option in OPTIONS.items()}
+    values |= {(f"data.files {name}", f"--data {name}="): place for name, place in base.experiment.data.files.items()}
     return [
-        f"{base.label}: {key} = {value} is not there, so the proposed commands need {OPTIONS[key]}"
-        for key, value in values.items()
+        f"{base.label}: {key} = {value} is not there, so the proposed commands need {option}"
+        for (key, option), value in values.items()
         if value.startswith((".", "/", "~")) and not os.path.exists(os.path.expanduser(value))
     ]

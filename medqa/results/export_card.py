@@ -10,10 +10,9 @@ from typing import Any
 from medqa.prompts import prompt
 from medqa.results.adapter import Source
 from medqa.results.fidelity import KL_LIMITS, Fidelity
-from medqa.training.artifacts import LICENCES
+from medqa.training.artifacts import UNKNOWN, data_lines
+from medqa.training.artifacts import licence as licence_of
 
-NON_COMMERCIAL = "cc-by-nc-sa-4.0"
-UNKNOWN = "other"
 # Of an evaluation, what the card leaves out: parts of the rows, differences, other baselines than the untuned base.
 LEFT_OUT = {
     "sources", "unseen_topics", "few_shared_13_grams", "specialties", "difference", "own_template", "copied",
@@ -35,21 +34,16 @@ class Measured:
 
 def licence(source: Source) -> tuple[str, str]:
     """The export's licence, as the hub names it and as a sentence."""
-    data = source.experiment.data
-    if source.run is None or data.files:
-        why = "what it was trained on is not recorded" if source.run is None else "it was trained on data of your own"
-        return UNKNOWN, f"{why}: the licences of that data and of the base model apply"
-    if data.afrimedqa != "none":
-        return NON_COMMERCIAL, "non-commercial use only, because AfriMed-QA v2 is CC BY-NC-SA 4.0"
-    return "cc-by-4.0", "CC BY 4.0, as MedQuAD; the base model's own licence applies too"
+    if source.run is None:
+        return UNKNOWN, "what it was trained on is not recorded: the licences of that data and of the base model apply"
+    return licence_of(source.experiment.data)
 
 
 def card(source: Source, name: str, form: str, outtype: str, measured: Measured) -> str:
     """The card's text, Markdown with the hub's header."""
     experiment = source.experiment
     short, sentence = licence(source)
-    used = [] if source.run is None else [key for key in LICENCES if getattr(experiment.data, key) != "none"]
-    data = [f"- {LICENCES[key]}" for key in used] + [f"- `{key}`: data of one's own" for key in experiment.data.files]
+    data = "Not recorded." if source.run is None else data_lines(experiment.data)
     weights = "the weights of its base" + (", 4-bit ones expanded" if measured.quantization == "4bit" else "")
     of_step = "" if source.step is None else f", update {source.step}"
     return f"""---
@@ -102,7 +96,7 @@ Each question stands alone, as in training; there is no system message.
 
 ## Data
 
-{chr(10).join(data) or "Not recorded."}
+{data}
 
 ## Limits
 

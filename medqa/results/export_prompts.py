@@ -52,7 +52,7 @@ def held_out_prompts(source: Source, tokenizer: PreTrainedTokenizerBase, room: i
 
 def _test_rows(data: Data) -> Sequence[Row]:
     """The test rows of these sources."""
-    rows = [row for source in load_sources(data.medquad, data.afrimedqa, data.mcq_answers) for row in source.rows]
+    rows = [row for source in load_sources(data) for row in source.rows]
     return split_rows(rows, data.split, data.split_seed, tuple(data.fractions)).test
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from medqa.data.sources import Row, load_sources
+from medqa.data.sources import Row, load_sources, used_sources
 from medqa.data.splits import HELD_OUT, Splits, split_rows
 from medqa.data.tokens import Example, tokenize
 from medqa.errors import UserError
@@ -37,14 +37,15 @@ def load_held_out(source: Source, tokenizer: PreTrainedTokenizerBase, limit: int
         UserError: they cannot be read, or are not those that the run was trained on.
     """
     data, tokenization = source.experiment.data, source.experiment.tokenization
-    sources = load_sources(data.medquad, data.afrimedqa, data.mcq_answers)
+    sources = load_sources(data)
     rows = [row for each in sources for row in each.rows]
     splits = split_rows(rows, data.split, data.split_seed, tuple(data.fractions))
     trained_on = _fingerprint(source)
     if trained_on not in (None, splits.fingerprint):
+        where = " and ".join(used_sources(data).values())
         raise UserError(
-            f"{source.name}: was trained on other rows, or split otherwise, than {data.medquad} and {data.afrimedqa} "
-            "hold now: rows held out now may have been trained on; give the data of then with --medquad, --afrimedqa"
+            f"{source.name}: was trained on other rows, or split otherwise, than {where} hold now: rows held out now "
+            "may have been trained on; give the data of then with --medquad, --afrimedqa, --data"
         )
     chosen = {}
     for name in HELD_OUT:

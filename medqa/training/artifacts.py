@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from medqa.config import Experiment
+from medqa.config import Data, Experiment
 from medqa.length import length
 from medqa.prompts import prompt
 from medqa.training.checkpoint import Identity, RunState, save_adapter
@@ -25,6 +25,26 @@ LICENCES = {
     "medquad": "MedQuAD (Ben Abacha and Demner-Fushman, 2019): CC BY 4.0",
     "afrimedqa": "AfriMed-QA v2: CC BY-NC-SA 4.0, non-commercial use only",
 }
+
+NON_COMMERCIAL = "cc-by-nc-sa-4.0"
+UNKNOWN = "other"
+
+
+def licence(data: Data) -> tuple[str, str]:
+    """The licence of what was trained on these data, as the hub names it and as a sentence."""
+    own = f"; the licences of {', '.join(f'`{name}`' for name in sorted(data.files))}, data of one's own, apply too"
+    if data.afrimedqa != "none":
+        why = "non-commercial use only, because AfriMed-QA v2 is CC BY-NC-SA 4.0"
+        return NON_COMMERCIAL, why + (own if data.files else "")
+    if data.files:
+        return UNKNOWN, "it was trained on data of one's own: the licences of that data and of the base model apply"
+    return "cc-by-4.0", "CC BY 4.0, as MedQuAD; the base model's own licence applies too"
+
+
+def data_lines(data: Data) -> str:
+    """What was trained on, a line each; data of one's own by name, because a path says who one is."""
+    used = [text for name, text in LICENCES.items() if getattr(data, name) != "none"]
+    return "\n".join(f"- {text}" for text in [*used, *(f"`{name}`: data of one's own" for name in sorted(data.files))])
 
 
 def make_summary(
@@ -103,8 +123,7 @@ def save_final_adapter(
 
 def model_card(summary: Mapping[str, Any], experiment: Experiment) -> str:
     """The adapter's README: data and licences, figures, intended use."""
-    used = [name for name in LICENCES if getattr(experiment.data, name) != "none"]
-    licence = "cc-by-nc-sa-4.0" if "afrimedqa" in used else "cc-by-4.0"
+    short, sentence = licence(experiment.data)
     figures = "\n".join(
         f"| {label} | {part['loss']:.4f} | {part['perplexity']:.3f} | {_figure(part['answer_loss'], 4)} | "
         f"{_figure(part['answer_perplexity'], 3)} |"
@@ -114,11 +133,14 @@ def model_card(summary: Mapping[str, Any], experiment: Experiment) -> str:
             ("test, tuned", summary["test"]),
         )
     )
-    data = "\n".join(f"- {LICENCES[name]}" for name in used)
+    kept = summary["adapter_step"]
+    best = (
+        f"\nIts weights are those after update {kept}: the lowest validation loss." if kept < summary["updates"] else ""
+    )
     return f"""---
 base_model: {experiment.model.base}
 library_name: peft
-license: {licence}
+license: {short}
 tags: [lora, medical, question-answering]
 ---
 
@@ -127,7 +149,7 @@ tags: [lora, medical, question-answering]
 A LoRA adapter for `{experiment.model.base}`, trained on medical questions and answers with medqa:
 {summary["updates"]} updates of {experiment.training.global_batch_size} examples, learning rate
 {experiment.optimizer.learning_rate:g}, quantization {summary["quantization"]}, mixed precision
-{summary["mixed_precision"]}.
+{summary["mixed_precision"]}.{best}
 
 **Not medical advice.** The answers can be wrong, outdated or dangerous. For research on question answering; not for
 diagnosis, treatment or any decision about a person's health.
@@ -135,8 +157,8 @@ diagnosis, treatment or any decision about a person's health.
 ## Figures
 
 Mean loss per token in nats and its exponential, on held-out rows (no question or answer of theirs stands in training
-when the split is `grouped`; here it is `{experiment.data.split}`). They measure likeness to the reference answers, not
-whether an answer is right.
+when the split is `grouped` or `topic`; here it is `{experiment.data.split}`). They measure likeness to the reference
+answers, not whether an answer is right.
 
 | | loss | perplexity | answer loss | answer perplexity |
 |---|---|---|---|---|
@@ -151,7 +173,9 @@ The tokenizer beside the adapter carries it as its chat template. Each question 
 
 ## Data
 
-{data}
+{data_lines(experiment.data)}
+
+Licence: {sentence}.
 """
 
 

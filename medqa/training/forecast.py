@@ -40,7 +40,7 @@ def forecast(name: str, experiment: Experiment, machine: Machine, tflops: float 
     training, tokenization, data = experiment.training, experiment.tokenization, experiment.data
     accumulation = accumulation_steps(training, 1)
     model_config = check_model(experiment.model, tokenization.max_length)
-    rows = [row for source in load_sources(data.medquad, data.afrimedqa, data.mcq_answers) for row in source.rows]
+    rows = [row for source in load_sources(data) for row in source.rows]
     splits = split_rows(rows, data.split, data.split_seed, tuple(data.fractions))
     tokenizer = load_tokenizer(experiment.model.base, tokenization.pad_token)
     stream = Stream(tokenize(splits.train, tokenizer, tokenization), training.seed, training.global_batch_size)

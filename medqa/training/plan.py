@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from medqa.config import Experiment, Training
+from medqa.config import Data, Experiment, Training
 from medqa.data.batches import Stream
+from medqa.data.report import split_counts
+from medqa.data.sources import used_sources
 from medqa.data.tokens import Example
 from medqa.errors import UserError
 from medqa.model.base import Base
@@ -85,6 +87,7 @@ def make_plan(
     lines = [
         ("recipe", f"quantization {quantization}, {experiment.optimizer.name}{checkpointing}"),
         ("data", ", ".join(f"{name} {count:,}" for name, count in rows.items()) + " rows"),
+        *by_source(examples, experiment.data),
         (
             "updates",
             f"{updates:,} of {training.global_batch_size} examples, about "
@@ -109,6 +112,15 @@ def make_plan(
         hours = cpu_hours(total, whole, execution.gradient_checkpointing)
         lines.append(("time", f"about {hours:,.0f} hours on this CPU; a GPU, or --tiny, is the way"))
     return Plan(lines, loss_segments(stream.at(0), experiment.tokenization.loss_on, decode))
+
+
+def by_source(examples: Mapping[str, Sequence[Example]], data: Data) -> list[tuple[str, str]]:
+    """Where there are data of one's own: how many rows of each source stand in the splits."""
+    counts = {split: split_counts(found) for split, found in examples.items()}
+    return [
+        ("source", f"{name}: " + ", ".join(f"{split} {count.get(name, 0):,}" for split, count in counts.items()))
+        for name in (used_sources(data) if data.files else ())
+    ]
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:

@@ -20,9 +20,9 @@ from medqa.training.environment import changes, environment
 from medqa.yaml_core import load_yaml
 
 # These may lie elsewhere than before: their fingerprints say whether they are the same.
-LOCATIONS = {"data.medquad", "data.afrimedqa", "model.base"}
+LOCATIONS = {"data.medquad", "data.afrimedqa", "data.files", "model.base"}
 # Not yet in runs of the first versions.
-LATER_KEYS = {"data.mcq_answers", "training.early_stopping_patience", "training.keep"}
+LATER_KEYS = {"data.mcq_answers", "data.files", "training.early_stopping_patience", "training.keep"}
 WHAT = {"data": "the data", "tokenizer": "the token ids of the data", "base": "the base model"}
 
 
@@ -51,10 +51,14 @@ def identify(
 def differences(before: Mapping[str, Any], experiment: Experiment) -> list[str]:
     """What makes `experiment` another one than that whose values were `before`, by `section.key`.
 
-    A key that there was not yet had what is now its default.
+    A key that there was not yet had what is now its default. Of data of one's own the names count: they are in the ids
+    of rows.
     """
-    before = {**{key: default for key, default in flat(Experiment()).items() if key in LATER_KEYS}, **before}
-    return [
+    before = _with_later_keys(before)
+    files = before["data.files"]
+    there, now = sorted(map(str, files)) if isinstance(files, Mapping) else [], sorted(experiment.data.files)
+    names = [] if there == now else [f"data.files: {', '.join(there) or 'none'} there, {', '.join(now) or 'none'} now"]
+    return names + [
         f"{key}: {before.get(key)!r} there, {value!r} now"
         for key, value in flat(experiment).items()
         if before.get(key) != value
@@ -123,7 +127,7 @@ def check_config(config: Path, experiment: Experiment, option: str) -> None:
         raise UserError(
             f"{config}: not a run's, or damaged; --fresh starts over if it is a run's, or choose another {option}"
         )
-    before = {f"{s}.{k}": v for s, keys in saved.items() if isinstance(keys, dict) for k, v in keys.items()}
+    before = _flat(saved)
     _refuse(f"{option} {config.parent} holds the run of another experiment", differences(before, experiment))
 
 
@@ -133,9 +137,9 @@ def reads_elsewhere(config: Path, experiment: Experiment) -> bool:
         return False
     try:
         saved = load_yaml(config.read_text(encoding="utf-8", errors="replace"), str(config))
-        now = flat(experiment)
-        return any(saved[section].get(key) != now[f"{section}.{key}"] for section, key in _split(LOCATIONS))
-    except (UserError, LookupError, TypeError, AttributeError):
+        before, now = _with_later_keys(_flat(saved)), flat(experiment)
+        return any(before.get(key) != now[key] for key in LOCATIONS)
+    except (UserError, AttributeError):
         return True  # damaged: who knows
 
 
@@ -149,9 +153,14 @@ def _refuse(what: str, found: list[str]) -> None:
         )
 
 
-def _split(keys: set[str]) -> list[tuple[str, str]]:
-    """`section.key` as pairs."""
-    return [(section, key) for section, _, key in (name.partition(".") for name in sorted(keys))]
+def _flat(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration as `section.key` to value."""
+    return {f"{s}.{k}": v for s, keys in saved.items() if isinstance(keys, dict) for k, v in keys.items()}
+
+
+def _with_later_keys(before: Mapping[str, Any]) -> dict[str, Any]:
+    """What there was, and of the keys that came later their defaults."""
+    return {**{key: default for key, default in flat(Experiment()).items() if key in LATER_KEYS}, **before}
 
 
 def _may_change(key: str, before: Any, now: Any, experiment: Experiment) -> bool:

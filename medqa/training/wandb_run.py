@@ -13,13 +13,19 @@ from urllib.parse import urlsplit
 
 from accelerate import Accelerator
 
-from medqa.config import Experiment, Tracking
+from medqa.config import PUBLIC, Experiment, Tracking
+from medqa.data.sources import Row, is_hub_id
+from medqa.data.tokens import Example
 from medqa.errors import UserError
+from medqa.evaluation.loss import fixed_subset
 from medqa.hub import connects
 from medqa.training.tracking import GLOBAL_STEP
 from medqa.training.wandb_feed import FINISH_SECONDS, UPLOAD_SHARE, failures
 
 NETWORK_SECONDS = 8
+# With data of one's own: no command line, which names files (what is said of the machine goes with it), and, where code
+# is saved, no patch of what is not committed, in which rows may stand.
+OWN_DATA_SETTINGS = {"x_disable_meta": True, "disable_git": True}
 SAMPLE_COLUMNS = ["step", "source", "question", "reference", "base answer", "tuned answer", "stopped by itself"]
 
 
@@ -31,7 +37,7 @@ def start_wandb(
     `WANDB_*` variables win over the file, as everywhere with W&B.
     """
     tracking = experiment.tracking
-    config = {**experiment.model_dump(), "in_effect": dict(in_effect)}
+    config = {**shown_config(experiment), "in_effect": dict(in_effect)}
     if not wandb_wanted(tracking) or not accelerator.is_main_process:
         return "W&B: off"
     try:
@@ -55,6 +61,7 @@ def start_wandb(
             finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", UPLOAD_SHARE * FINISH_SECONDS)),
             finish_timeout_raises=True,
             console="off",
+            **OWN_DATA_SETTINGS if experiment.data.files else {},
         ),
     }
     project = os.environ.get("WANDB_PROJECT", tracking.project)
@@ -83,6 +90,21 @@ def start_wandb(
     sync = f"{Path(run.dir).parent}; `wandb sync` sends it, with all that came before"
     where = run.url if mode == "online" else sync
     return f"W&B: {mode}{why}, {where}"
+
+
+def shown_config(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as W&B has it: of data of one's own their names, and where on the hub they are, but no paths."""
+    config = experiment.model_dump()
+    places = config["data"]["files"]
+    config["data"]["files"] = {name: place if is_hub_id(place) else "a local file" for name, place in places.items()}
+    return config
+
+
+def sampled_rows(validation: Sequence[Example], experiment: Experiment) -> list[Row]:
+    """The validation rows that W&B is shown answers to; of one's own only where `tracking.log_samples` is true."""
+    asked = experiment.tracking.log_samples
+    rows = [example.row for example in validation if asked is not False and (asked or example.row.source in PUBLIC)]
+    return [rows[i] for i in fixed_subset(rows, experiment.evaluation.samples, experiment.training.seed)]
 
 
 def wandb_wanted(tracking: Tracking) -> bool:
