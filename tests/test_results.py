@@ -425,7 +425,7 @@ def test_a_finished_run_whose_files_are_damaged_is_refused(tried, tmp_path):
 
 def test_a_signal_is_handed_on(tmp_path):
     """What was started ends, and nothing is said to have failed."""
-    waiting = "import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(600)\n"
+    waiting = "import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(20)\n"
     (tmp_path / "run.work").mkdir()
     started = []
 
