@@ -58,7 +58,8 @@ def run_stage(stage: Stage, run_dir: Path, words: list[str], processes: int, sta
             raise Interrupted(received[0])
     if code == 0:
         return None
-    return what_failed(stage, code, log.read_text(encoding="utf-8", errors="replace"), [run_dir.parent, ROOT])
+    private = [run_dir.parent, ROOT, Path.home()]
+    return what_failed(stage, code, log.read_text(encoding="utf-8", errors="replace"), private)
 
 
 def start_process(stage: Stage, words: list[str], processes: int, log: Path) -> subprocess.Popen[bytes]:

@@ -19,10 +19,11 @@ from benchmarks import results_machine
 from benchmarks.chaos import TRAIN, Forked
 from benchmarks.results_file import FORMAT, RECIPES, Failure, Machine, Record, Results, gpu_label, keep, read_all, slug
 from benchmarks.results_machine import NO_GPU, code_caveats, code_commit
-from benchmarks.results_process import run_stage
+from benchmarks.results_process import beside, run_stage
 from benchmarks.results_records import evaluated_tasks, make_record, what_failed
 from benchmarks.results_table import BEGIN, END, NOT_YET, section
 from medqa.errors import Interrupted, UserError
+from medqa.training.lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[1]
 README = f"# A project\n\n{BEGIN}\nold\n{END}\n\nThe rest.\n"
@@ -171,6 +172,25 @@ def test_what_is_done_is_not_done_again(tried, tmp_path):
     (run / "summary.json").unlink()
     assert command.main(words, note) == 2
     assert asked[1][0] == "training"
+
+
+@pytest.mark.parametrize("held", ["the run's directory", "ours beside it"])
+def test_where_something_is_at_work_already_nothing_is_started_or_recorded(held, tried, tmp_path, capsys):
+    """A trainer whose starter was killed alone, or another `make results`."""
+    shutil.copytree(tried / "runs", tmp_path / "runs")
+    run = run_of(tmp_path, "exp_002")
+    (run / "summary.json").unlink()
+    (tmp_path / "README.md").write_text(README)
+
+    def nothing(*_):
+        raise AssertionError("nothing was to be started")
+
+    with RunLock(run if held == "the run's directory" else beside(run)) as lock:
+        lock.take()
+        words = options_for(tmp_path, "--experiments", "exp_002", "--limit", "2", "--set", *SHORT)
+        assert command.main(words, nothing) == 2
+    assert "another run is on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_trial_has_no_place_among_the_results(capsys, tmp_path):
