@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "import os; print(min(2, os.cpu_c
 # Another wheel index for torch, a CPU one say: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test test-all lint gpu-check bench chaos fuzz figure clean
+.PHONY: demo test test-all lint gpu-check results bench chaos fuzz figure clean
 
 demo: $(VENV)/.run
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml train.py --exp exp_002 --tiny
@@ -29,6 +29,11 @@ lint: $(VENV)/.dev
 # Needs a GPU: the recipes at TinyLlama's true size, bf16 and fp16, with a stop and continuation.
 gpu-check: $(VENV)/.run
 	$(BIN)/python -m benchmarks.gpu_check
+
+# Needs a GPU, the model and the data: the four experiments, their evaluation, results/<gpu>.json, the README's table.
+# make results RESULTS_ARGS="--experiments exp_002 exp_004"
+results: $(VENV)/.run
+	$(BIN)/python -m benchmarks.results $(RESULTS_ARGS)
 
 # HF Trainer, its options, TRL and our loop on the same rows, on one thread: half an hour or more on a quiet machine.
 # make bench BENCH_ARGS="--full --profile --write"

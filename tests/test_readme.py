@@ -1,5 +1,6 @@
-"""The README says what is: its code is the code, its commands parse and name what exists, its tree is the tree."""
+"""README and CONTRIBUTING say what is: code is the code, commands parse and name what exists, the tree is the tree."""
 
+import importlib.util
 import inspect
 import json
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.results import parse_options
 from medqa.__main__ import main
 from medqa.command_options import command_parser
 from medqa.config import Experiment, flat
@@ -17,7 +19,24 @@ from medqa.training.loop import train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+BOTH = README + CONTRIBUTING
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Language and content of each block of code."""
+    return re.findall(r"```(\w*)\n(.*?)```", text, flags=re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """The lines of the blocks without a language, and what stands in backticks and begins as a command does."""
+    lines = [line.split("  #")[0].strip() for kind, block in blocks(text) if not kind for line in block.splitlines()]
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return [*filter(None, lines), *re.findall(r"`((?:make|python|ruff) [^`]+)`", prose)]
+
+
+BLOCKS = blocks(README)
 COMMANDS = [line.split("  #")[0].strip() for kind, block in BLOCKS if not kind for line in block.splitlines()]
 LAUNCHES = [command for command in COMMANDS if command.startswith("accelerate launch")]
 
@@ -76,9 +95,44 @@ def test_inline_launch_lines_name_experiments():
 
 
 def test_make_targets_exist():
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    wanted = set(re.findall(r"(?:^|`)make ([a-z-]+)", README, flags=re.MULTILINE))
-    assert {"demo", "test", "test-all", "gpu-check"} <= wanted <= targets
+    targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, flags=re.MULTILINE))
+    wanted = set(re.findall(r"(?:^ *|`)make ([a-z-]+)", BOTH, flags=re.MULTILINE))
+    assert {"demo", "test", "test-all", "gpu-check", "results", "bench", "chaos", "fuzz", "lint"} <= wanted <= targets
+
+
+def test_what_make_results_is_given_parses():
+    given = re.findall(r'RESULTS_ARGS="([^"]*)"', BOTH)
+    assert len(given) >= 6
+    assert "benchmarks.results $(RESULTS_ARGS)" in MAKEFILE
+    for words in [*given, "--table"]:
+        parse_options(shlex.split(words))
+
+
+def test_what_contributing_says_to_run_is_there():
+    found = [shlex.split(command) for command in commands(CONTRIBUTING)]
+    modules = [words[2] for words in found if words[:2] == ["python", "-m"]]
+    assert set(modules) == {"medqa", "benchmarks.results", "tests.test_trajectory"}
+    for module in modules:
+        assert importlib.util.find_spec(module), module
+    for words in found:
+        if words[:3] == ["python", "-m", "medqa"]:
+            options, rest = command_parser().parse_known_args(words[3:])
+            assert not rest
+            load_experiment(options.exp, tiny=options.tiny, sets=options.set)
+        if words[:3] == ["python", "-m", "tests.test_trajectory"]:
+            assert words[3:] in ([], ["--record"])
+        assert words[0] in ("make", "python", "ruff"), words
+        for file in re.findall(r"PYTEST_ARGS=(\S+)", " ".join(words)):
+            assert (ROOT / file).is_file()
+
+
+def test_what_contributing_names_exists():
+    places = re.findall(r"`((?:medqa|tests|benchmarks|experiments|results|\.ci)/[^`<]*)`", CONTRIBUTING)
+    assert len(places) >= 25
+    for place in places:
+        assert (ROOT / place).exists(), place
+    for name, place in re.findall(r"`([A-Z]+)`(?: and `[A-Z]+`)?(?: (?:in|of)) `([^`]+)`", CONTRIBUTING):
+        assert re.search(rf"^{name}\b", (ROOT / place).read_text(), flags=re.MULTILINE), (name, place)
 
 
 def test_keys_named_are_keys():
@@ -100,5 +154,9 @@ def test_the_tree_is_the_tree():
 
 
 def test_paths_linked_exist():
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+    for path in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", BOTH):
         assert (ROOT / path).exists(), path
+    headings = {re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in BOTH.splitlines()}
+    anchors = re.findall(r"\]\((?:README\.md)?#([^)]+)\)", BOTH)
+    assert len(anchors) >= 3
+    assert set(anchors) <= headings

@@ -1,0 +1,92 @@
+"""What a result was made on: the code's commit, the GPUs and their driver."""
+
+import concurrent.futures
+import multiprocessing
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.results_file import Machine
+from medqa.errors import UserError
+from medqa.model.precision import usable_gpu
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT_PATHS = (":(exclude)README.md", ":(exclude)results")  # what `make results` itself changes
+UNKNOWN = "unknown"  # in the place of a commit
+NO_GPU = Machine(gpus=[], memory_bytes=None, driver=None, cuda=None)
+
+
+def code_commit() -> str | None:
+    """The commit of this code, `-dirty` where a tracked file that is no result differs; None without git."""
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *RESULT_PATHS)
+    if commit is None or changed is None:
+        return None
+    return f"{commit}-dirty" if changed else commit
+
+
+def code_caveats(commits: Sequence[str | None]) -> list[str]:
+    """Why code of these commits is none that others have, if so."""
+    known = [commit for commit in commits if commit is not None and commit != UNKNOWN]
+    caveats = [] if len(known) == len(commits) else ["not a git checkout"]
+    return caveats + (["uncommitted changes"] if any(commit.endswith("-dirty") for commit in known) else [])
+
+
+def _git(*words: str) -> str | None:
+    """What git says of this checkout; None where there is none."""
+    try:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def this_machine(processes: int, cpu: bool) -> Machine:
+    """The GPUs that would be used.
+
+    Raises:
+        UserError: there are none that torch can use, or not so many.
+    """
+    if cpu:
+        return NO_GPU
+    if torch.cuda.is_available():  # so far nothing is on the GPU: what this process held there, the runs would lack
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = pool.submit(ask_torch).result()
+    else:
+        found = ask_torch()
+    if not found.gpus:
+        raise UserError(
+            "make results: no GPU that torch can use, and the results are those of GPUs; run the same command on a "
+            'machine with one. To try it here: make results RESULTS_ARGS="--tiny --cpu --limit 8 --out trial"'
+        )
+    if len(found.gpus) < processes:
+        raise UserError(f"--processes {processes}: this machine shows {len(found.gpus)} GPU(s); give as many or fewer")
+    return found.model_copy(update={"gpus": found.gpus[:processes]})
+
+
+def ask_torch() -> Machine:
+    """The GPUs that this process sees; none where there are none.
+
+    Raises:
+        UserError: there is one, but torch cannot use it.
+    """
+    if not usable_gpu():
+        return NO_GPU
+    cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return Machine(
+        gpus=[card.name for card in cards],
+        memory_bytes=min(card.total_memory for card in cards),
+        driver=driver_version(),
+        cuda=torch.version.cuda or torch.version.hip,
+    )
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's, None where nothing says it."""
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said[0] if said else None

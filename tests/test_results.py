@@ -1,0 +1,527 @@
+"""`make results`: the records are the runs' own figures, what is finished is not done again, the table says what is."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launching import QUIET, metrics, wait_until_gone
+
+from benchmarks import results as command
+from benchmarks import results_machine
+from benchmarks.chaos import TRAIN, Forked
+from benchmarks.results_file import FORMAT, RECIPES, Failure, Machine, Record, Results, gpu_label, keep, read_all, slug
+from benchmarks.results_machine import NO_GPU, code_caveats, code_commit
+from benchmarks.results_process import beside, run_stage
+from benchmarks.results_records import evaluated_tasks, make_record, what_failed
+from benchmarks.results_table import BEGIN, END, NOT_YET, section
+from medqa.errors import Interrupted, UserError
+from medqa.training.lock import RunLock
+
+ROOT = Path(__file__).resolve().parents[1]
+README = f"# A project\n\n{BEGIN}\nold\n{END}\n\nThe rest.\n"
+T4 = Machine(gpus=["Tesla T4"], memory_bytes=15_828_320_256, driver="550.54.15", cuda="12.4")
+SHORT = (
+    "training.max_steps=4", "scheduler.warmup_steps=2", "training.global_batch_size=8", "tokenization.max_length=64",
+)  # fmt: skip
+EVALUATE = """
+import sys
+from medqa.results import tasks
+tasks.ANSWER_TOKENS = 8
+from medqa.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Child(Forked):
+    """A forked process, with what `run_stage` uses."""
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+
+def starter(directory: Path, started: list):
+    """Starts the real processes, forked, and notes which."""
+    script = directory / "evaluate.py"
+    script.write_text(EVALUATE)
+
+    def start(stage, words, processes, log):
+        started.append((stage, words))
+        log.unlink(missing_ok=True)
+        if stage == "training":
+            return Child(words, log, QUIET, TRAIN)
+        return Child(["evaluate", *words], log, QUIET, script)
+
+    return start
+
+
+def options_for(directory: Path, *words: str) -> list[str]:
+    places = ["--outputs", str(directory / "runs"), "--out", str(directory / "out")]
+    return ["--tiny", "--cpu", *places, "--readme", str(directory / "README.md"), *words]
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory) -> Path:
+    """A trial of exp_002 and one of a rate that no run survives, in one directory. Not to be changed."""
+    directory = tmp_path_factory.mktemp("tried")
+    (directory / "README.md").write_text(README)
+    started = []
+    start = starter(directory, started)
+    words = options_for(directory, "--experiments", "exp_002", "--limit", "2", "--set", *SHORT)
+    assert command.main(words, start) == 0
+    assert [stage for stage, _ in started] == ["training", "evaluation"]
+    words = options_for(directory, "--experiments", "exp_003", "--set", *SHORT, "optimizer.learning_rate=1e30")
+    assert command.main(words, start) == 1
+    assert [stage for stage, _ in started] == ["training", "evaluation", "training"]
+    return directory
+
+
+@pytest.fixture(scope="module")
+def complete(tried) -> Record:
+    """The record of exp_002, as if it were none of a trial."""
+    record = read_all(tried / "out")["cpu"].records["exp_002"]
+    return record.model_copy(update={"caveats": [], "machine": T4})
+
+
+def run_of(directory: Path, experiment: str) -> Path:
+    return next(path.parent for path in directory.glob(f"runs/*/{experiment}*/config.yaml"))
+
+
+def test_the_record_is_what_the_run_wrote(tried):
+    record, run = read_all(tried / "out")["cpu"].records["exp_002"], run_of(tried, "exp_002")
+    summary, evaluation = (json.loads((run / f"{name}.json").read_text()) for name in ("summary", "evaluation"))
+    assert record.failure is None
+    assert record.validation.before.answer_perplexity.value == summary["baseline"]["answer_perplexity"]
+    assert record.validation.after.perplexity.value == summary["final"]["perplexity"]
+    assert record.test.after.answer_perplexity.value == summary["test"]["answer_perplexity"]
+    assert record.test.before is None  # only two rows of it were evaluated
+    assert (record.training.updates, record.training.processes, record.training.resumes) == (4, 1, 0)
+    assert record.training.peak_memory_bytes == summary["peak_memory_bytes"]
+    assert record.training.wall_clock_s == summary["wall_clock_s"]
+    speeds = sorted(r["tokens_per_s"] for r in metrics(run) if r["split"] == "train")
+    assert record.training.tokens_per_s == pytest.approx((speeds[1] + speeds[2]) / 2)
+    assert record.training.in_effect == {"training.mixed_precision": "no", "model.dtype": "float32"}
+    tasks = evaluation["tasks"]
+    for system in ("untuned", "copied", "tuned"):
+        assert record.evaluation.generation.rouge_l[system].value == tasks["generation"][system]["rougeL"]["value"]
+        assert record.evaluation.generation.stops[system].high == tasks["generation"][system]["stops"]["high"]
+    assert record.evaluation.mcq.chance == tasks["mcq"]["chance"]
+    assert record.evaluation.mcq.accuracy["tuned"].value == tasks["mcq"]["tuned"]["accuracy"]["value"]
+    assert record.evaluation.limit == 2
+    assert record.data.rows == {"train": 225, "validation": 28, "test": 28}
+    assert record.data.fingerprint == summary["data_fingerprint"]
+    assert record.base.fingerprint == summary["base_fingerprint"]
+    assert record.versions == summary["versions"]
+    assert record.commits == [code_commit()]
+    assert {"--tiny", "on a CPU", "training.global_batch_size=8"} <= set(record.caveats)
+    assert "/" not in record.data.medquad + record.base.name
+
+
+def test_a_run_that_fails_is_recorded_as_failed(tried):
+    found = read_all(tried / "out")["cpu"].records["exp_003"]
+    assert found.failure.stage == "training"
+    assert (found.failure.what, found.failure.exit_code) == ("not finite", 3)
+    assert found.failure.message.startswith("training stopped: update ")
+    assert found.training is found.test is found.evaluation is None
+    table = (tried / "README.md").read_text()
+    assert table.startswith("# A project\n\n<!--")
+    assert table.endswith(f"{END}\n\nThe rest.\n")
+    assert "old" not in table
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| cpu, a trial (--tiny, on a CPU")]
+    perplexity, cost, *_ = rows
+    assert perplexity[1] == NOT_YET
+    assert re.fullmatch(r"\d+\.\d+ → \d+\.\d+, on validation", perplexity[2])
+    assert perplexity[3] == cost[3] == "failed: not finite"
+    assert re.fullmatch(r"\d\.\d GiB, \d+ s \(4-bit, float32\)", cost[2])
+
+
+def test_what_is_done_is_not_done_again(tried, tmp_path):
+    shutil.copytree(tried, tmp_path / "again")
+    again = tmp_path / "again"
+    run = run_of(again, "exp_002")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    words = options_for(again, "--experiments", "exp_002", "--limit", "2", "--set", *SHORT)
+
+    def nothing(*_):
+        raise AssertionError("nothing was to be started")
+
+    (again / "README.md").write_text(README)
+    before = read_all(again / "out")["cpu"]
+    assert command.main(words, nothing) == 0
+    assert read_all(again / "out")["cpu"].records["exp_003"] == before.records["exp_003"]
+    assert (again / "README.md").read_text() == (tried / "README.md").read_text()
+    # Killed in the middle of its evaluation: the tasks that are missing are what is left to do.
+    evaluation["tasks"] = {name: evaluation["tasks"][name] for name in ("loss", "mcq")}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    asked = []
+
+    def note(stage, words, processes, log):
+        asked.append((stage, words))
+        raise UserError("enough")
+
+    assert command.main(words, note) == 2
+    assert asked == [("evaluation", [str(run), "--tasks", "generation,probes", "--cpu", "--limit", "2"])]
+    assert evaluated_tasks(run, None) == set()  # all rows are asked for now
+    (run / "summary.json").unlink()
+    assert command.main(words, note) == 2
+    assert asked[1][0] == "training"
+
+
+@pytest.mark.parametrize("held", ["the run's directory", "ours beside it"])
+def test_where_something_is_at_work_already_nothing_is_started_or_recorded(held, tried, tmp_path, capsys):
+    """A trainer whose starter was killed alone, or another `make results`."""
+    shutil.copytree(tried / "runs", tmp_path / "runs")
+    run = run_of(tmp_path, "exp_002")
+    (run / "summary.json").unlink()
+    (tmp_path / "README.md").write_text(README)
+
+    def nothing(*_):
+        raise AssertionError("nothing was to be started")
+
+    with RunLock(run if held == "the run's directory" else beside(run)) as lock:
+        lock.take()
+        words = options_for(tmp_path, "--experiments", "exp_002", "--limit", "2", "--set", *SHORT)
+        assert command.main(words, nothing) == 2
+    assert "another run is on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trial_has_no_place_among_the_results(capsys, tmp_path):
+    before = (ROOT / "README.md").read_bytes()
+
+    def nothing(*_):
+        raise AssertionError("nothing was to be started")
+
+    assert command.main(["--tiny", "--cpu", "--outputs", str(tmp_path)], nothing) == 2
+    said = capsys.readouterr().err
+    assert "a trial, no result: --tiny; on a CPU" in said
+    assert "--out trial" in said
+    assert (ROOT / "README.md").read_bytes() == before
+    assert not list((ROOT / "results").glob("cpu.json"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_to_do(capsys):
+    assert command.main([]) == 2
+    said = capsys.readouterr().err
+    assert "no GPU that torch can use" in said
+    assert "--tiny --cpu --limit 8 --out trial" in said
+
+
+@pytest.mark.parametrize(
+    "words, caveats",
+    [
+        ([], []),
+        (["--afrimedqa", "afrimedqa/afrimedqa_v2"], []),
+        (["--set", "training.log_steps=1", "training.save_steps=5"], []),
+        (["--afrimedqa", "none"], ["data.afrimedqa=none"]),
+        (["--model", "x/y", "--medquad", "m.csv"], ["model.base=x/y", "data.medquad=m.csv"]),
+        (["--set", "training.max_steps=5"], ["training.max_steps=5"]),
+        (["--set", "training.micro_batch_tokens=512"], ["training.micro_batch_tokens=512"]),
+        (["--tiny", "--cpu"], ["--tiny", "on a CPU"]),
+    ],
+)
+def test_what_makes_it_a_trial(words, caveats, tmp_path):
+    options = command.parse_options(["--outputs", str(tmp_path), *words])
+    assert command.make_job("exp_001", options, "Tesla T4").caveats == caveats
+
+
+def test_changed_code_makes_it_a_trial(tmp_path, monkeypatch):
+    monkeypatch.setattr(results_machine, "ROOT", tmp_path)
+    assert code_commit() is None
+    assert code_caveats([None]) == ["not a git checkout"]
+    for name in ("README.md", "results/tesla-t4.json", "train.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "a"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    commit = code_commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    for name in ("README.md", "results/tesla-t4.json"):
+        (tmp_path / name).write_text("b")
+    assert code_commit() == commit  # what a result changes is no change of the code
+    assert code_caveats([commit]) == []
+    (tmp_path / "train.py").write_text("b")
+    assert code_commit() == f"{commit}-dirty"
+    assert code_caveats([commit, f"{commit}-dirty"]) == ["uncommitted changes"]
+
+
+def test_one_record_takes_its_own_place_alone(complete, tmp_path):
+    other = complete.model_copy(update={"experiment": "exp_001"})
+    assert keep(complete, "Tesla T4", tmp_path)
+    assert keep(other, "Tesla T4", tmp_path)
+    assert keep(complete, "2x Tesla T4", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"tesla-t4.json", "2x-tesla-t4.json"}
+    mended = Failure(stage="training", what="an error", exit_code=2, message="error: no network")
+    assert not keep(complete.model_copy(update={"failure": mended}), "Tesla T4", tmp_path)
+    assert read_all(tmp_path)["tesla-t4"].records == {"exp_001": other, "exp_002": complete}
+    memory = Failure(stage="training", what="out of memory", exit_code=3, message="training stopped: out of memory")
+    failed = complete.model_copy(update={"failure": memory, "training": None})
+    assert keep(failed, "Tesla T4", tmp_path)
+    assert read_all(tmp_path)["tesla-t4"].records == {"exp_001": other, "exp_002": failed}
+    assert read_all(tmp_path)["2x-tesla-t4"].records == {"exp_002": complete}
+
+
+def damaged(good: bytes) -> dict[str, bytes]:
+    content = json.loads(good)
+    del content["records"]["exp_002"]["test"]
+
+    def with_(**changes) -> bytes:
+        return json.dumps({**json.loads(good), **changes}).encode()
+
+    return {
+        "cut": good[: len(good) // 2],
+        "empty": b"",
+        "a list": b"[]",
+        "no text": b"\xff\xfe",
+        "another format": with_(format=FORMAT + 1),
+        "a key more": with_(more=1),
+        "another GPU's": with_(gpu="Tesla P100"),
+        "a name that is markup": with_(gpu="Tesla | T4"),
+        "figures missing": json.dumps(content).encode(),
+        "not finite": re.sub(rb'"wall_clock_s": [0-9.e-]+', b'"wall_clock_s": NaN', good),
+        "under another name": good.replace(b'"exp_002": {', b'"exp_001": {'),
+        "too long": good + b" " * 1_000_000,
+    }
+
+
+def test_a_damaged_or_foreign_file_is_refused_by_name(complete, tmp_path, capsys):
+    keep(complete, "Tesla T4", tmp_path / "good")
+    good = (tmp_path / "good" / "tesla-t4.json").read_bytes()
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "tesla-t4.json"
+    cases = damaged(good)
+    assert len(cases) == 12
+    for name, content in cases.items():
+        assert content != good, name
+        path.write_bytes(content)
+
+        def nothing(*_):
+            raise AssertionError("nothing was to be started")
+
+        for more in (["--table"], ["--experiments", "exp_001"]):
+            assert command.main(options_for(tmp_path, *more), nothing) == 2, name
+            assert str(path) in capsys.readouterr().err, name
+        with pytest.raises(UserError, match=r"tesla-t4\.json"):
+            keep(complete, "Tesla T4", path.parent)
+        assert path.read_bytes() == content
+        assert (tmp_path / "README.md").read_text() == README
+    path.write_bytes(good)
+    assert command.main(options_for(tmp_path, "--table")) == 0
+
+
+@pytest.mark.parametrize("text", ["", f"{BEGIN}\n", f"{END}\n{BEGIN}\n", f"{BEGIN}\n{BEGIN}\n{END}\n"])
+def test_a_readme_without_the_place_is_refused(text, tmp_path, capsys):
+    (tmp_path / "README.md").write_text(text)
+    assert command.main(options_for(tmp_path, "--table")) == 2
+    assert "the table has no place" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_the_readmes_table_is_what_the_files_say():
+    table = section(read_all(ROOT / "results"), trials=False)
+    assert f"{BEGIN}\n{table}{END}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def cells(table: str) -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+
+
+def test_without_files_every_cell_says_not_yet_run():
+    rows = cells(section({}, trials=False))
+    assert rows[0][1:] == list(RECIPES)
+    assert len(rows) == 5
+    assert all(row[1:] == [NOT_YET] * 4 for row in rows[1:])
+
+
+def made_up(complete: Record, experiment: str, **changes) -> Record:
+    """A record with figures that are known."""
+    content = complete.model_dump(mode="json") | {"experiment": experiment}
+    figures = {"perplexity": {"value": 8.61}, "answer_perplexity": {"value": 12.3456, "low": 11.9, "high": 12.7}}
+    after = {"perplexity": {"value": 6.0}, "answer_perplexity": {"value": 9.1, "low": 8.994, "high": 9.2049}}
+    content["test"] = {"before": figures, "after": after}
+    content["training"] |= {"peak_memory_bytes": 7_086_696_038, "wall_clock_s": 5067.0, "mixed_precision": "fp16"}
+    content["evaluation"]["generation"] |= {
+        "rows": 256,
+        "rouge_l": {"tuned": {"value": 0.21349}, "untuned": {"value": 0.16}, "copied": {"value": 0.1801}},
+    }
+    content["evaluation"]["mcq"] = {
+        "rows": 2941, "chance": 0.24609, "accuracy": {"tuned": {"value": 0.3012}, "untuned": {"value": 0.25}},
+    }  # fmt: skip
+    return Record.model_validate_json(json.dumps(content | changes))
+
+
+def test_the_table_of_several_gpus(complete):
+    memory = {"what": "out of memory", "exit_code": 3, "message": "training stopped: out of memory"}
+    nothing = dict.fromkeys(("training", "validation", "test", "data", "base", "evaluation"))
+    large = {"before": {"perplexity": {"value": 1.0}, "answer_perplexity": {"value": 123456.7}}}
+    large["after"] = {"perplexity": {"value": 1.0}, "answer_perplexity": {"value": 456.78}}
+    found = {
+        "tesla-t4": Results(
+            format=FORMAT,
+            gpu="Tesla T4",
+            records={
+                "exp_001": made_up(complete, "exp_001", failure={"stage": "training", **memory}, **nothing),
+                "exp_002": made_up(complete, "exp_002"),
+                "exp_003": made_up(complete, "exp_003", failure={"stage": "evaluation", **memory}, evaluation=None),
+            },
+        ),
+        "4x-tesla-t4": Results(
+            format=FORMAT, gpu="4x Tesla T4", records={"exp_004": made_up(complete, "exp_004", test=large)}
+        ),
+    }
+    table = section(found, trials=False)
+    rows = {row[0]: row[1:] for row in cells(table)}
+    assert len(rows) == 9
+    assert {len(row) for row in rows.values()} == {4}
+    failed, evaluation = "failed: out of memory", "evaluation failed: out of memory"
+    assert rows["Tesla T4: answer perplexity on test, before → after"] == [
+        failed, "12.35 → 9.10 (8.99 to 9.20)", evaluation, NOT_YET,
+    ]  # fmt: skip
+    cost = "6.6 GiB, 1 h 24 min (4-bit, fp16)"
+    assert rows["Tesla T4: peak memory, time"] == [failed, cost, cost, NOT_YET]
+    assert rows["Tesla T4: ROUGE-L tuned, untuned, of a copied answer"] == [
+        failed, "0.213, 0.160, 0.180 (256 answers)", evaluation, NOT_YET,
+    ]  # fmt: skip
+    assert rows["Tesla T4: multiple choice tuned, untuned, by chance"] == [
+        failed, "30.1%, 25.0%, 24.6% (2,941 questions)", evaluation, NOT_YET,
+    ]  # fmt: skip
+    assert rows["4x Tesla T4: answer perplexity on test, before → after"] == [NOT_YET] * 3 + ["123,457 → 456.8"]
+    assert "Nothing has been run" not in table
+    records = {"exp_002": made_up(complete, "exp_002", caveats=["data.medquad=a|b\n# c"])}
+    trial = {"tesla-t4": Results(format=FORMAT, gpu="Tesla T4", records=records)}
+    with pytest.raises(UserError, match=r"tesla-t4.json: exp_002 is a trial"):
+        section(trial, trials=False)
+    assert "Tesla T4, a trial (data.medquad=a b   c): peak memory, time" in section(trial, trials=True)
+
+
+def test_the_names_of_files():
+    assert slug(gpu_label(["Tesla T4"])) == "tesla-t4"
+    assert slug(gpu_label(["NVIDIA H100 80GB HBM3"])) == "nvidia-h100-80gb-hbm3"
+    assert slug(gpu_label(["NVIDIA H100 80GB HBM3"] * 4)) == "4x-nvidia-h100-80gb-hbm3"
+    assert slug(gpu_label(["Tesla T4", "NVIDIA L4"])) == "tesla-t4-nvidia-l4"
+    assert slug(gpu_label(["../x|<b>"])) == "x-b"
+    assert gpu_label([]) == "cpu"
+
+
+@pytest.mark.parametrize(
+    "code, log, what, said, message",
+    [
+        (1, "training stopped: CUDA out of memory. Tried to allocate 2 GiB; lower x\nTraceback\nsubprocess."
+            "CalledProcessError: Command '['a']' returned non-zero exit status 3.\n",
+            "out of memory", 3, "training stopped: CUDA out of memory. Tried"),
+        (1, "error: /tmp/x/a: No space left on device; free space\n", "no space", 1, "error: a: No space left"),
+        (1, "error: two things:\n  - one\n  - two\nmore\n  exitcode  : 2 (pid: 7)\n  exitcode  : 1\n", "an error", 2,
+            "error: two things:\n  - one\n  - two"),
+        (1, "subprocess.CalledProcessError: Command '['a']' died with <Signals.SIGKILL: 9>.\n", "killed", -9,
+            "subprocess.CalledProcessError"),
+        (-11, "", "killed", -11, "nothing was said"),
+        (1, "Traceback\nKeyError: 'x'\n\n", "an error", 1, "KeyError: 'x'"),
+    ],
+)  # fmt: skip
+def test_how_a_process_failed(code, log, what, said, message):
+    found = what_failed("training", code, log, [Path("/tmp/x")])
+    assert (found.what, found.exit_code) == (what, said)
+    assert found.message.startswith(message)
+    assert "more" not in found.message
+
+
+def test_a_finished_run_whose_files_are_damaged_is_refused(tried, tmp_path):
+    shutil.copytree(run_of(tried, "exp_002"), tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match="not those of a finished run"):
+        make_record("exp_002", tmp_path / "run", commits=[], caveats=[], machine=NO_GPU, failure=None)
+
+
+def test_a_signal_is_handed_on(tmp_path):
+    """What was started ends, and nothing is said to have failed."""
+    waiting = "import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(20)\n"
+    (tmp_path / "run.work").mkdir()
+    started = []
+
+    def start(stage, words, processes, log):
+        log.write_text("")
+        started.append(subprocess.Popen([sys.executable, "-c", waiting]))
+        return started[0]
+
+    with pytest.raises(Interrupted) as stopped:
+        run_stage("evaluation", tmp_path / "run", [], 1, start)
+    assert stopped.value.signum == signal.SIGTERM
+    assert started[0].returncode == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 600
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def tasks_in(path: Path) -> set[str]:
+    return set(json.loads(path.read_text())["tasks"]) if path.exists() else set()
+
+
+@pytest.mark.slow
+def test_killed_twice_it_goes_on(tmp_path):
+    """By the real commands: in the middle of training, then of the evaluation."""
+    (tmp_path / "README.md").write_text(README)
+    words = options_for(tmp_path, "--experiments", "exp_002", "--limit", "4")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
+    run = tmp_path / "runs" / "cpu" / "exp_002-tiny"
+
+    def begin() -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.results", *words],
+            cwd=ROOT, env=environment | QUIET, start_new_session=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    for there in (
+        lambda: any(record["step"] >= 12 for record in metrics(run)),
+        lambda: "loss" in tasks_in(run / "evaluation.json"),
+    ):
+        process = begin()
+        wait_for(there, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        wait_until_gone(run)
+        assert read_all(tmp_path / "out") == {}
+    before = (run / "summary.json").read_bytes()
+    assert begin().wait(600) == 0
+    assert (run / "summary.json").read_bytes() == before
+    record = read_all(tmp_path / "out")["cpu"].records["exp_002"]
+    assert (record.training.updates, record.training.resumes, record.training.not_bitwise) == (40, 1, [])
+    assert record.failure is None
+    assert "| cpu, a trial (--tiny, on a CPU" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_what_the_launcher_says_of_a_failure(tmp_path):
+    """Its own exit code is 1, whatever the trainer's was."""
+    (tmp_path / "README.md").write_text(README)
+    words = options_for(tmp_path, "--experiments", "exp_001", "--set", "optimizer.learning_rate=1e30")
+    assert command.main(words) == 1
+    failure = read_all(tmp_path / "out")["cpu"].records["exp_001"].failure
+    assert (failure.what, failure.exit_code) == ("not finite", 3)
+    assert failure.message.startswith("training stopped: update ")
+
+
+@pytest.mark.slow
+def test_all_four(tmp_path):
+    (tmp_path / "README.md").write_text(README)
+    assert command.main(options_for(tmp_path, "--limit", "2"), starter(tmp_path, [])) == 0
+    found = read_all(tmp_path / "out")["cpu"].records
+    assert list(found) == list(RECIPES)
+    assert all(record.training.updates == 40 and record.failure is None for record in found.values())
+    assert NOT_YET not in (tmp_path / "README.md").read_text()
