@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from medqa.errors import NO_SPACE, UserError
+from medqa.model.attention import attention_in_effect
 from medqa.model.base import add_lora, check_model, load_adapter_weights, load_base, load_tokenizer
 from medqa.model.execution import Execution
 from medqa.model.precision import resolve_precision
@@ -37,11 +38,12 @@ def load_exact(source: Source, device: torch.device) -> Adapted:
     """
     tokenization = source.experiment.tokenization.model_copy(update={"pad_token": "eos"})
     experiment = source.experiment.model_copy(update={"tokenization": tokenization})
-    check_model(experiment.model, 0)
+    attention, _ = attention_in_effect(EXACT.attn_implementation, check_model(experiment.model, 0))
+    execution = replace(EXACT, attn_implementation=attention)
     precision = resolve_precision(experiment, device.type == "cpu", source.settings)
     tokenizer = load_tokenizer(experiment.model.base, "eos")
     # Vocabulary 0: nothing is grown.
-    base = load_base(experiment.model, precision, EXACT, device, 0, experiment.training.seed, source.settings)
+    base = load_base(experiment.model, precision, execution, device, 0, experiment.training.seed, source.settings)
     trained_as = source.settings.quantization if source.settings else experiment.model.quantization
     if base.quantization != trained_as:
         raise UserError(
@@ -58,7 +60,7 @@ def load_exact(source: Source, device: torch.device) -> Adapted:
     load_adapter_weights(model, source.directory, source.name)
     model.requires_grad_(False)
     found = replace(source, experiment=experiment)
-    return Adapted(found, model.eval(), tokenizer, precision, EXACT, base.quantization)
+    return Adapted(found, model.eval(), tokenizer, precision, execution, base.quantization)
 
 
 def merge(adapted: PeftModel) -> torch.nn.Module:
