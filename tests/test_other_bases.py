@@ -151,7 +151,10 @@ def test_the_adapter_alone_says_the_same_on_the_untouched_base(padded, base, tmp
     family, parts = padded
     save_adapter(parts.adapted, tmp_path)
     parts.tokenizer.save_pretrained(tmp_path)
-    untouched = AutoModelForCausalLM.from_pretrained(base(family), dtype=torch.float32)
+    # Some versions of transformers would otherwise compute Gemma 2 with sdpa, without its caps.
+    attention = "eager" if family == "gemma2" else "sdpa"
+    words = {"dtype": torch.float32, "attn_implementation": attention}
+    untouched = AutoModelForCausalLM.from_pretrained(base(family), **words)
     alone = PeftModel.from_pretrained(untouched, tmp_path).eval()
     known = CONFIGS[family]["vocab_size"]
     assert untouched.get_input_embeddings().weight.shape[0] == known

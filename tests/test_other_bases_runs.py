@@ -106,6 +106,15 @@ def test_export_merges_into_tied_weights_and_measures_the_same(finished, tmp_pat
     assert len(model.get_input_embeddings().weight) == CONFIGS[family]["vocab_size"]
 
 
+def test_an_adapter_on_a_head_that_is_the_embeddings_cannot_be_merged(tmp_path, capsys):
+    base = make_base("gemma", tmp_path / "base")
+    sets = ("training.max_steps=2", "lora.target_modules=[q_proj,lm_head]", "tokenization.pad_token=eos")
+    run(tmp_path / "run", base, *sets)
+    assert medqa(["export", str(tmp_path / "run"), "--to", str(tmp_path / "x"), "--cpu"]) == 2
+    assert "has one matrix for head and embeddings" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "x").exists()
+
+
 def test_gguf_is_refused_by_name(finished, tmp_path, capsys):
     family, _, directory = finished
     assert medqa(["export", str(directory), "--to", str(tmp_path / "x"), "--cpu", "--format", "gguf"]) == 2

@@ -38,6 +38,7 @@ REFUSED = {
     "Gemma 3n": ({"model_type": "gemma3n"}, "a gemma3n model is made of several models"),
     "Qwen 2.5 with vision": ({"model_type": "qwen2_5_vl"}, "a qwen2_5_vl model is made of several models"),
     "LLaVA": ({"model_type": "llava", "text_config": TEXT}, "a llava model is made of several models"),
+    "text inside of a model": ({"model_type": "fuyu"}, "a fuyu model is made of several models (text_config)"),
     "vision beside flat text": ({"model_type": "git", **ENCODER}, "a git model is made of several models"),
     "Mixtral": ({"model_type": "mixtral", **EXPERTS, "num_local_experts": 4}, "a mixtral model is a mixture of"),
     "Qwen 3 with experts": (

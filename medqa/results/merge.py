@@ -34,7 +34,8 @@ def load_exact(source: Source, device: torch.device) -> Adapted:
     has nothing of it.
 
     Raises:
-        UserError: base or adapter cannot be loaded, or the base cannot be quantized here as it was in training.
+        UserError: base or adapter cannot be loaded, the base cannot be quantized here as it was in training, or the
+            adapter is on a head that is the embeddings as well.
     """
     tokenization = source.experiment.tokenization.model_copy(update={"pad_token": "eos"})
     experiment = source.experiment.model_copy(update={"tokenization": tokenization})
@@ -55,6 +56,12 @@ def load_exact(source: Source, device: torch.device) -> Adapted:
         raise UserError(
             f"model.base = {experiment.model.base}: its tokenizer has {len(tokenizer)} tokens, its weights {known}; "
             "no server could load that: give the base that belongs to the tokenizer with --model"
+        )
+    head, read = base.model.get_output_embeddings(), base.model.get_input_embeddings()
+    if "lm_head" in experiment.lora.target_modules and head.weight is read.weight:
+        raise UserError(
+            f"{source.name}: its adapter is on lm_head too, and {experiment.model.base} has one matrix for head and "
+            "embeddings: merged, it would change both; train without lm_head in lora.target_modules to export"
         )
     model = add_lora(base.model.float(), experiment.lora, experiment.training.seed)
     load_adapter_weights(model, source.directory, source.name)
