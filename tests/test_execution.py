@@ -105,7 +105,7 @@ def test_a_family_that_was_not_tested_runs_plainly_and_says_so(tmp_path, capsys)
     directory = tmp_path / "run"
     assert main(words(directory, options=("--model", str(tmp_path / "olmo")))) == 0
     said = capsys.readouterr().out
-    why = "olmo models have not been tested without padding, only llama, mistral, qwen2, qwen3"
+    why = "olmo models have not been tested without padding, only llama, mistral, qwen2, qwen3, gemma, gemma3_text"
     assert f"training.padding_free = false, not true: {why}" in said
     assert in_effect(directory)["training.padding_free"] == {"asked": "true", "used": "false", "reason": why}
     assert summary(directory)["micro_batch_tokens"] is None

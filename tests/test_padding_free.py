@@ -236,10 +236,12 @@ def needs(model_config: dict, **sections) -> str | None:
 @pytest.mark.parametrize(
     "config, sections, said",
     [
-        ({"model_type": "gemma2"}, {}, "gemma2 models have not been tested without padding"),
+        ({"model_type": "olmo2"}, {}, "olmo2 models have not been tested without padding"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, {}, "gemma2 caps its attention scores"),
+        ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, {}, "gemma3_text caps its logits"),
         ({"model_type": "llama"}, {"model": {"attn_implementation": "eager"}}, "eager attention"),
         ({"model_type": "llama"}, {"lora": {"target_modules": ["q_proj", "lm_head"]}}, "lm_head has an adapter"),
-        ({"model_type": "mistral", "sliding_window": 128}, {}, "window of 128 tokens"),
+        ({"model_type": "mistral", "sliding_window": 128}, {}, None),
         ({"model_type": "mistral", "sliding_window": 4096}, {}, None),
         ({"model_type": "llama"}, {}, None),
     ],

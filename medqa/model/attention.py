@@ -19,21 +19,29 @@ from medqa.config import Experiment
 SEGMENTED = "medqa_segmented"
 VARLEN: set[tuple[str, torch.dtype]] = set()  # where one kernel does all segments; see `find_varlen_kernel`
 # Families whose gradients a test compares with padded ones. Others may scale logits, cap them, or mix in other layers.
-TESTED = ("llama", "mistral", "qwen2", "qwen3")
+TESTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
+CAPPED_SCORES = "attn_logit_softcapping"
+
+
+def attention_in_effect(asked: str, model_config: Any) -> tuple[str, str | None]:
+    """The attention that a model can be computed with, and why where it is not the one asked for."""
+    if asked == "sdpa" and getattr(model_config, CAPPED_SCORES, None) is not None:
+        return "eager", f"{model_config.model_type} caps its attention scores ({CAPPED_SCORES}), which sdpa cannot"
+    return asked, None
 
 
 def padding_needed(experiment: Experiment, model_config: Any) -> str | None:
     """Why a model must run with padding; None where it need not."""
     family = model_config.model_type
+    for what, key in (("attention scores", CAPPED_SCORES), ("logits", "final_logit_softcapping")):
+        if getattr(model_config, key, None) is not None:
+            return f"{family} caps its {what} ({key} = {getattr(model_config, key):g}), which is computed padded only"
     if family not in TESTED:
         return f"{family} models have not been tested without padding, only {', '.join(TESTED)}"
     if experiment.model.attn_implementation == "eager":
         return "eager attention knows masks only"
     if "lm_head" in experiment.lora.target_modules:
         return "lm_head has an adapter, and without padding its weights must be frozen"
-    window = getattr(model_config, "sliding_window", None)
-    if window is not None and window < experiment.tokenization.max_length:
-        return f"attention in a window of {window} tokens, less than tokenization.max_length"
     return None
 
 
@@ -78,29 +86,40 @@ def segmented_attention(
     Args:
         query: (1, heads, tokens, width); key and value have as many heads or a divisor of them.
         segments: each segment's length, in order; they sum to the tokens.
+        sliding_window: in kwargs, how many tokens back each sees, itself included; None: all.
 
     Returns:
         (1, tokens, heads, width), and no attention weights.
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if dropout == 0 and (query.device.type, query.dtype) in VARLEN:
+    window = kwargs.get("sliding_window")
+    if window is not None and window >= max(segments):
+        window = None
+    if window is None and dropout == 0 and (query.device.type, query.dtype) in VARLEN:
         return _varlen(query, key, value, scaling, kwargs["cu_seq_lens_q"], kwargs["max_length_q"]), None
     grouped = key.shape[1] != query.shape[1]
     if grouped and query.device.type == "cuda":  # else older GPUs would be left with the kernel that needs most memory
         groups, grouped = query.shape[1] // key.shape[1], False
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    parts = zip(*(tensor.split(segments, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [
-        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
-        for q, k, v in parts
-    ]
+    outputs = []
+    for q, k, v in zip(*(tensor.split(segments, dim=2) for tensor in (query, key, value)), strict=True):
+        mask = None
+        if window is not None and q.shape[2] > window:
+            places = torch.arange(q.shape[2], device=q.device)
+            back = places[:, None] - places
+            mask = (back >= 0) & (back < window)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            )
+        )
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
 
 
 def segmented_mask(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """No mask without one for padding (training lays segments end to end); with one, as `sdpa` makes it."""
-    if attention_mask is None and kwargs["q_length"] == kwargs["kv_length"]:
+    """No mask without one for padding (training lays segments end to end) nor a window; else as `sdpa` makes it."""
+    if attention_mask is None and kwargs["q_length"] == kwargs["kv_length"] and kwargs.get("local_size") is None:
         return None
     return sdpa_mask(attention_mask=attention_mask, **kwargs)
 

@@ -16,12 +16,13 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from medqa import config
 from medqa.errors import UserError
 from medqa.hub import hub_reachable
 from medqa.model.execution import Execution
+from medqa.model.families import check_targets, refuse_by_file, refuse_by_kind
 from medqa.model.fast_lora import use_fast_lora
 from medqa.model.four_bit import expand, four_bit_config, keep_unpacked, quantization_in_effect
 from medqa.model.precision import Kept, Precision
@@ -45,7 +46,7 @@ def check_model(model: config.Model, max_length: int) -> Any:
     """The base model's configuration, read before anything large is fetched.
 
     Raises:
-        UserError: not on disk nor reachable, not a causal language model transformers knows, or too short for
+        UserError: not on disk nor reachable, no model of a kind that can be a base (`families.py`), or too short for
             `max_length`.
     """
     if not _is_directory(model.base):
@@ -53,7 +54,10 @@ def check_model(model: config.Model, max_length: int) -> Any:
             raise UserError(f"model.base = {model.base}: no such directory; give another with --model, or use --tiny")
         hub_reachable()  # where it is not, what follows fails at once instead of after a minute of retries
     try:
+        said, _ = PreTrainedConfig.get_config_dict(location(model.base))
+        refuse_by_file(location(model.base), said)
         loaded = AutoConfig.from_pretrained(location(model.base), trust_remote_code=False)
+        refuse_by_kind(model.base, said, loaded)
     except LOAD_ERRORS as error:
         raise _cannot_load(model.base, error) from error
     longest = getattr(loaded, "max_position_embeddings", None)
@@ -159,13 +163,7 @@ def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int, fast: bool = F
     Raises:
         UserError: a target module that the model does not have, or `init_from` does not fit.
     """
-    linear = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
-    unknown = [name for name in lora.target_modules if name not in linear]
-    if unknown:
-        raise UserError(
-            f"lora.target_modules: {', '.join(map(repr, unknown))}: no such linear layer in the base model; it has "
-            f"{', '.join(sorted(linear))}"
-        )
+    check_targets(base, lora.target_modules)
     torch.manual_seed(seed)
     model = get_peft_model(
         base,

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from medqa.errors import NO_SPACE, UserError
+from medqa.model.attention import attention_in_effect
 from medqa.model.base import add_lora, check_model, load_adapter_weights, load_base, load_tokenizer
 from medqa.model.execution import Execution
 from medqa.model.precision import resolve_precision
@@ -33,15 +34,17 @@ def load_exact(source: Source, device: torch.device) -> Adapted:
     has nothing of it.
 
     Raises:
-        UserError: base or adapter cannot be loaded, or the base cannot be quantized here as it was in training.
+        UserError: base or adapter cannot be loaded, the base cannot be quantized here as it was in training, or the
+            adapter is on a head that is the embeddings as well.
     """
     tokenization = source.experiment.tokenization.model_copy(update={"pad_token": "eos"})
     experiment = source.experiment.model_copy(update={"tokenization": tokenization})
-    check_model(experiment.model, 0)
+    attention, _ = attention_in_effect(EXACT.attn_implementation, check_model(experiment.model, 0))
+    execution = replace(EXACT, attn_implementation=attention)
     precision = resolve_precision(experiment, device.type == "cpu", source.settings)
     tokenizer = load_tokenizer(experiment.model.base, "eos")
     # Vocabulary 0: nothing is grown.
-    base = load_base(experiment.model, precision, EXACT, device, 0, experiment.training.seed, source.settings)
+    base = load_base(experiment.model, precision, execution, device, 0, experiment.training.seed, source.settings)
     trained_as = source.settings.quantization if source.settings else experiment.model.quantization
     if base.quantization != trained_as:
         raise UserError(
@@ -54,11 +57,17 @@ def load_exact(source: Source, device: torch.device) -> Adapted:
             f"model.base = {experiment.model.base}: its tokenizer has {len(tokenizer)} tokens, its weights {known}; "
             "no server could load that: give the base that belongs to the tokenizer with --model"
         )
+    head, read = base.model.get_output_embeddings(), base.model.get_input_embeddings()
+    if "lm_head" in experiment.lora.target_modules and head.weight is read.weight:
+        raise UserError(
+            f"{source.name}: its adapter is on lm_head too, and {experiment.model.base} has one matrix for head and "
+            "embeddings: merged, it would change both; train without lm_head in lora.target_modules to export"
+        )
     model = add_lora(base.model.float(), experiment.lora, experiment.training.seed)
     load_adapter_weights(model, source.directory, source.name)
     model.requires_grad_(False)
     found = replace(source, experiment=experiment)
-    return Adapted(found, model.eval(), tokenizer, precision, EXACT, base.quantization)
+    return Adapted(found, model.eval(), tokenizer, precision, execution, base.quantization)
 
 
 def merge(adapted: PeftModel) -> torch.nn.Module:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from medqa.config import Experiment
-from medqa.model.attention import SEGMENTED, padding_needed
+from medqa.model.attention import SEGMENTED, attention_in_effect, padding_needed
 from medqa.model.execution import Change, Execution
+from medqa.model.families import check_targets, without_contents
 from medqa.model.four_bit import quantization_in_effect
 from medqa.model.precision import KEPT, Precision
 from medqa.training.environment import Settings
@@ -37,12 +38,17 @@ def choose_execution(
         memory: bytes that may be planned with.
         vocabulary: the tokenizer's size.
         kept: the settings of the checkpoint that the run goes on from.
+
+    Raises:
+        UserError: a target module that the model does not have.
     """
+    check_targets(without_contents(model_config), experiment.lora.target_modules)
     asked, model = experiment.training.padding_free, experiment.model
     quantization, _ = quantization_in_effect(model, precision, torch.device(precision.device_type), kept)
     why_padded = padding_needed(experiment, model_config)
-    segmented = why_padded is None and model.attn_implementation == "sdpa"
-    attention = SEGMENTED if segmented else model.attn_implementation
+    attention, why_attention = attention_in_effect(model.attn_implementation, model_config)
+    if why_padded is None and attention == "sdpa":
+        attention = SEGMENTED
     padding_free = asked and why_padded is None and (kept is None or kept.padding_free)
     chosen, why, planned_tokens = (model.gradient_checkpointing, False), {"dequantize": "only without padding"}, None
     if padding_free and kept is not None:
@@ -53,6 +59,8 @@ def choose_execution(
         )
     checkpointing, dequantize = chosen
     reasons: dict[str, Change] = {}
+    if why_attention is not None:
+        reasons["model.attn_implementation"] = (model.attn_implementation, attention, why_attention)
     if padding_free != asked:
         reasons["training.padding_free"] = ("true", "false", why_padded or KEPT)
     if checkpointing != model.gradient_checkpointing:

@@ -14,7 +14,7 @@ from medqa.data.batches import Stream
 from medqa.data.sources import load_sources
 from medqa.data.splits import split_rows
 from medqa.data.tokens import tokenize
-from medqa.model.attention import SEGMENTED, padding_needed
+from medqa.model.attention import SEGMENTED, attention_in_effect, padding_needed
 from medqa.model.base import check_model, load_tokenizer
 from medqa.model.execution import Execution
 from medqa.model.four_bit import four_bit_unavailable
@@ -55,7 +55,9 @@ def forecast(name: str, experiment: Experiment, machine: Machine, tflops: float 
         quantization = "none"
         notes.append(f"model.quantization = none, not 4bit: {why_not}")
     run = count(experiment, stream, padding_free)
-    attention = experiment.model.attn_implementation
+    attention, why_attention = attention_in_effect(experiment.model.attn_implementation, model_config)
+    if why_attention is not None:
+        notes.append(f"model.attn_implementation = {attention}, not sdpa: {why_attention}")
     if why_padded is None and attention == "sdpa":
         attention = SEGMENTED
     kinds = [(bits, again, False) for bits in (("none",) if why_not else ("none", "4bit")) for again in (False, True)]
