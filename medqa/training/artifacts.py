@@ -56,6 +56,7 @@ def make_summary(
         "updates": state.step,
         "resumes": leg.resumes,
         "processes": accelerator.num_processes,
+        "sharded": identity.environment.sharded,
         "cpu_threads": torch.get_num_threads(),
         "gradient_accumulation_steps": accumulation_steps(experiment.training, accelerator.num_processes),
         "quantization": identity.environment.settings.quantization,

@@ -29,6 +29,7 @@ def choose_execution(
     memory: int,
     vocabulary: int,
     kept: Settings | None,
+    shards: int = 1,
 ) -> Execution:
     """The execution for this machine, before the model is loaded.
 
@@ -37,6 +38,7 @@ def choose_execution(
         memory: bytes that may be planned with.
         vocabulary: the tokenizer's size.
         kept: the settings of the checkpoint that the run goes on from.
+        shards: in how many pieces, on as many processes, the frozen weights are held.
     """
     asked, model = experiment.training.padding_free, experiment.model
     quantization, _ = quantization_in_effect(model, precision, torch.device(precision.device_type), kept)
@@ -49,10 +51,13 @@ def choose_execution(
         chosen, why = (kept.gradient_checkpointing, kept.dequantize), {"checkpointing": KEPT, "dequantize": KEPT}
     elif padding_free:
         chosen, why, planned_tokens = _what_fits(
-            experiment, model_config, precision, memory, vocabulary, attention, quantization
+            experiment, model_config, precision, memory, vocabulary, attention, quantization, shards
         )
     checkpointing, dequantize = chosen
     reasons: dict[str, Change] = {}
+    if shards > 1 and experiment.evaluation.samples:
+        why_none = "the base is sharded, and all processes would have to write each answer"
+        reasons["evaluation.samples"] = (str(experiment.evaluation.samples), "0", why_none)
     if padding_free != asked:
         reasons["training.padding_free"] = ("true", "false", why_padded or KEPT)
     if checkpointing != model.gradient_checkpointing:
@@ -78,6 +83,7 @@ def _what_fits(
     vocabulary: int,
     attention: str,
     quantization: str,
+    shards: int,
 ) -> tuple[tuple[bool, bool], dict[str, str], int]:
     """Checkpointing and expanded weights or not, the fastest that fits; why; and room for how many tokens."""
     tokens = enough_tokens(experiment, precision.device_type)
@@ -87,7 +93,7 @@ def _what_fits(
     peaks = {}
     for way in ways:  # the last one, if none fits: the probe will say
         execution = Execution(True, True, attention, *way)
-        planned = footprint(experiment, model_config, precision, execution, quantization, vocabulary)
+        planned = footprint(experiment, model_config, precision, execution, quantization, vocabulary, shards)
         peaks[way] = gibibytes(planned.peak(tokens))
         if planned.peak(tokens) <= memory:
             break
