@@ -19,7 +19,6 @@ from medqa.experiment_file import default_output_dir, find_experiment, load_expe
 from medqa.model.base import add_lora, check_model, load_base, load_tokenizer
 from medqa.model.loss import LossModel
 from medqa.model.precision import resolve_precision
-from medqa.model.sharding import loading_device
 from medqa.options import parse_options
 from medqa.training.artifacts import make_summary, save_final_adapter
 from medqa.training.checkpoint import RunState, Trained, save_checkpoint
@@ -100,12 +99,11 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
         accelerator, lambda: choose_execution(experiment, model_config, precision, memory, len(tokenizer), kept, shards)
     )
     with accelerator.main_process_first():
-        place = loading_device(accelerator.device, shards)
-        base = load_base(experiment.model, precision, execution, place, len(tokenizer), seed, kept)
+        base = load_base(experiment.model, precision, execution, accelerator.device, len(tokenizer), seed, kept)
     adapted = add_lora(base.model, experiment.lora, seed, execution.fast_lora(accelerator.device.type))
     bare_optimizer = build_optimizer(adapted, experiment.optimizer)
     scheduler = build_scheduler(bare_optimizer, experiment.scheduler, training.max_steps)
-    model, optimizer = prepared(accelerator, LossModel(adapted), bare_optimizer, shards)
+    model, optimizer = prepared(accelerator, LossModel(adapted), bare_optimizer, execution.shards)
     identity = identify(experiment, splits, examples, tokenizer, base, precision, execution, accelerator)
     trained = Trained(adapted, optimizer, scheduler, accelerator.scaler)
 
@@ -186,7 +184,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
         )
         adapter_dir = save_final_adapter(output_dir, adapted, tokenizer, summary, experiment)
         samples = [validation[i].row for i in fixed_subset(validation, experiment.evaluation.samples, seed)]
-        if accelerator.trackers and experiment.tracking.log_samples is not False and shards == 1:
+        if accelerator.trackers and experiment.tracking.log_samples is not False and execution.shards == 1:
             answers = sample_answers(adapted, tokenizer, samples, state.step)
             feed.attempt(lambda: log_samples(accelerator, answers, feed.first), asks=True)
         feed.attempt(lambda: log_adapter(accelerator, experiment.tracking, adapter_dir, leg.run_id), asks=True)

@@ -29,7 +29,7 @@ def test_the_code_shown_is_the_code():
 
 
 def test_there_are_launch_lines():
-    assert len(LAUNCHES) == 8
+    assert len(LAUNCHES) == 12
 
 
 @pytest.mark.parametrize("command", LAUNCHES)

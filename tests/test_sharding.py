@@ -47,7 +47,7 @@ PADDED = (
     "--exp", "exp_003", "--tiny", "--set", "model.quantization=none", f"training.max_steps={UPDATES}",
     "training.global_batch_size=16", "training.per_device_batch_size=4", "training.log_steps=1",
     "training.save_steps=100", "evaluation.steps=1", "evaluation.rows=7", "tracking.wandb=disabled",
-    "tokenization.max_length=64",
+    "tokenization.max_length=64", "training.process_timeout_s=120",
 )  # fmt: skip
 # How an update is cut, and its noise, follow from the number of processes that a run begins with.
 UNPADDED = (
@@ -412,8 +412,12 @@ def test_the_plan_counts_a_share_of_the_base(tiny):
     experiment = tiny("exp_003", "model.quantization=none")
     config, precision = check_model(experiment.model, 64), resolve_precision(experiment, True)
     config.num_hidden_layers, config.layer_types = 10, None
-    execution = Execution(True, True, "sdpa", False, False)
-    whole, four = (footprint(experiment, config, precision, execution, "none", None, shards).base for shards in (1, 4))
+    whole, four = (
+        footprint(
+            experiment, config, precision, Execution(True, True, "sdpa", False, False, shards=shards), "none"
+        ).base
+        for shards in (1, 4)
+    )
     # Query and output, key and value, the three of the MLP, two norms; then embeddings, head, norm, and 16 frequencies.
     layer = 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 512 + 2 * 128)
     rest = 4 * (2 * 1024 * 128 + 128)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -26,7 +25,7 @@ from medqa.model.execution import Execution
 from medqa.model.fast_lora import use_fast_lora
 from medqa.model.four_bit import expand, four_bit_config, keep_unpacked, quantization_in_effect
 from medqa.model.precision import Kept, Precision
-from medqa.model.sharding import BLANK, make_blank
+from medqa.model.sharding import BLANK, blank_base, loading_device
 from medqa.prompts import chat_template
 
 # What loading a damaged, hostile or unknown model directory raises, out-of-memory excepted.
@@ -108,18 +107,20 @@ def load_base(
 ) -> Base:
     """The base model on its device, frozen, in 4-bit where asked and possible.
 
+    What is to be sharded is on the host, and in the first process alone; the others have a model without contents.
+
     Args:
-        device: `BLANK` for a model of the same shapes without contents.
         vocabulary: the tokenizer's size; the embeddings grow where it is larger than the model's.
         kept: the settings of the checkpoint that the run goes on from; its quantization is kept where the machine can.
 
     Raises:
         UserError: it cannot be loaded, or weights are missing or of another shape.
     """
+    device = loading_device(device, execution.shards)
     quantization, reason = quantization_in_effect(model, precision, device, kept)
     torch.manual_seed(seed)  # for the rows that growing the embeddings adds
     if device == BLANK:
-        loaded = _blank(model.base, precision, execution, vocabulary)
+        loaded = blank_base(location(model.base), precision, execution, vocabulary)
     else:
         loaded = _from_pretrained(model.base, precision, execution, device, quantization)
     loaded.requires_grad_(False)
@@ -247,26 +248,6 @@ def _from_pretrained(
             f"model.base = {base}: weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}, ...; "
             "fetch the model again, or give another with --model"
         )
-    return loaded
-
-
-def _blank(base: str, precision: Precision, execution: Execution, vocabulary: int) -> torch.nn.Module:
-    """The model without contents, as it is when it has been loaded and its embeddings have grown to `vocabulary`."""
-    model_config = AutoConfig.from_pretrained(location(base), trust_remote_code=False)
-    known = model_config.vocab_size
-    model_config.vocab_size = max(known, vocabulary)
-    with init_empty_weights(include_buffers=False):  # those are made of the configuration
-        loaded = AutoModelForCausalLM.from_config(
-            model_config,
-            dtype=precision.dtype,
-            attn_implementation=execution.attn_implementation,
-            trust_remote_code=False,
-        )
-    loaded.tie_weights()  # the context undoes it
-    if vocabulary > known:
-        bias = torch.empty(vocabulary, dtype=precision.dtype, device=BLANK)
-        loaded.get_output_embeddings().bias = torch.nn.Parameter(bias)
-    make_blank(loaded)
     return loaded
 
 

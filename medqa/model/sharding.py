@@ -8,12 +8,16 @@ checkpoints are the same. A forward is then something that all processes do at o
 import os
 
 import torch
+from accelerate import init_empty_weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from medqa.model.attention import find_varlen_kernel
+from medqa.model.execution import Execution
 from medqa.model.loss import LossModel
+from medqa.model.precision import Precision
 
 BLANK = torch.device("meta")  # as the place to load to: a model of the right shapes, without contents
 
@@ -25,7 +29,31 @@ def loading_device(device: torch.device, shards: int) -> torch.device:
     return torch.device("cpu") if os.environ["RANK"] == "0" else BLANK
 
 
-def make_blank(model: torch.nn.Module) -> None:
+def blank_base(where: str, precision: Precision, execution: Execution, vocabulary: int) -> torch.nn.Module:
+    """A base model without contents, in the shapes that the first process's has: loaded, and grown to `vocabulary`.
+
+    Args:
+        where: its directory or hub id; only its configuration is read.
+    """
+    model_config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+    known = model_config.vocab_size
+    model_config.vocab_size = max(known, vocabulary)
+    with init_empty_weights(include_buffers=False):  # those are made of the configuration
+        model = AutoModelForCausalLM.from_config(
+            model_config,
+            dtype=precision.dtype,
+            attn_implementation=execution.attn_implementation,
+            trust_remote_code=False,
+        )
+    model.tie_weights()  # the context undoes it
+    if vocabulary > known:
+        bias = torch.empty(vocabulary, dtype=precision.dtype, device=BLANK)
+        model.get_output_embeddings().bias = torch.nn.Parameter(bias)
+    _without_memory(model)
+    return model
+
+
+def _without_memory(model: torch.nn.Module) -> None:
     """Give weights on the meta device a CPU's instead that take no memory: one number seen as a whole matrix.
 
     Unlike on meta, adapters are then made and loaded beside them as beside real ones.

@@ -67,7 +67,9 @@ def choose_execution(
     if quantization == "4bit" and model.dequantize == "auto":
         used = "once, and kept so" if dequantize else "never"
         reasons["model.dequantize"] = ("auto", used, why["dequantize"])
-    return Execution(padding_free, why_padded is None, attention, checkpointing, dequantize, planned_tokens, reasons)
+    return Execution(
+        padding_free, why_padded is None, attention, checkpointing, dequantize, planned_tokens, shards, reasons
+    )
 
 
 def enough_tokens(experiment: Experiment, device_type: str) -> int:
@@ -92,8 +94,8 @@ def _what_fits(
         ways.insert(0, (False, True))
     peaks = {}
     for way in ways:  # the last one, if none fits: the probe will say
-        execution = Execution(True, True, attention, *way)
-        planned = footprint(experiment, model_config, precision, execution, quantization, vocabulary, shards)
+        execution = Execution(True, True, attention, *way, shards=shards)
+        planned = footprint(experiment, model_config, precision, execution, quantization, vocabulary)
         peaks[way] = gibibytes(planned.peak(tokens))
         if planned.peak(tokens) <= memory:
             break

@@ -100,7 +100,6 @@ def footprint(
     execution: Execution,
     quantization: str,
     vocabulary: int | None = None,
-    shards: int = 1,
 ) -> Footprint:
     """The memory of this experiment's training. No weight is read, and no device is used.
 
@@ -108,7 +107,6 @@ def footprint(
         model_config: as `check_model` returns it.
         quantization: the one in effect.
         vocabulary: the tokenizer's size, where it may be larger than the model's.
-        shards: in how many pieces, on as many processes, the frozen weights are held.
     """
     layers = model_config.num_hidden_layers
     depth = min(DEPTH, layers)
@@ -129,8 +127,8 @@ def footprint(
         "optimizer": whole(lambda model: optimizer_bytes(_trainable(model), experiment.optimizer)),
         "gradients": whole(lambda model: _bytes(t.grad for t in _trainable(model))),
     }
-    if shards > 1:
-        fixed["base"] = _sharded(fixed["base"], _frozen_bytes(_layers(deep)[0]), layers, shards)
+    if execution.shards > 1:
+        fixed["base"] = _sharded(fixed["base"], _frozen_bytes(_layers(deep)[0]), layers, execution.shards)
     batches = _micro_batches(experiment, execution, max(model_config.vocab_size, vocabulary or 0))
     samples = [_run(deep, batch, precision) for batch in batches[:2]]
     # What a layer takes while it is at work comes on top of what all layers keep, so both grow alike with the layers.
