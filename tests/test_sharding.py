@@ -15,11 +15,13 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from launching import (
     PYTHON,
+    QUIET,
     ROOT,
     SECONDS,
     Group,
     finish,
     free_port,
+    log_of,
     metrics,
     output,
     start,
@@ -29,6 +31,7 @@ from launching import (
 )
 from safetensors.torch import load_file
 
+from benchmarks.chaos import Forked
 from benchmarks.hf_trainer import build
 from medqa.errors import UserError
 from medqa.experiment_file import load_experiment
@@ -401,6 +404,25 @@ def test_launched_by_accelerate_with_our_files(place):
     assert [finish(process, nodes) for process in both] == [0, 0], output(nodes)
     assert_same_run(one, nodes)
     assert summary(nodes)["processes"] == 4
+
+
+@pytest.mark.slow
+def test_machines_that_do_not_share_the_directory_are_refused(place):
+    """Each would go on from what it finds: one from a checkpoint, the other from the start."""
+    here, there = place / "here", place / "there"
+    finished(here, PADDED, 1, {})
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        Forked(
+            ["--cpu", "--output-dir", str(directory), *PADDED, "training.max_steps=4"],
+            log_of(directory),
+            QUIET | together | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank, directory in (("0", here), ("1", there))
+    ]
+    assert [process.wait(SECONDS) for process in processes] == [2, 2], output(here)
+    assert "not all processes see the same checkpoint there (of updates 0, 2)" in output(here)
+    assert not there.exists()
 
 
 # --- the plan
