@@ -35,6 +35,7 @@ from benchmarks.chaos import Forked
 from benchmarks.hf_trainer import build
 from medqa.errors import UserError
 from medqa.experiment_file import load_experiment
+from medqa.model.base import load_base
 from medqa.model.execution import Execution
 from medqa.model.precision import resolve_precision
 from medqa.training.checkpoint import newest_whole
@@ -425,7 +426,29 @@ def test_machines_that_do_not_share_the_directory_are_refused(place):
     assert not there.exists()
 
 
-# --- the plan
+# --- the host's memory, and the plan
+
+
+def test_only_the_first_process_has_the_base_in_memory(tiny, monkeypatch):
+    """What the others load has its names, shapes, types and buffers, a grown vocabulary included, and no contents."""
+    experiment = tiny("exp_003", "model.quantization=none")
+    execution, vocabulary = Execution(True, True, "sdpa", False, False, shards=2), 1030
+    found = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        precision, device = resolve_precision(experiment, True), torch.device("cpu")
+        found.append(load_base(experiment.model, precision, execution, device, vocabulary, 0).model)
+    first, other = found
+    shapes = [{name: (p.shape, p.dtype, p.device) for name, p in model.named_parameters()} for model in found]
+    assert shapes[0] == shapes[1]
+    assert shapes[0]["lm_head.bias"][0] == (vocabulary,)
+    for (name, ours), (same_name, theirs) in zip(first.named_buffers(), other.named_buffers(), strict=True):
+        assert name == same_name
+        assert torch.equal(ours, theirs)
+    in_memory = [sum(p.untyped_storage().nbytes() for p in model.parameters()) for model in found]
+    assert in_memory[0] > 2**20
+    assert in_memory[1] == 4 * len(shapes[1])  # one number each
+    assert not any(p.requires_grad for p in other.parameters())
 
 
 def test_the_plan_counts_a_share_of_the_base(tiny):
