@@ -35,7 +35,7 @@ from medqa.training.persist import Copies, space_needed
 from medqa.training.phases import Phases
 from medqa.training.plan import accumulation_steps, in_effect, make_plan
 from medqa.training.probe import choose_micro_batch, make_evaluator
-from medqa.training.processes import build_accelerator, choose_kernels, leave, on_main
+from medqa.training.processes import build_accelerator, choose_kernels, leave, on_main, prepared, take_shards
 from medqa.training.run_dir import check_run_dir, find_checkpoint, finished, note_saved, start_run, write_config
 from medqa.training.same_run import go_on, identify, told_of
 from medqa.training.scheduler import build_scheduler
@@ -75,6 +75,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
 
     choose_kernels(training.deterministic)
     precision = resolve_precision(experiment, options.cpu, kept)
+    shards = take_shards(experiment)
     accelerator = build_accelerator(experiment, precision)
     console = make_console(accelerator.is_main_process)
     say = functools.partial(console.print, soft_wrap=True)
@@ -98,14 +99,14 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     phases.done("tokens")
     memory = available_memory(accelerator.device, accelerator.num_processes)
     execution = on_main(
-        accelerator, lambda: choose_execution(experiment, model_config, precision, memory, len(tokenizer), kept)
+        accelerator, lambda: choose_execution(experiment, model_config, precision, memory, len(tokenizer), kept, shards)
     )
     with accelerator.main_process_first():
         base = load_base(experiment.model, precision, execution, accelerator.device, len(tokenizer), seed, kept)
     adapted = add_lora(base.model, experiment.lora, seed, execution.fast_lora(accelerator.device.type))
     bare_optimizer = build_optimizer(adapted, experiment.optimizer)
     scheduler = build_scheduler(bare_optimizer, experiment.scheduler, updates)
-    model, optimizer = accelerator.prepare(LossModel(adapted), bare_optimizer)
+    model, optimizer = prepared(accelerator, LossModel(adapted), bare_optimizer, execution.shards)
     identity = identify(experiment, splits, examples, tokenizer, base, precision, execution, accelerator)
     trained = Trained(adapted, optimizer, scheduler, accelerator.scaler)
 
@@ -184,7 +185,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
         )
         adapter_dir = save_final_adapter(output_dir, adapted, tokenizer, summary, experiment)
         samples = sampled_rows(validation, experiment)
-        if accelerator.trackers and samples:
+        if accelerator.trackers and samples and execution.shards == 1:
             answers = sample_answers(adapted, tokenizer, samples, ending.adapter_step)
             feed.attempt(lambda: log_samples(accelerator, answers, feed.first), asks=True)
         feed.attempt(lambda: log_adapter(accelerator, experiment.tracking, adapter_dir, leg.run_id), asks=True)

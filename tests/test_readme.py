@@ -48,7 +48,7 @@ def test_the_code_shown_is_the_code():
 
 
 def test_there_are_launch_lines():
-    assert len(LAUNCHES) == 10
+    assert len(LAUNCHES) == 16
 
 
 @pytest.mark.parametrize("command", LAUNCHES)

@@ -217,4 +217,5 @@ class Stream:
         examples = [self.at(position) for position in range(first, first + self.global_batch_size)]
         cuts = divide([len(example.input_ids) for example in examples], most_tokens, multiple)
         pieces = [pack(examples[start:end], loss_on, first + start) for start, end in pairwise(cuts)]
-        return pieces[process_index::num_processes] or [nothing_to_do(examples[0], first)]
+        pieces += [nothing_to_do(examples[0], first)] * (-len(pieces) % num_processes)  # all have as many
+        return pieces[process_index::num_processes]

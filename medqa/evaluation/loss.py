@@ -19,6 +19,7 @@ from medqa.data.batches import IGNORED, collate, divide, epoch_permutation, pack
 from medqa.data.tokens import Example
 from medqa.errors import TrainingStopped, UserError
 from medqa.model.loss import token_losses
+from medqa.model.sharding import is_sharded
 
 COLUMNS = ("loss", "tokens", "answer_loss", "answer_tokens")
 
@@ -71,16 +72,21 @@ class Evaluator:
         was_training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            mine = self._batches(examples)[accelerator.process_index :: accelerator.num_processes]
+            batches = self._batches(examples)
+            mine = batches[accelerator.process_index :: accelerator.num_processes]
+            sharded = is_sharded(self.model)
+            idle = sharded and len(batches) > len(mine) * accelerator.num_processes
             while mine:
                 batch = mine.pop(0)
                 try:
                     table[batch] = self._sums([examples[i] for i in batch])
                 except torch.OutOfMemoryError:
-                    if len(batch) == 1:
+                    if len(batch) == 1 or sharded:  # the others do not know of a batch more
                         raise
                     half = len(batch) // 2  # how rows are batched makes no difference to their losses
                     mine[:0] = [batch[:half], batch[half:]]
+            if idle:  # the others have a batch more, and need this process's pieces of the weights
+                self._sums([examples[batches[-1][0]]])
         self.model.train(was_training)
         if accelerator.num_processes > 1:
             table = accelerator.reduce(table.to(accelerator.device), "sum").cpu()

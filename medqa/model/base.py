@@ -26,6 +26,7 @@ from medqa.model.families import check_targets, refuse_by_file, refuse_by_kind
 from medqa.model.fast_lora import use_fast_lora
 from medqa.model.four_bit import expand, four_bit_config, keep_unpacked, quantization_in_effect
 from medqa.model.precision import Kept, Precision
+from medqa.model.sharding import BLANK, blank_base, loading_device
 from medqa.prompts import chat_template
 
 # What loading a damaged, hostile or unknown model directory raises, out-of-memory excepted.
@@ -110,6 +111,8 @@ def load_base(
 ) -> Base:
     """The base model on its device, frozen, in 4-bit where asked and possible.
 
+    What is to be sharded is on the host, and in the first process alone; the others have a model without contents.
+
     Args:
         vocabulary: the tokenizer's size; the embeddings grow where it is larger than the model's.
         kept: the settings of the checkpoint that the run goes on from; its quantization is kept where the machine can.
@@ -117,9 +120,13 @@ def load_base(
     Raises:
         UserError: it cannot be loaded, or weights are missing or of another shape.
     """
+    device = loading_device(device, execution.shards)
     quantization, reason = quantization_in_effect(model, precision, device, kept)
     torch.manual_seed(seed)  # for the rows that growing the embeddings adds
-    loaded = _from_pretrained(model.base, precision, execution, device, quantization)
+    if device == BLANK:
+        loaded = blank_base(location(model.base), precision, execution, vocabulary)
+    else:
+        loaded = _from_pretrained(model.base, precision, execution, device, quantization)
     loaded.requires_grad_(False)
     if quantization == "4bit" and execution.dequantize:
         expand(loaded)

@@ -16,6 +16,7 @@ class Execution:
         attn_implementation: by the name that transformers knows it under.
         dequantize: 4-bit weights are expanded once, and kept so.
         planned_tokens: the most tokens of a micro-batch without padding for which the plan has room; None: not asked.
+        shards: in how many pieces, on as many processes, the frozen weights are held; 1: whole.
         reasons: `section.key` to (asked, in effect, why) where the two differ.
     """
 
@@ -25,6 +26,7 @@ class Execution:
     gradient_checkpointing: bool
     dequantize: bool
     planned_tokens: int | None = None
+    shards: int = 1
     reasons: Mapping[str, Change] = field(default_factory=dict)
 
     def fast_lora(self, device_type: str) -> bool:

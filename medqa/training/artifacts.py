@@ -79,6 +79,7 @@ def make_summary(
         "adapter_step": ending.adapter_step,
         "resumes": leg.resumes,
         "processes": accelerator.num_processes,
+        "sharded": identity.environment.sharded,
         "cpu_threads": torch.get_num_threads(),
         "gradient_accumulation_steps": accumulation_steps(experiment.training, accelerator.num_processes),
         "quantization": identity.environment.settings.quantization,

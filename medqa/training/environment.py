@@ -18,6 +18,7 @@ from medqa.model.attention import SEGMENTED, VARLEN
 from medqa.model.base import Base
 from medqa.model.execution import Execution
 from medqa.model.precision import Precision
+from medqa.model.sharding import is_sharded
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "datasets")
 COMPUTING = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")  # of them, those that move numbers
@@ -42,13 +43,14 @@ class Settings(Part):
 
 
 class Environment(Part):
-    """The settings and the machine. `cpu_threads` is None on a GPU."""
+    """The settings and the machine. `cpu_threads` is None on a GPU; `sharded` is not in older checkpoints."""
 
     settings: Settings
     device: str
     processes: int
     cpu_threads: int | None
     versions: dict[str, str]
+    sharded: bool = False
 
 
 def environment(accelerator: Accelerator, precision: Precision, execution: Execution, base: Base) -> Environment:
@@ -69,6 +71,7 @@ def environment(accelerator: Accelerator, precision: Precision, execution: Execu
         processes=accelerator.num_processes,
         cpu_threads=None if on_gpu else torch.get_num_threads(),
         versions=versions(),
+        sharded=is_sharded(base.model),
     )
 
 
@@ -85,6 +88,7 @@ def changes(before: Environment, now: Environment) -> list[str]:
             "device": env.device,
             "processes": env.processes,
             "CPU threads": env.cpu_threads,
+            "sharded weights": env.sharded,
             **{name: env.versions.get(name) for name in COMPUTING},
         }
         for env in (before, now)

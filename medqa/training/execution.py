@@ -30,6 +30,7 @@ def choose_execution(
     memory: int,
     vocabulary: int,
     kept: Settings | None,
+    shards: int = 1,
 ) -> Execution:
     """The execution for this machine, before the model is loaded.
 
@@ -38,6 +39,7 @@ def choose_execution(
         memory: bytes that may be planned with.
         vocabulary: the tokenizer's size.
         kept: the settings of the checkpoint that the run goes on from.
+        shards: in how many pieces, on as many processes, the frozen weights are held.
 
     Raises:
         UserError: a target module that the model does not have.
@@ -55,12 +57,15 @@ def choose_execution(
         chosen, why = (kept.gradient_checkpointing, kept.dequantize), {"checkpointing": KEPT, "dequantize": KEPT}
     elif padding_free:
         chosen, why, planned_tokens = _what_fits(
-            experiment, model_config, precision, memory, vocabulary, attention, quantization
+            experiment, model_config, precision, memory, vocabulary, attention, quantization, shards
         )
     checkpointing, dequantize = chosen
     reasons: dict[str, Change] = {}
     if why_attention is not None:
         reasons["model.attn_implementation"] = (model.attn_implementation, attention, why_attention)
+    if shards > 1 and experiment.evaluation.samples:
+        why_none = "the base is sharded, and all processes would have to write each answer"
+        reasons["evaluation.samples"] = (str(experiment.evaluation.samples), "0", why_none)
     if padding_free != asked:
         reasons["training.padding_free"] = ("true", "false", why_padded or KEPT)
     if checkpointing != model.gradient_checkpointing:
@@ -70,7 +75,9 @@ def choose_execution(
     if quantization == "4bit" and model.dequantize == "auto":
         used = "once, and kept so" if dequantize else "never"
         reasons["model.dequantize"] = ("auto", used, why["dequantize"])
-    return Execution(padding_free, why_padded is None, attention, checkpointing, dequantize, planned_tokens, reasons)
+    return Execution(
+        padding_free, why_padded is None, attention, checkpointing, dequantize, planned_tokens, shards, reasons
+    )
 
 
 def enough_tokens(experiment: Experiment, device_type: str) -> int:
@@ -86,6 +93,7 @@ def _what_fits(
     vocabulary: int,
     attention: str,
     quantization: str,
+    shards: int,
 ) -> tuple[tuple[bool, bool], dict[str, str], int]:
     """Checkpointing and expanded weights or not, the fastest that fits; why; and room for how many tokens."""
     tokens = enough_tokens(experiment, precision.device_type)
@@ -94,7 +102,7 @@ def _what_fits(
         ways.insert(0, (False, True))
     peaks = {}
     for way in ways:  # the last one, if none fits: the probe will say
-        execution = Execution(True, True, attention, *way)
+        execution = Execution(True, True, attention, *way, shards=shards)
         planned = footprint(experiment, model_config, precision, execution, quantization, vocabulary)
         peaks[way] = gibibytes(planned.peak(tokens))
         if planned.peak(tokens) <= memory:

@@ -122,11 +122,13 @@ def footprint(
         return extend(measure(deep), measure(shallow) if shallow else 0)
 
     fixed = {
-        "base": whole(lambda model: _bytes(t for t in tensors_of(model) if not t.requires_grad)),
+        "base": whole(_frozen_bytes),
         "adapter": whole(lambda model: _bytes(_trainable(model))),
         "optimizer": whole(lambda model: optimizer_bytes(_trainable(model), experiment.optimizer)),
         "gradients": whole(lambda model: _bytes(t.grad for t in _trainable(model))),
     }
+    if execution.shards > 1:
+        fixed["base"] = _sharded(fixed["base"], _frozen_bytes(_layers(deep)[0]), layers, execution.shards)
     batches = _micro_batches(experiment, execution, max(model_config.vocab_size, vocabulary or 0))
     samples = [_run(deep, batch, precision) for batch in batches[:2]]
     # What a layer takes while it is at work comes on top of what all layers keep, so both grow alike with the layers.
@@ -157,6 +159,24 @@ def optimizer_bytes(parameters: Sequence[torch.Tensor], optimizer: Optimizer) ->
         else:
             total += 2 * (count + 4 * -(-count // OPTIMIZER_BLOCK))
     return total
+
+
+def _sharded(base: int, layer: int, layers: int, shards: int) -> int:
+    """Bytes of sharded frozen weights at their most: a piece of all, what is no layer whole, and three layers.
+
+    One layer is at work, the next one has arrived, and stands twice while it is put in place.
+    """
+    return -(-base // shards) + base - layers * layer + min(3, layers) * layer
+
+
+def _frozen_bytes(model: torch.nn.Module) -> int:
+    """What does not train takes."""
+    return _bytes(tensor for tensor in tensors_of(model) if not tensor.requires_grad)
+
+
+def _layers(model: LossModel) -> torch.nn.ModuleList:
+    """The decoder's layers."""
+    return model.model.get_base_model().get_decoder().layers
 
 
 def _trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -16,6 +16,7 @@ from medqa.errors import UserError
 from medqa.model.base import Base
 from medqa.model.execution import Change, Execution
 from medqa.model.precision import Precision
+from medqa.model.sharding import frozen_bytes, is_sharded
 
 
 def accumulation_steps(training: Training, num_processes: int) -> int:
@@ -102,6 +103,9 @@ def make_plan(
         ("parameters", f"{trainable:,} train of {total:,} ({100 * trainable / total:.2f} %)"),
         ("device", device_line(device, num_processes)),
     ]
+    if is_sharded(model):
+        here, frozen = frozen_bytes(model)
+        lines.append(("sharded", f"{here / 2**20:,.1f} of {frozen / 2**20:,.1f} MiB of frozen weights in each process"))
     lines += [("in effect", f"{key} = {used}, not {asked}: {why}") for key, (asked, used, why) in changes.items()]
     if experiment.data.afrimedqa != "none":
         lines.append(("licence", "AfriMed-QA is CC BY-NC-SA 4.0: the adapter is for non-commercial use"))

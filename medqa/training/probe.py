@@ -18,10 +18,13 @@ from medqa.data.tokens import Example
 from medqa.evaluation.loss import Evaluator
 from medqa.model.execution import Execution
 from medqa.model.loss import summed_loss
+from medqa.model.sharding import is_sharded
 from medqa.training.checkpoint import Moved, RunState
 from medqa.training.execution import enough_tokens
 from medqa.training.footprint import optimizer_bytes
 from medqa.training.memory import available_memory, peak_memory, release, reset_peak
+
+UNTRIED = 0.8  # of the tokens that the plan has room for, where they cannot be tried
 
 
 def choose_micro_batch(
@@ -53,7 +56,7 @@ def choose_micro_batch(
     if state.micro_batch_tokens is None:
         planned = execution.planned_tokens
         state.micro_batch_tokens = find_micro_batch_tokens(model, stream.examples, experiment, accelerator, planned)
-        how = "tried with the longest that can come"
+        how = "as planned" if is_sharded(model) else "tried with the longest that can come"
     say(f"without padding, micro-batches of at most {state.micro_batch_tokens:,} tokens: {how}")
 
 
@@ -84,7 +87,8 @@ def find_micro_batch_tokens(
     Args:
         model: a `LossModel` as Accelerate prepared it.
         examples: the training examples.
-        planned: on a CPU, where a process that takes too much memory is killed, the most to try.
+        planned: the most to try on a CPU, where a process that takes too much memory is killed; and what is taken,
+            untried, where weights are sharded: of a process without room the others would wait for their layers.
     """
     device = accelerator.device
     longest = max(examples, key=lambda example: len(example.input_ids))
@@ -92,6 +96,8 @@ def find_micro_batch_tokens(
     tokens = most_in_an_update(examples, experiment.training.global_batch_size)
     if device.type == "cpu" and planned is not None:
         tokens = min(tokens, enough_tokens(experiment, device.type), max(planned, shortest_try))
+    if is_sharded(model):
+        return min(tokens, max(int(UNTRIED * planned), shortest_try))
     was_training = model.training
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

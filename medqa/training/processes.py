@@ -13,10 +13,27 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from medqa.config import Experiment
 from medqa.errors import UserError
+from medqa.model.loss import LossModel
 from medqa.model.precision import Precision
+from medqa.model.sharding import keep_from_ddp, shard
 from medqa.training.wandb_run import wandb_wanted
 
 Result = TypeVar("Result")
+
+# How `accelerate launch` hands over an fsdp_config, the values that say what we do, and what to say of others.
+# What is not here has no meaning in version 2, or only for sharded checkpoints, and ours have nothing sharded in them.
+FSDP_VALUES = {
+    "FSDP_VERSION": (("2",), "only version 2 is supported: fsdp_version: 2"),
+    "FSDP_RESHARD_AFTER_FORWARD": (("true",), "a base that may be whole after forward needs no sharding"),
+    "FSDP_OFFLOAD_PARAMS": (("false",), "pieces are not kept in the host's memory"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": (("true",), "the base is always loaded once, by the first process"),
+    "FSDP_AUTO_WRAP_POLICY": (("TRANSFORMER_BASED_WRAP",), "each decoder layer is a group, and the rest is one"),
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": ((), "leave it out: each decoder layer is a group, and the rest is one"),
+    "FSDP_IGNORED_MODULES": ((), "leave it out: all frozen weights are sharded, and no others"),
+    "FSDP_SHARDING_STRATEGY": (("FULL_SHARD", "1"), "weights are shared out among all processes"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (("false",), "the experiment says it: model.gradient_checkpointing"),
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (("false",), "activations are not kept in the host's memory"),
+}
 
 
 def build_accelerator(experiment: Experiment, precision: Precision) -> Accelerator:
@@ -47,6 +64,57 @@ def build_accelerator(experiment: Experiment, precision: Precision) -> Accelerat
             "`accelerate launch --multi_gpu --num_processes N train.py ...`"
         )
     return accelerator
+
+
+def take_shards(experiment: Experiment) -> int:
+    """In how many pieces the frozen weights are held: one for each process where FSDP was launched, else 1 (whole).
+
+    The launcher's variables are taken out of the environment: Accelerate, which would itself shard on GPUs and, without
+    a word, not on CPUs, is to see processes for DDP, and transformers is to load as it always does.
+
+    Raises:
+        UserError: something is asked of FSDP that is not done here.
+    """
+    asked = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("FSDP_")}
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return 1
+    shards = int(os.environ.get("WORLD_SIZE", "1"))
+    asked.setdefault("FSDP_VERSION", "1")
+    problems = [
+        f"{name.lower()} = {asked[name]}: {why}; see launch/fsdp2.yaml"
+        for name, (right, why) in FSDP_VALUES.items()
+        if name in asked and asked[name].lower() not in [value.lower() for value in right]
+    ]
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        problems.append("parallelism_config: leave it out: weights are shared out among all processes")
+    if experiment.model.quantization != "none" and shards > 1:
+        problems.append(
+            f"model.quantization = {experiment.model.quantization}: 4-bit weights cannot be sharded; use "
+            "--set model.quantization=none, or launch without FSDP (launch/four_gpus.yaml)"
+        )
+    if problems:
+        raise UserError(*problems)
+    return shards
+
+
+def prepared(
+    accelerator: Accelerator, model: LossModel, optimizer: torch.optim.Optimizer, shards: int
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Model and optimizer as Accelerate prepares them for these processes; the frozen weights in pieces if so asked.
+
+    Args:
+        shards: as `take_shards` gives it.
+    """
+    if shards == 1:
+        return accelerator.prepare(model, optimizer)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(accelerator.device)
+    keep_from_ddp(model)
+    # Sharded under DDP, not before: Accelerate refuses to make DDP of a sharded model on GPUs, and moves others whole.
+    model_of_all, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])
+    shard(model, accelerator.device)
+    return model_of_all, optimizer
 
 
 def is_first_process() -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from medqa.config import Experiment
 from medqa.data.report import write_json
@@ -83,8 +84,15 @@ def start_run(
     The main process does, the others wait. The leg is noted in `state` too.
 
     Raises:
-        UserError: it cannot be written, or another run is on in it.
+        UserError: it cannot be written, another run is on in it, or not all processes see the same checkpoint there.
     """
+    steps = gather_object([state.step]) if accelerator.num_processes > 1 else [state.step]
+    if len(set(steps)) > 1:  # each would train adapters of its own, and average their gradients
+        seen = ", ".join(map(str, sorted(set(steps))))
+        raise UserError(
+            f"{output_dir}: not all processes see the same checkpoint there (of updates {seen}); on several machines "
+            "give an --output-dir on a file system that they share"
+        )
     leg = on_main(accelerator, lambda: _note_leg(output_dir, fresh, found, state, lock))
     state.run_id, state.resumes = leg.run_id, leg.resumes
     return leg

@@ -17,6 +17,7 @@ from medqa.model.precision import Precision
 from medqa.training.checkpoint import Fingerprints, Found, Identity, Moved, RunState, Trained, load_checkpoint
 from medqa.training.checkpoint_files import checkpoints
 from medqa.training.environment import changes, environment
+from medqa.training.processes import on_main
 from medqa.yaml_core import load_yaml
 
 # These may lie elsewhere than before: their fingerprints say whether they are the same.
@@ -42,7 +43,8 @@ def identify(
         fingerprints=Fingerprints(
             data=splits.fingerprint,
             tokenizer=ids_fingerprint(examples, tokenizer),
-            base=base_fingerprint(experiment.model.base),
+            # Of a sharded base only the first process needs the files.
+            base=on_main(accelerator, lambda: base_fingerprint(experiment.model.base)),
         ),
         environment=environment(accelerator, precision, execution, base),
     )
