@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 from launching import LAUNCH, QUIET, ROOT
 
 ADDRESSES = {"alpha": "10.77.0.1", "beta": "10.77.0.2"}
@@ -37,6 +38,7 @@ class Hosts:
         self._started: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> "Hosts":
+        _clear_away()
         switch = f"{self._mark}-switch"
         try:
             _ip("netns", "add", switch)
@@ -61,16 +63,11 @@ class Hosts:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         for name in (*ADDRESSES, "switch"):
-            host = f"{self._mark}-{name}"
-            for pid in self.processes(name):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            subprocess.run(["ip", "netns", "delete", host], capture_output=True)
+            _remove(f"{self._mark}-{name}")
 
     def processes(self, name: str) -> list[int]:
         """Those that run on a host."""
-        found = subprocess.run(["ip", "netns", "pids", f"{self._mark}-{name}"], capture_output=True, text=True)
-        return [int(pid) for pid in found.stdout.split()]
+        return _processes(f"{self._mark}-{name}")
 
     def cut_off(self, name: str) -> None:
         """Take the host's cable out of the switch: its own link stays up, and all that is sent vanishes."""
@@ -97,6 +94,29 @@ class Hosts:
         )  # fmt: skip
         command = [*LAUNCH, *together, "train.py", "--cpu", *words]
         return self.start(list(ADDRESSES)[rank], log, command, ACCELERATE_USE_CPU="true")
+
+
+def _processes(namespace: str) -> list[int]:
+    """Those that run in a namespace."""
+    found = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def _remove(namespace: str) -> None:
+    """End what runs in it, and remove it, if it is there."""
+    for pid in _processes(namespace):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    subprocess.run(["ip", "netns", "delete", namespace], capture_output=True)
+
+
+def _clear_away() -> None:
+    """What tests left that were killed: namespaces whose maker, by the number in their name, is gone."""
+    found = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    for line in found.splitlines():
+        mark, number, *_ = [*line.split()[0].split("-"), "", ""]
+        if mark == "medqa" and number.isdigit() and not psutil.pid_exists(int(number)):
+            _remove(line.split()[0])
 
 
 def _ip(*words: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 
 import psutil
@@ -43,7 +44,7 @@ def ended(process, log):
     """The exit code, or what was printed if it does not end."""
     try:
         return process.wait(SECONDS)
-    except TimeoutError:
+    except subprocess.TimeoutExpired:
         raise AssertionError(log.read_text()) from None
 
 
