@@ -20,7 +20,7 @@ COMMANDS = {
     "srun": 'echo "$*" >> "$FAKE/srun"; while [[ $1 == --* ]]; do shift; done\n'
     'export SLURM_NODEID=0; echo $$ > "$FAKE/step"; exec "$@"',
     "scontrol": 'if [ "$1" = requeue ]; then echo "$2" >> "$FAKE/requeued"; exit "${REFUSED:-0}"; fi\n'
-    '[ "$1 $2" = "show hostnames" ] && printf "127.0.0.1\\nother\\n"',
+    'if [ "$1 $2" = "show job" ]; then echo "PreemptTime=${PREEMPTED:-None}"; else printf "127.0.0.1\\nother\\n"; fi',
     "scancel": '[ "$*" = "--signal=TERM 77" ] && kill -TERM "$(cat "$FAKE/step")"',
 }
 # A trainer that ends as it is told: one line an attempt, "words for the file, exit code".
@@ -90,7 +90,7 @@ ENDINGS = {
     "killed at once": (["- 137"], 1, False, "exit code 137"),
     "busy, then not": (["busy 2", "busy 2", "saved,complete 0"], 0, False, "(2 of 30)"),
     "busy for good": (["busy 2"] * 31, 1, False, "it would end the same way again"),
-    "someone's SIGTERM": (["saved,signal 143"], 143, False, "not by the time limit"),
+    "someone's SIGTERM": (["saved,signal 143"], 143, False, "neither by the time limit"),
 }
 
 
@@ -121,19 +121,26 @@ while true; do sleep 0.05; done
 
 
 @pytest.mark.parametrize(
-    ("number", "to_step", "code", "requeued"),
-    [(signal.SIGUSR1, False, 0, ["77"]), (signal.SIGTERM, True, 143, [])],
-    ids=["the time limit is near", "scancel or preemption"],
+    ("to_script", "to_step", "preempted", "code", "requeued"),
+    [
+        (signal.SIGUSR1, None, "None", 0, ["77"]),
+        (signal.SIGTERM, signal.SIGTERM, "None", 143, []),
+        (None, signal.SIGTERM, "None", 143, []),
+        (signal.SIGTERM, signal.SIGTERM, "2026-11-25T07:16:50", 0, ["77"]),
+        (None, signal.SIGTERM, "2026-11-25T07:16:50", 0, ["77"]),
+    ],
+    ids=["the time limit is near", "scancel", "scancel --signal", "preempted, both told", "preempted, the step told"],
 )
-def test_signals_wait_for_the_checkpoint(slurm, number, to_step, code, requeued):
+def test_signals_wait_for_the_checkpoint(slurm, to_script, to_step, preempted, code, requeued):
     slurm.write("python", SLOW_TRAINER)
-    process = slurm.start()
+    process = slurm.start(PREEMPTED=preempted)
     deadline = time.monotonic() + SECONDS
     while not (slurm.place / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(number)
-    if to_step:  # Slurm sends it to both
-        os.kill(int(slurm.lines("step")[0]), number)
+    if to_script:
+        process.send_signal(to_script)
+    if to_step:
+        os.kill(int(slurm.lines("step")[0]), to_step)
     told = process.communicate(timeout=SECONDS)[1]
     assert (process.returncode, slurm.lines("requeued")) == (code, requeued), told
 
@@ -203,7 +210,7 @@ def test_the_first_process_says_how_it_ended(error, word, tmp_path, monkeypatch,
 
 
 WORDS = (
-    "--exp", "exp_001", "--tiny", "--cpu", "--set", "training.max_steps=200", "evaluation.steps=100",
+    "--exp", "exp_001", "--tiny", "--cpu", "--set", "training.max_steps=60", "evaluation.steps=100",
     "evaluation.rows=8", "training.save_steps=500", "training.log_steps=1", "training.global_batch_size=8",
     "tracking.wandb=disabled",
 )  # fmt: skip
@@ -231,8 +238,8 @@ def test_a_real_run_goes_on_until_it_is_complete(slurm, tmp_path, cards):
     assert summary(place)["resumes"] == 1
     assert summary(place)["processes"] == int(cards)
     steps = [r["step"] for r in metrics(place) if r["split"] == "train"]
-    assert steps == list(range(1, 201))
-    assert 3 <= int(saved.name.split("-")[1]) < 200
+    assert steps == list(range(1, 61))
+    assert 3 <= int(saved.name.split("-")[1]) < 60
     files = {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
     code, told = slurm.run(*words, **more)
     assert (code, slurm.lines("requeued")) == (0, ["77"]), told
