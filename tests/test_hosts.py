@@ -14,6 +14,7 @@ from launching import PYTHON, SECONDS, Group, finish, metrics, output, summary, 
 from medqa.errors import Busy, UserError
 from medqa.training.checkpoint import newest_whole
 from medqa.training.lock import LOCK_FILE, RunLock, this_process
+from medqa.training.tracking import MetricsFile, Tracker
 
 UPDATES = 30
 WORDS = (
@@ -112,6 +113,14 @@ def test_who_takes_a_directory_last_has_it(tmp_path):
         with pytest.raises(UserError, match=r"another run \(process 5 on beta\) has taken it over") as refused:
             ours.check()
         assert not isinstance(refused.value, Busy)  # to wait for it would not help
+        metrics_file = tmp_path / "metrics.jsonl"
+        metrics_file.write_text("")
+        tracker = Tracker(True, MetricsFile(metrics_file), check=ours.check)
+        record = {"step": 1, "split": "train"}
+        for write in (lambda: tracker.log(record), tracker.flush, lambda: tracker.saved(1, 0.5)):
+            with pytest.raises(UserError, match="taken it over"):
+                write()
+        assert metrics_file.read_text() == ""
         (tmp_path / LOCK_FILE).write_text("")  # as it is while the other writes its name: known the next time
         ours.check()
         (tmp_path / LOCK_FILE).unlink()

@@ -13,6 +13,7 @@ from launching import QUIET, ROOT, SECONDS, metrics, summary
 
 from medqa import errors
 from medqa.errors import Busy, Interrupted, ProcessStopped, StoppedInTime, TrainingStopped, UserError, exit_code
+from medqa.training.run_dir import note_saved
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 COMMANDS = {
@@ -207,6 +208,14 @@ def test_the_first_process_says_how_it_ended(error, word, tmp_path, monkeypatch,
     assert "not/there: No such file or directory" in capsys.readouterr().err
     monkeypatch.delenv(errors.ENDING)
     assert exit_code(body) == before
+
+
+def test_each_checkpoint_is_noted(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(errors.ENDING, str(tmp_path / "ending"))
+    for _ in range(2):
+        note_saved(tmp_path)
+    assert (tmp_path / "ending").read_text() == "saved\nsaved\n"
 
 
 WORDS = (
