@@ -112,7 +112,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
 
     state = go_on(found, trained, identity) if found else RunState()
     leg = start_run(output_dir, options.fresh, found, state, lock, accelerator)  # from here on files are written
-    tracker = Tracker(accelerator.is_main_process, MetricsFile(output_dir / "metrics.jsonl"))
+    tracker = Tracker(accelerator.is_main_process, MetricsFile(output_dir / "metrics.jsonl"), check=lock.check)
     spent = tracker.resume(state.step if state.baseline else -1, state.step if state.stopped_early else updates)
     state.peak_memory = max(state.peak_memory, spent.peak_memory)
     clock = functools.partial(elapsed, max(state.elapsed_s, spent.elapsed_s) - started)

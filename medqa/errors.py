@@ -1,6 +1,10 @@
 """The ways a run ends early on purpose, and the exit code each one has.
 
-Everything else that escapes is a defect of ours: it keeps its traceback and exits with 1.
+Everything else that escapes is a defect of ours: it keeps its traceback and exits with 1. A launcher makes 1 of every
+code; so the first process also adds one word, a line, to the file that `$MEDQA_ENDING` names, where that is set:
+`complete`, `in-time` (`--stop-after`), `signal`, `mistake` (the user's), `busy` (another run is on in the directory),
+`stopped` (training stopped itself) or `lost` (another process died or did not answer); and before that `saved` for
+every checkpoint. `launch/slurm.sbatch` reads it.
 """
 
 import contextlib
@@ -22,6 +26,7 @@ LOST = (
     "another process of this run has died or has not answered for training.process_timeout_s; stopped, the newest "
     "checkpoint stands, and the same command goes on from it"
 )
+ENDING = "MEDQA_ENDING"
 LAUNCHER_DIED = signal.SIGUSR1  # asked of the kernel in `training/interrupts.py`
 EXIT_USER_ERROR = 2
 EXIT_TRAINING_STOPPED = 3
@@ -36,6 +41,10 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return listed(self.args)
+
+
+class Busy(UserError):
+    """Another run is on in the output directory; it may end by itself."""
 
 
 class TrainingStopped(Exception):
@@ -64,30 +73,32 @@ def exit_code(body: Callable[[], None]) -> int:
     try:
         body()
     except UserError as error:
-        return _say(f"error: {error}", EXIT_USER_ERROR)
+        return _say(f"error: {error}", EXIT_USER_ERROR, "busy" if isinstance(error, Busy) else "mistake")
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
         where = error.filename or "the output directory"
-        return _say(f"error: {where}: {error.strerror}; free space, then start again", EXIT_USER_ERROR)
+        return _say(f"error: {where}: {error.strerror}; free space, then start again", EXIT_USER_ERROR, "mistake")
     except torch.OutOfMemoryError as error:
         advice = (
             "lower training.per_device_batch_size (training.micro_batch_tokens without padding) or "
             "tokenization.max_length, or use model.quantization=4bit"
         )
-        return _say(f"training stopped: {str(error).splitlines()[0]}; {advice}", EXIT_TRAINING_STOPPED)
+        return _say(f"training stopped: {str(error).splitlines()[0]}; {advice}", EXIT_TRAINING_STOPPED, "stopped")
     except ProcessStopped as error:
-        return _say_alone(f"training stopped: {error}", EXIT_TRAINING_STOPPED)
+        return _say_alone(f"training stopped: {error}", EXIT_TRAINING_STOPPED, "stopped")
     except RuntimeError as error:
         if not _lost_a_process(error):
             raise
-        return _say_alone(f"{LOST}: {str(error).splitlines()[0]}", EXIT_TRAINING_STOPPED)
+        return _say_alone(f"{LOST}: {str(error).splitlines()[0]}", EXIT_TRAINING_STOPPED, "lost")
     except TrainingStopped as error:
-        return _say(f"training stopped: {error}", EXIT_TRAINING_STOPPED)
+        return _say(f"training stopped: {error}", EXIT_TRAINING_STOPPED, "stopped")
     except StoppedInTime as error:
-        return _say(f"{error}; the same command goes on from the newest checkpoint", 0)
+        return _say(f"{error}; the same command goes on from the newest checkpoint", 0, "in-time")
     except Interrupted as error:
-        return _say(f"stopped by {error}; the same command goes on from the newest checkpoint", 128 + error.signum)
+        message = f"stopped by {error}; the same command goes on from the newest checkpoint"
+        return _say(message, 128 + error.signum, "signal")
+    note("complete")
     return 0
 
 
@@ -120,17 +131,30 @@ def _lost_a_process(error: RuntimeError) -> bool:
     return several and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error))
 
 
-def _say(message: str, code: int) -> int:
-    """Print once, whatever the number of processes, and hand the code through."""
+def _say(message: str, code: int, ending: str) -> int:
+    """Print once, whatever the number of processes, note the ending, and hand the code through."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
+    note(ending)
     return code
 
 
-def _say_alone(message: str, code: int) -> int:
-    """Print what this process alone knows, and hand the code through."""
+def _say_alone(message: str, code: int, ending: str) -> int:
+    """Print what this process alone knows, note the ending, and hand the code through."""
     print(f"process {os.environ.get('RANK', '0')}: {message}", file=sys.stderr, flush=True)
+    note(ending)
     return code
+
+
+def note(word: str) -> None:
+    """Add the word to the file that is named for it; one that cannot be written is said, and changes nothing else."""
+    path = os.environ.get(ENDING)
+    if path and os.environ.get("RANK", "0") == "0":
+        try:
+            with Path(path).open("a", encoding="utf-8") as file:
+                file.write(word + "\n")
+        except OSError as error:
+            print(f"${ENDING}={path}: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def together(*steps: Callable[[], Any]) -> list[Any]:

@@ -1,8 +1,10 @@
 """From Kaggle and the Hugging Face Hub to records. Asked for only what is not on this machine, and not for long."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medqa.data.file_lock import alone_in
 from medqa.data.readers import Record, Table, first_line, matching_columns, read_file
 from medqa.errors import UserError
 from medqa.hub import CONNECT_SECONDS, connects, hub_reachable
@@ -31,7 +33,7 @@ def read_kaggle(handle: str, wanted: frozenset[str], option: str) -> Table:
     refusals = (exceptions.BackendError, exceptions.CredentialError, exceptions.NotFoundError)
     refusals += (exceptions.DataCorruptionError, exceptions.UnauthenticatedError)
     try:
-        folder = Path(kagglehub.dataset_download(pinned or handle))
+        folder = Path(kagglehub.dataset_download(pinned) if pinned else _download(handle))
     except (OSError, ValueError, *refusals) as error:  # requests' errors are OSErrors; ValueError: handle or archive
         why = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"kaggle:{handle}: {why}. {_elsewhere(option)}") from error
@@ -40,6 +42,22 @@ def read_kaggle(handle: str, wanted: frozenset[str], option: str) -> Table:
         found = ", ".join(path.name for path in files) or "none"
         raise UserError(f"kaggle:{handle}: one CSV file expected, found {found} in {folder}; give one with {option}")
     return read_file(files[0], wanted)
+
+
+def _download(handle: str) -> str:
+    """The folder of the newest version, fetched unless another process does so first.
+
+    kagglehub lets all that start at once write, unpack and remove one and the same archive; all but one fail, or read
+    what is half there.
+    """
+    import kagglehub
+    from kagglehub.config import get_cache_folder
+
+    folder = Path(get_cache_folder())
+    with contextlib.suppress(OSError):  # kagglehub will say so
+        folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        return kagglehub.dataset_download(_cached_version(handle) or handle)
 
 
 def _cached_version(handle: str) -> str | None:

@@ -1,25 +1,30 @@
 """Token ids kept on disk between runs, by what they are made of: the texts, the tokenizer, the settings.
 
 In `$MEDQA_CACHE/tokens` (`~/.cache/medqa` where that is not set). A file that is damaged, or that cannot be written, is
-as if it were not there. Several processes and runs may share the folder: files are written beside their place and moved
-into it. Only numbers are read.
+as if it were not there. Several processes, runs and hosts may share the folder, and none waits for another: each writes
+beside the place, under a name of its own, and moves the whole file there. Only numbers are read.
 """
 
 import contextlib
 import hashlib
+import json
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 Arrays = dict[str, np.ndarray]
 
 KEPT_FILES = 30  # the least recently used of more than so many are removed
 CHECKSUM = "sha256"
+BEGUN = "tmp"  # how the name of a folder begins in which a file is being written
+ABANDONED_S = 86_400  # whoever began it that long ago was killed
 
 
 def cached(key: str, make: Callable[[], Arrays]) -> Arrays:
@@ -38,12 +43,18 @@ def folder() -> Path:
 
 
 def _read(path: Path) -> Arrays | None:
-    """A file's arrays; None where it is not there or not whole."""
+    """A file's arrays; None where it is not there or not whole.
+
+    Read and not mapped: a mapped file that another host removes takes the process with it on a network mount.
+    """
     try:
-        with safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            whole = (file.metadata() or {}).get(CHECKSUM) == _checksum(arrays)
-    except (OSError, SafetensorError):
+        if not path.is_file():
+            return None
+        content = path.read_bytes()
+        arrays = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # as safetensors lays it out
+        whole = header.get("__metadata__", {}).get(CHECKSUM) == _checksum(arrays)
+    except (OSError, SafetensorError, ValueError):
         return None
     with contextlib.suppress(OSError):  # another user's
         os.utime(path)  # used now
@@ -52,17 +63,24 @@ def _read(path: Path) -> Arrays | None:
 
 def _write(path: Path, arrays: Arrays) -> None:
     """Keep the arrays; where there is no room or no permission, do without."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as beside:
-            unfinished = Path(beside, path.name)
-            unfinished.write_bytes(save(arrays, metadata={CHECKSUM: _checksum(arrays)}))
-            os.replace(unfinished, path)
+    put(path, save(arrays, metadata={CHECKSUM: _checksum(arrays)}))
+    with contextlib.suppress(OSError):  # another process removes some too
         files = sorted(path.parent.glob("*.safetensors"), key=lambda each: each.stat().st_mtime)
         for old in files[:-KEPT_FILES]:
             old.unlink(missing_ok=True)
-    except OSError:
-        return
+
+
+def put(path: Path, content: bytes) -> None:
+    """A file of a cache that several share: whole or not there; where there is no room or no permission, not there."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=BEGUN, dir=path.parent) as beside:
+            unfinished = Path(beside, path.name)
+            unfinished.write_bytes(content)
+            os.replace(unfinished, path)
+        for begun in path.parent.glob(BEGUN + "*"):
+            if time.time() - begun.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(begun, ignore_errors=True)
 
 
 def _checksum(arrays: Arrays) -> str:

@@ -1,17 +1,15 @@
 """What the untuned model gives, kept on disk: the same for every run on that base model and data, so computed once.
 
 In `$MEDQA_CACHE/baselines` (`~/.cache/medqa` where that is not set), as JSON with a checksum, by what it is made of. A
-file that is damaged, or that cannot be written, is as if it were not there.
+file that is damaged, or that cannot be written, is as if it were not there. Shared as the token ids are.
 """
 
-import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from medqa.data import token_cache
-from medqa.data.report import write_json
 from medqa.training.manifest import checksum
 
 LONGEST = 500_000_000  # bytes; one that is longer is not ours
@@ -25,10 +23,9 @@ def find(what: Any) -> Any:
 
 def keep(what: Any, value: Any) -> None:
     """Keep a JSON value; where there is no room or no permission, do without."""
-    with contextlib.suppress(OSError):
-        folder().mkdir(parents=True, exist_ok=True)
-        found = {"value": value}
-        write_json({**found, "checksum": checksum(found)}, _path(what))
+    found = {"value": value}
+    content = json.dumps({**found, "checksum": checksum(found)}, ensure_ascii=False, allow_nan=False)
+    token_cache.put(_path(what), content.encode())
 
 
 def folder() -> Path:

@@ -1,16 +1,14 @@
 """`python -m medqa evaluate RUN`: how good is a run's adapter really, on held-out rows, beside the untuned base."""
 
-import contextlib
-import fcntl
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from medqa.config import Tracking
+from medqa.data.file_lock import alone_in
 from medqa.data.report import write_json
 from medqa.errors import UserError
 from medqa.model.precision import resolve_precision
@@ -19,7 +17,6 @@ from medqa.results.bench import Bench
 from medqa.results.held_out import load_held_out
 from medqa.results.tasks import measure_choices, measure_generation, measure_loss, measure_probes
 from medqa.training.environment import versions
-from medqa.training.lock import NO_FLOCK
 from medqa.training.processes import build_accelerator
 
 EVALUATION = "evaluation.json"
@@ -86,7 +83,7 @@ def write_evaluation(found: Mapping[str, Any], run: Path) -> bool:
         OSError: it cannot be written.
     """
     path = run / EVALUATION
-    with _alone_in(run):
+    with alone_in(run):
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             same = all(before[key] == found[key] for key in SAME_ADAPTER)
@@ -98,21 +95,6 @@ def write_evaluation(found: Mapping[str, Any], run: Path) -> bool:
             tasks = found["tasks"]
         write_json({**found, "tasks": tasks}, path)
     return True
-
-
-@contextlib.contextmanager
-def _alone_in(run: Path) -> Iterator[None]:
-    """One process at a time, where the file system has locks."""
-    descriptor = os.open(run, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_FLOCK:
-                raise
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def chosen_tasks(words: str) -> list[str]:

@@ -3,9 +3,15 @@
 The lock is the kernel's (`flock`), which a dead process does not hold, whatever killed it. Where the file system has
 none (some network mounts), what the file says decides: a process of this host, since this boot, that still lives. A
 lock left by a machine that is gone holds nobody up.
+
+The hard case is a host that is cut off and alive, on a file system where a lock holds on one host alone, or is taken
+from a host that does not answer (NFS does both). Another host then gets the lock. Whoever takes it writes its name into
+the file, and each writer looks there before it writes (`check`): the older one finds another's name, and stops without
+writing. So the last to take a directory has it. What the older one was just writing is whole or absent, and of the same
+run; where the lock holds on all hosts, it is not even that, for the newer one is refused until the older one has ended
+(a process of several that gets no answer does, within `training.process_timeout_s`).
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -16,12 +22,12 @@ from typing import Any
 
 import psutil
 
-from medqa.errors import UserError
+from medqa.data.file_lock import NO_FLOCK
+from medqa.errors import Busy, UserError
 from medqa.training.processes import is_first_process
 
 LOCK_FILE = "run.lock"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 class RunLock:
@@ -30,6 +36,7 @@ class RunLock:
     def __init__(self, output_dir: Path) -> None:
         self._output_dir = output_dir
         self._file: int | None = None
+        self._mine: dict[str, Any] | None = None  # what the file says from when this run has written there
 
     def __enter__(self) -> "RunLock":
         return self
@@ -37,7 +44,7 @@ class RunLock:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._file is not None:
             os.close(self._file)
-            self._file = None
+            self._file = self._mine = None
 
     def take_if_there(self) -> None:
         """Take the lock of a directory that a run has been in, as the first process of this one; nothing is written.
@@ -57,9 +64,33 @@ class RunLock:
         """
         if self._file is None:
             self._take()
-        text = json.dumps(this_process()).encode()
+        self._mine = this_process()
+        text = json.dumps(self._mine).encode()
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, text, 0)
+        os.fsync(self._file)  # for the other hosts of a network mount to see
+
+    def check(self) -> None:
+        """See that nobody else has taken the directory since; to be asked before each write.
+
+        Raises:
+            UserError: another run has.
+        """
+        if self._mine is None:
+            return
+        try:  # by its name: a network mount then asks the server who is in it now
+            descriptor = os.open(self._output_dir / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return  # removed by hand: nobody has taken it
+        try:
+            holder = _holder(descriptor)
+        finally:
+            os.close(descriptor)
+        if holder is not None and holder != self._mine:
+            raise UserError(
+                f"--output-dir {self._output_dir}: another run (process {holder['pid']} on {holder['host']}) has taken "
+                "it over while this one got no answer or had lost its lock; this one has stopped and leaves it alone"
+            )
 
     def _take(self) -> None:
         """Open and lock the file."""
@@ -72,7 +103,7 @@ class RunLock:
             if error.errno not in NO_FLOCK or lives(holder):
                 os.close(descriptor)
                 who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-                raise UserError(
+                raise Busy(
                     f"--output-dir {self._output_dir}: another run is on in it ({who}); wait for it or stop "
                     "it, or choose another directory"
                 ) from error

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 
 from medqa.config import Experiment
 from medqa.data.report import write_json
-from medqa.errors import UserError
+from medqa.errors import UserError, note
 from medqa.length import is_complete
 from medqa.training.checkpoint import Found, RunState, newest_whole
 from medqa.training.checkpoint_files import (
@@ -124,7 +124,8 @@ def read_leg(output_dir: Path) -> Leg | None:
 
 
 def note_saved(output_dir: Path) -> None:
-    """Note, once, that there is a checkpoint now."""
+    """Note, once, that there is a checkpoint now; each time for who started the run."""
+    note("saved")
     leg = read_leg(output_dir)
     if leg is not None and not leg.saved:
         write_json(asdict(replace(leg, saved=True)), output_dir / RUN_FILE)

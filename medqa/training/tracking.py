@@ -3,7 +3,7 @@
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,11 +114,22 @@ def read_metrics(path: Path) -> Iterator[Record]:
 
 
 class Tracker:
-    """Takes records on the main process and passes them on; does nothing on the others."""
+    """Takes records on the main process and passes them on; does nothing on the others.
 
-    def __init__(self, is_main_process: bool, metrics: MetricsFile, feed: WandbFeed | None = None) -> None:
+    Args:
+        check: asked before each write; raises where the directory is no longer this run's.
+    """
+
+    def __init__(
+        self,
+        is_main_process: bool,
+        metrics: MetricsFile,
+        feed: WandbFeed | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self._is_main_process = is_main_process
         self._metrics = metrics
+        self._check = check
         self.feed = feed
 
     def resume(self, step: int, max_steps: int) -> Spent:
@@ -134,18 +145,23 @@ class Tracker:
     def flush(self) -> None:
         """As `MetricsFile.flush`."""
         if self._is_main_process:
+            self._check()
             self._metrics.flush()
 
     def log(self, record: Record) -> None:
         """Record one step of one split: into the file, then to W&B where there is a run."""
         if self._is_main_process:
+            self._check()
             self._metrics.append(record)
             if self.feed is not None:
                 self.feed.log(wandb_names(record), record["step"])
 
     def saved(self, step: int, save_s: float) -> None:
         """Record how long the checkpoint of `step` held up training, in seconds, if the update itself is recorded."""
-        if self._is_main_process and self._metrics.amend_train(step, save_s=save_s) and self.feed is not None:
+        if not self._is_main_process:
+            return
+        self._check()
+        if self._metrics.amend_train(step, save_s=save_s) and self.feed is not None:
             self.feed.log({PERFORMANCE_NAMES["save_s"]: save_s, GLOBAL_STEP: step}, step)
 
 
