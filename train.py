@@ -82,6 +82,8 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     accumulation = accumulation_steps(training, accelerator.num_processes)
     if not options.fresh and (summary := finished(output_dir, experiment)):
         console.print(f"{output_dir} is complete already")
+        if accelerator.is_main_process:
+            copies.start(training.keep_checkpoints, options.fresh, say)  # what was not copied when it ended
         return show_result(console, summary)
 
     with accelerator.main_process_first():  # so that what is fetched is fetched once
