@@ -38,6 +38,7 @@ from medqa.training.run_dir import check_run_dir, find_checkpoint, finished, not
 from medqa.training.same_run import go_on, identify, told_of
 from medqa.training.scheduler import build_scheduler
 from medqa.training.tracking import MetricsFile, Tracker
+from medqa.training.trial import tell_trial
 from medqa.training.wandb_feed import WandbFeed
 from medqa.training.wandb_run import log_adapter, log_samples, start_wandb
 
@@ -79,6 +80,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     accumulation = accumulation_steps(training, accelerator.num_processes)
     if not options.fresh and (summary := finished(output_dir, experiment)):
         console.print(f"{output_dir} is complete already")
+        tell_trial(accelerator, experiment, output_dir, say)
         return show_result(console, summary)
 
     with accelerator.main_process_first():  # so that what is fetched is fetched once
@@ -124,7 +126,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     show_plan(console, f"{name} in {output_dir}", plan)
     console.print(start_wandb(accelerator, experiment, output_dir, leg.run_id, changes))
     feed = WandbFeed(accelerator, say)
-    tracker.begin_feed(feed, leg.run_id)
+    tracker.begin_feed(feed)
     phases.done("start")
 
     choose_micro_batch(state, execution, model, stream, experiment, accelerator, say)
