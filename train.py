@@ -40,6 +40,7 @@ from medqa.training.run_dir import check_run_dir, find_checkpoint, finished, not
 from medqa.training.same_run import go_on, identify, told_of
 from medqa.training.scheduler import build_scheduler
 from medqa.training.tracking import MetricsFile, Tracker
+from medqa.training.trial import tell_trial
 from medqa.training.wandb_feed import WandbFeed
 from medqa.training.wandb_run import log_adapter, log_samples, sampled_rows, start_wandb
 
@@ -84,6 +85,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
         console.print(f"{output_dir} is complete already")
         if accelerator.is_main_process:
             copies.start(training.keep_checkpoints, options.fresh, say)  # what was not copied when it ended
+        tell_trial(accelerator, experiment, output_dir, say)
         return show_result(console, summary)
 
     with accelerator.main_process_first():  # so that what is fetched is fetched once
@@ -130,7 +132,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     show_plan(console, f"{name} in {output_dir}", plan)
     console.print(start_wandb(accelerator, experiment, output_dir, leg.run_id, changes))
     feed = WandbFeed(accelerator, say)
-    tracker.begin_feed(feed, leg.run_id)
+    tracker.begin_feed(feed)
     phases.done("start")
 
     choose_micro_batch(state, execution, model, stream, experiment, accelerator, say)
@@ -179,15 +181,11 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
 
     if on_main(accelerator, lambda: deadline.within(3 * state.evaluation_s)):  # validation, test, and a margin
         raise StoppedInTime(f"stopped in time after update {state.step}, the last, before the closing evaluation")
-    places = [output_dir] if options.persist_to is None else [output_dir, options.persist_to]
-    ending = close_run(evaluator, examples, subset, adapted, state, experiment, places, tracker, clock, say)
+    ending = close_run(evaluator, examples, subset, adapted, state, experiment, copies.places, tracker, clock, say)
     if accelerator.is_main_process:
-        summary = make_summary(
-            name, experiment, state, ending, adapted, accelerator, leg, identity, phases.seconds, clock()
-        )
+        summary = make_summary(name, experiment, state, ending, adapted, accelerator, leg, identity, phases, clock())
         adapter_dir = save_final_adapter(output_dir, adapted, tokenizer, summary, experiment)
-        samples = sampled_rows(validation, experiment)
-        if accelerator.trackers and samples and execution.shards == 1:
+        if accelerator.trackers and execution.shards == 1 and (samples := sampled_rows(validation, experiment)):
             answers = sample_answers(adapted, tokenizer, samples, ending.adapter_step)
             feed.attempt(lambda: log_samples(accelerator, answers, feed.first), asks=True)
         feed.attempt(lambda: log_adapter(accelerator, experiment.tracking, adapter_dir, leg.run_id), asks=True)

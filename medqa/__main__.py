@@ -71,6 +71,17 @@ def compare(options: argparse.Namespace) -> None:
     compare_directories(options.runs, options.out, force=options.force, numbers=options.json)
 
 
+def dashboard(options: argparse.Namespace) -> None:
+    """The `dashboard` command.
+
+    Raises:
+        UserError: as `results.dashboard.make_dashboard` says.
+    """
+    from medqa.results.dashboard import make_dashboard
+
+    make_dashboard(options.project, options.entity, options.name, options.json, print)
+
+
 def verify_resume(options: argparse.Namespace) -> None:
     """The `verify-resume` command: exit code 0 only if everything is equal.
 
@@ -201,6 +212,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "ask": ask,
     "compare": compare,
+    "dashboard": dashboard,
     "export": export,
     "verify-resume": verify_resume,
 }

@@ -12,7 +12,7 @@ def command_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     parser = argparse.ArgumentParser(prog="python -m medqa", description="What is done before and after a run.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_plan, _evaluate, _ask, _compare, _export, _verify_resume):
+    for add in (_plan, _evaluate, _ask, _compare, _dashboard, _export, _verify_resume):
         add(commands)
     return parser
 
@@ -83,6 +83,20 @@ def _compare(commands: Commands) -> None:
     parser.add_argument("--out", type=Path, default=Path("compare.html"), metavar="FILE", help="default: compare.html")
     parser.add_argument("--force", action="store_true", help="replace a file that this command did not write")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON instead of tables")
+
+
+def _dashboard(commands: Commands) -> None:
+    """`dashboard`."""
+    parser = commands.add_parser(
+        "dashboard",
+        help="a workspace on W&B with what runs log: loss, by source, speed and memory, samples",
+        description="Creates a workspace in a W&B project, each time a new one, and prints its address.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--project", metavar="NAME", help="default: WANDB_PROJECT, or medqa")
+    parser.add_argument("--entity", metavar="NAME", help="user or team; default: WANDB_ENTITY, or the account's own")
+    parser.add_argument("--name", metavar="NAME", help="what the workspace is called")
+    parser.add_argument("--json", action="store_true", help="print what would be created, without a network")
 
 
 def _verify_resume(commands: Commands) -> None:

@@ -106,16 +106,31 @@ def find_experiment(name: str) -> Path:
     Raises:
         UserError: there is none; lists the known names.
     """
-    known = sorted(p.stem for p in EXPERIMENTS_DIR.glob("*.yaml"))
+    known = sorted(p.stem for p in EXPERIMENTS_DIR.glob("*.yaml") if not is_sweep(p))
     if name.endswith((".yaml", ".yml")) or "/" in name:
-        path = os.path.expanduser(name)  # with isfile it never raises, unlike pathlib's: too long, no such user
-        if not os.path.isfile(path):
+        given = os.path.expanduser(name)  # with isfile it never raises, unlike pathlib's: too long, no such user
+        if not os.path.isfile(given):
             raise UserError(f"--exp {name}: no such file; known experiments: {', '.join(known)}")
-        return Path(path)
-    path = EXPERIMENTS_DIR / f"{name}.yaml"
-    if name not in known:
-        raise UserError(f"--exp {name}: no such experiment; known: {', '.join(known)} (or the path of a YAML file)")
+        path = Path(given)
+    else:
+        path = EXPERIMENTS_DIR / f"{name}.yaml"
+        if name not in known and not is_sweep(path):
+            listed = ", ".join(known)
+            raise UserError(f"--exp {name}: no such experiment; known: {listed} (or the path of a YAML file)")
+    if is_sweep(path):
+        raise UserError(
+            f"--exp {name}: a W&B sweep, not an experiment: `wandb sweep {os.path.relpath(path)}` makes it, and "
+            f"says how its trials are started; known experiments: {', '.join(known)}"
+        )
     return path
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a file is the configuration of a W&B sweep, which no experiment can be taken for."""
+    try:
+        return path.is_file() and re.search(r"^parameters:", path.read_text(encoding="utf-8-sig"), re.M) is not None
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def parse_sets(words: Sequence[str]) -> tuple[dict[str, Override], list[str]]:
@@ -128,9 +143,14 @@ def parse_sets(words: Sequence[str]) -> tuple[dict[str, Override], list[str]]:
             problems.append(f"--set {word}: write section.key=value")
             continue
         try:
-            overrides[key] = Override(load_yaml(text, f"--set {word}"), "--set", text)
+            value = None if text == "None" else load_yaml(text, f"--set {word}")  # Python's, as W&B's agent writes it
         except UserError as error:
             problems.append(str(error))
+            continue
+        if key in Experiment.model_fields and isinstance(value, dict):  # a whole section, as a nested sweep gives it
+            overrides |= {f"{key}.{name}": Override(inner, "--set", str(inner)) for name, inner in value.items()}
+        else:
+            overrides[key] = Override(value, "--set", text)
     return overrides, problems
 
 

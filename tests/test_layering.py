@@ -26,7 +26,7 @@ TOP = {
     "prompts",
     "yaml_core",
 }
-LAZY = {"gguf", "llama_cpp", "wandb", "bitsandbytes", "kagglehub", "matplotlib", "defusedxml"}
+LAZY = {"gguf", "llama_cpp", "wandb", "bitsandbytes", "kagglehub", "matplotlib", "wandb_workspaces", "defusedxml"}
 LAZY |= {"rouge", "rouge_score", "sklearn", "nltk", "lm_eval"}
 COMMANDS = "medqa.__main__"  # thin commands over all wings; nothing imports it
 

@@ -26,7 +26,7 @@ def log_evaluation(
     accelerator = Accelerator(cpu=cpu, log_with="wandb")
     say(start_wandb(accelerator, experiment, run, leg.run_id, {}))
     feed = WandbFeed(accelerator, say)
-    Tracker(True, MetricsFile(run / "metrics.jsonl")).begin_feed(feed, leg.run_id)
+    Tracker(True, MetricsFile(run / "metrics.jsonl")).begin_feed(feed)
     values = {f"evaluation/{path}": value for path, value in flat_figures(found["tasks"])}
     if accelerator.trackers:
         summary = accelerator.get_tracker("wandb", unwrap=True).summary

@@ -17,6 +17,7 @@ from medqa.prompts import prompt
 from medqa.training.checkpoint import Identity, RunState, save_adapter
 from medqa.training.ending import Ending
 from medqa.training.environment import git_commit, versions
+from medqa.training.phases import Phases
 from medqa.training.plan import accumulation_steps, parameter_counts
 from medqa.training.run_dir import ADAPTER_DIR, Leg, copy_whole
 from medqa.training.tracking import EVAL_NAMES
@@ -56,7 +57,7 @@ def make_summary(
     accelerator: Accelerator,
     leg: Leg,
     identity: Identity,
-    start_s: Mapping[str, float],
+    phases: Phases,
     wall_clock_s: float,
 ) -> dict[str, Any]:
     """`summary.json`."""
@@ -87,7 +88,7 @@ def make_summary(
         "scaler_overflows": state.overflows,
         "micro_batch_rows": state.micro_batch_rows or experiment.training.per_device_batch_size,
         "micro_batch_tokens": state.micro_batch_tokens,
-        "start_s": dict(start_s),
+        "start_s": dict(phases.seconds),
         "not_bitwise": [asdict(moved) for moved in state.not_bitwise],
         "data_fingerprint": identity.fingerprints.data,
         "base_fingerprint": identity.fingerprints.base,

@@ -57,9 +57,10 @@ class Interrupts:
         if self._over:
             return
         # A second signal may be an echo of the first: the launcher has died of it, or torch's hands it on as SIGTERM,
-        # maybe to a process that got it already.
+        # maybe to a process that got it already. A sweep's trial is stopped by W&B's agent (SIGTERM) and by W&B in this
+        # process (SIGINT); no terminal reaches it.
         handed_on = signum == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ
-        echoes = 1 if handed_on or signum == LAUNCHER_DIED else 0
+        echoes = 1 if handed_on or signum == LAUNCHER_DIED or "WANDB_SWEEP_ID" in os.environ else 0
         self._seen[signum] += 1
         impatient = self.received is not None and self._seen[signum] > echoes + (self.received == signum)
         self.received = self.received or signum

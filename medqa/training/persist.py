@@ -44,6 +44,7 @@ class Copies:
 
     def __init__(self, directory: Path | None, output_dir: Path) -> None:
         self.directory = directory
+        self.places = [output_dir] if directory is None else [output_dir, directory]  # of the run's files
         self._output_dir = output_dir
         self._thread: threading.Thread | None = None
         self._wanted, self._leaving = threading.Event(), threading.Event()

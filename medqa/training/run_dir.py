@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -109,9 +110,15 @@ def _note_leg(output_dir: Path, fresh: bool, found: Found | None, state: RunStat
     if found is not None and found.path.parent != output_dir:
         bring_back(found, output_dir)
     before = read_leg(output_dir) or (Leg(state.run_id, state.resumes, saved=True) if found else None)
-    leg = Leg(secrets.token_hex(4), 0) if before is None else replace(before, resumes=before.resumes + 1)
+    leg = Leg(_new_run_id(), 0) if before is None else replace(before, resumes=before.resumes + 1)
     write_json(asdict(leg), output_dir / RUN_FILE)
     return leg
+
+
+def _new_run_id() -> str:
+    """An id for a run: the one that W&B's agent or the user has chosen, so that the run keeps it when it goes on."""
+    chosen = os.environ.get("WANDB_RUN_ID", "")
+    return chosen if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", chosen) else secrets.token_hex(4)
 
 
 def read_leg(output_dir: Path) -> Leg | None:

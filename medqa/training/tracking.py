@@ -19,6 +19,7 @@ PERFORMANCE_NAMES = {
     "padding_share": "perf/padding_share",
     "save_s": "perf/save_seconds",
 }
+MEMORY_NAMES = {"peak_memory_bytes": "perf/peak_allocated_gb", "peak_reserved_bytes": "perf/peak_reserved_gb"}
 TRAIN_NAMES = ("loss", "learning_rate", "grad_norm", "epoch", "examples_seen", "tokens_seen")
 EVAL_NAMES = ("loss", "perplexity", "answer_loss", "answer_perplexity")
 GLOBAL_STEP = "train/global_step"
@@ -136,11 +137,11 @@ class Tracker:
         """As `MetricsFile.resume`; on the other processes, which keep no time, nothing was spent."""
         return self._metrics.resume(step, max_steps) if self._is_main_process else Spent(0.0, 0, 0)
 
-    def begin_feed(self, feed: WandbFeed, run_id: str) -> None:
+    def begin_feed(self, feed: WandbFeed) -> None:
         """From here on W&B is told too, first of what the legs before have recorded."""
         self.feed = feed
         if self._is_main_process:
-            feed.begin(run_id, ((record["step"], wandb_names(record)) for record in read_metrics(self._metrics.path)))
+            feed.begin((record["step"], wandb_names(record)) for record in read_metrics(self._metrics.path))
 
     def flush(self) -> None:
         """As `MetricsFile.flush`."""
@@ -171,11 +172,14 @@ def wandb_names(record: Record) -> dict[str, Any]:
     names = TRAIN_NAMES if split == "train" else EVAL_NAMES
     values = {f"{split}/{name}": record[name] for name in names if record.get(name) is not None}
     values |= {name: record[key] for key, name in PERFORMANCE_NAMES.items() if key in record}
-    values |= {f"{split}/{name}/answer_loss": loss for name, loss in record.get("sources", {}).items()}
-    for key, name in (("peak_memory_bytes", "allocated"), ("peak_reserved_bytes", "reserved")):
-        if record.get(key) is not None:
-            values[f"perf/peak_{name}_gb"] = record[key] / 1e9
+    values |= {source_name(split, name): loss for name, loss in record.get("sources", {}).items()}
+    values |= {name: record[key] / 1e9 for key, name in MEMORY_NAMES.items() if record.get(key) is not None}
     return values | {GLOBAL_STEP: record["step"]}
+
+
+def source_name(split: str, source: str) -> str:
+    """The name on W&B of the answer loss of a source's rows in a split."""
+    return f"{split}/{source}/answer_loss"
 
 
 def _write_all(file: io.FileIO, start: int, content: bytes, before: bytes) -> None:

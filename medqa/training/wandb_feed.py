@@ -49,7 +49,7 @@ class WandbFeed:
             wandb.termsetup(wandb.setup().settings, self)  # W&B is silenced; what it would warn of comes here
             atexit.register(self._close)  # for a run that ends early; it comes before W&B's own hook
 
-    def begin(self, run_id: str, told: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+    def begin(self, told: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
         """Bring a leg of a run that began earlier up to date: steps that are not at W&B yet are told again.
 
         An offline leg is told everything, so that it alone is to be sent; those before it are moved aside. Where legs
@@ -61,7 +61,7 @@ class WandbFeed:
         if self._run is None:
             return
         here = Path(self._run.dir).parent
-        earlier = [path for path in here.parent.glob(f"*run-*-{run_id}") if path.is_dir() and path != here]
+        earlier = [path for path in here.parent.glob(f"*run-*-{self._run.id}") if path.is_dir() and path != here]
         offline = [path for path in earlier if path.name.startswith("offline-") and not any(path.glob("*.synced"))]
         told = list(told)
         if self._run.resumed:  # the server says what it has

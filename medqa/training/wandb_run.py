@@ -23,6 +23,7 @@ from medqa.training.tracking import GLOBAL_STEP
 from medqa.training.wandb_feed import FINISH_SECONDS, UPLOAD_SHARE, failures
 
 NETWORK_SECONDS = 8
+SAMPLES = "samples"  # the table
 # With data of one's own: no command line, which names files (what is said of the machine goes with it), and, where code
 # is saved, no patch of what is not committed, in which rows may stand.
 OWN_DATA_SETTINGS = {"x_disable_meta": True, "disable_git": True}
@@ -116,12 +117,16 @@ def wandb_mode(tracking: Tracking) -> tuple[str, str]:
     """`online` or `offline`, and why where it is not what was asked. May take as long as `connects`."""
     if os.environ.get("WANDB_MODE", tracking.wandb) in ("offline", "dryrun"):
         return "offline", ""
+    why = out_of_reach()
+    return ("offline", f" ({why})") if why else ("online", "")
+
+
+def out_of_reach() -> str:
+    """Why W&B cannot be had online, and what to do; empty where it can. May take as long as `connects`."""
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     if not _has_key(urlsplit(url).hostname or ""):
-        return "offline", " (no API key: run `wandb login` for online)"
-    if not connects(url):
-        return "offline", f" ({url} does not answer)"
-    return "online", ""
+        return "no API key: run `wandb login` for online"
+    return "" if connects(url) else f"{url} does not answer"
 
 
 def log_samples(accelerator: Accelerator, rows: Sequence[Sequence[Any]], first: int = 0) -> None:
@@ -129,7 +134,7 @@ def log_samples(accelerator: Accelerator, rows: Sequence[Sequence[Any]], first: 
     if accelerator.trackers and rows:
         data = [list(row) for row in rows]
         step = max(data[0][0], first)
-        accelerator.trackers[0].log_table("samples", columns=SAMPLE_COLUMNS, data=data, step=step)
+        accelerator.trackers[0].log_table(SAMPLES, columns=SAMPLE_COLUMNS, data=data, step=step)
 
 
 def log_adapter(accelerator: Accelerator, tracking: Tracking, directory: Path, name: str) -> None:
