@@ -29,7 +29,6 @@ from benchmarks.results_table import rebuild
 from medqa.config import Experiment, flat, may_change_on_resume
 from medqa.errors import UserError, exit_code, writing
 from medqa.experiment_file import default_output_dir, load_experiment
-from medqa.options import locations
 from medqa.results.evaluate import TASKS
 from medqa.training.run_dir import finished
 
@@ -148,7 +147,7 @@ def make_job(name: str, options: argparse.Namespace, label: str) -> Job:
         UserError: a wrong key or value of `--set`.
     """
     sets = [*QUIET, *options.set]
-    places = locations(options)
+    places = {"model.base": options.model, "data.medquad": options.medquad, "data.afrimedqa": options.afrimedqa}
     experiment = load_experiment(name, tiny=options.tiny, locations=places, sets=sets)
     asked, as_filed = flat(experiment), flat(load_experiment(name, tiny=options.tiny))
     other = [key for key in asked if asked[key] != as_filed[key] and OPEN_COPY.get(key) != asked[key]]

@@ -143,7 +143,9 @@ def parse_sets(words: Sequence[str]) -> tuple[dict[str, Override], list[str]]:
             problems.append(f"--set {word}: write section.key=value")
             continue
         try:
-            value = None if text == "None" else load_yaml(text, f"--set {word}")  # Python's, as W&B's agent writes it
+            # Python's None, as W&B's agent writes it; in the two datasets it is a word, as on the command line.
+            is_null = text == "None" and key not in ("data.medquad", "data.afrimedqa")
+            value = None if is_null else load_yaml(text, f"--set {word}")
         except UserError as error:
             problems.append(str(error))
             continue
@@ -228,7 +230,7 @@ def _impossible(experiment: Experiment) -> Iterator[tuple[list[str], str]]:
     if training.max_steps is None and training.epochs is None:
         yield (
             ["training.max_steps", "training.epochs"],
-            ("training.max_steps is missing (or training.epochs): how many updates?"),
+            "training.max_steps is missing (or training.epochs): how many updates?",
         )
     if training.max_steps is not None and training.epochs is not None:
         yield ["training.max_steps", "training.epochs"], "training.max_steps and training.epochs: give one of the two"

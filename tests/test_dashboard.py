@@ -119,7 +119,7 @@ def test_a_refusal_is_the_users_to_mend(server, mode, said, capsys):
     [
         ([], r"no API key: run `wandb login`.*--json shows"),
         (["--project", "a/b"], r"project 'a/b': string should match pattern"),
-        (["--name", "\N{GRINNING FACE}"], "name .*: value error, Emojis are not allowed"),
+        (["--name", "\N{GRINNING FACE}"], "name .*: Emojis are not allowed"),
     ],
 )
 def test_what_is_refused_before_anything_is_sent(server, words, said, monkeypatch, capsys):

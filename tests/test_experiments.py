@@ -1,4 +1,4 @@
-"""The experiment files are complete, and differ from each other in exactly what the issue's table says."""
+"""The experiment files are complete, and differ from each other in exactly what the README's table says."""
 
 import json
 from pathlib import Path

@@ -17,6 +17,7 @@ TOP = {
     "__init__",
     "__main__",
     "command_options",
+    "length",
     "config",
     "errors",
     "experiment_file",
