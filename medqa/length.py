@@ -20,7 +20,7 @@ def planned_updates(experiment: Experiment, rows: int) -> int:
     training, warmup = experiment.training, experiment.scheduler.warmup_steps
     if training.max_steps is not None:
         return training.max_steps
-    # As the decimal fraction that was written: 0.1 of 30 rows are 3, where a float has a little more.
+    # As the decimal fraction that was written: 1.1 of 50 rows are 55, where a float has a little more.
     updates = math.ceil(Fraction(str(training.epochs)) * rows / training.global_batch_size)
     if warmup > updates:
         raise UserError(

@@ -58,10 +58,18 @@ def with_epochs(epochs: float, batch: int = 8, warmup: int = 0):
 
 @pytest.mark.parametrize(
     "epochs,rows,batch,updates",
-    [(1, 80, 8, 10), (1, 81, 8, 11), (3, 81, 8, 31), (0.1, 30, 1, 3), (0.7, 10, 1, 7), (1.5, 7, 2, 6), (1e-6, 5, 8, 1)],
+    [
+        (1, 80, 8, 10),
+        (1, 81, 8, 11),
+        (3, 81, 8, 31),
+        (1.1, 50, 1, 55),
+        (0.7, 10, 1, 7),
+        (1.5, 7, 2, 6),
+        (1e-6, 5, 8, 1),
+    ],
 )
 def test_epochs_are_whole_updates_of_the_whole_stream(epochs, rows, batch, updates):
-    """Across epoch ends: 3 epochs of 81 rows are 31 updates of 8, not 3 times 11; and 0.1 of 30 is 3, not 4."""
+    """Across epoch ends: 3 epochs of 81 rows are 31 updates of 8, not 3 times 11; and 1.1 of 50 are 55, not 56."""
     assert planned_updates(with_epochs(epochs, batch), rows) == updates
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from medqa.training.checkpoint import newest_whole
 
 WORDS = (
-    "--exp", "exp_001", "--tiny", "--set", "training.max_steps=20", "training.save_steps=50", "evaluation.steps=10",
+    "--exp", "exp_001", "--tiny", "--set", "training.max_steps=14", "training.save_steps=50", "evaluation.steps=7",
     "evaluation.rows=8", "tracking.wandb=disabled", "training.global_batch_size=16",
 )  # fmt: skip
 CLOSE = 1e-5
@@ -75,7 +75,7 @@ def test_what_is_told_of_the_processes(runs):
     assert summary(runs[0])["gradient_accumulation_steps"] == 4
     assert summary(runs[1])["gradient_accumulation_steps"] == 2
     assert output(runs[1]).count("in the loss") == 2, "the plan is printed by the main process alone"
-    assert output(runs[1]).count("update 20/20") == 1
+    assert output(runs[1]).count("update 14/14") == 1
 
 
 WITHOUT_PADDING = ("training.padding_free=true", "training.micro_batch_tokens=700", "training.max_steps=14")
