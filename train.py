@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from medqa.data.batches import Stream
 from medqa.data.report import write_json, write_reports
 from medqa.data.sources import load_sources
-from medqa.data.splits import SPLITS, split_rows
+from medqa.data.splits import SPLITS, split_sources
 from medqa.data.tokens import tokenize
 from medqa.errors import StoppedInTime, exit_code, together, writing
 from medqa.evaluation.inference import sample_answers
@@ -93,8 +93,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
             lambda: check_model(experiment.model, tokenization.max_length),
             lambda: load_sources(experiment.data),
         )
-    rows = [row for source in sources for row in source.rows]
-    splits = split_rows(rows, experiment.data.split, experiment.data.split_seed, tuple(experiment.data.fractions))
+    splits = split_sources(sources, experiment.data)
     phases.done("data")
     tokenizer = load_tokenizer(experiment.model.base, tokenization.pad_token)
     examples = {split: tokenize(getattr(splits, split), tokenizer, tokenization) for split in SPLITS}
@@ -179,7 +178,8 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
             clock=clock,
         )
 
-    if on_main(accelerator, lambda: deadline.within(3 * state.evaluation_s)):  # validation, test, and a margin
+    rounds = 4 if training.keep == "best" else 3  # of validation, of test, and a margin
+    if on_main(accelerator, lambda: deadline.within(rounds * state.evaluation_s)):
         raise StoppedInTime(f"stopped in time after update {state.step}, the last, before the closing evaluation")
     ending = close_run(evaluator, examples, subset, adapted, state, experiment, copies.places, tracker, clock, say)
     if accelerator.is_main_process:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from medqa.config import Data, Experiment, flat
 from medqa.data.batches import IGNORED, MicroBatch, Stream
 from medqa.data.sources import load_sources
-from medqa.data.splits import Splits, split_rows
+from medqa.data.splits import Splits, split_sources
 from medqa.data.tokens import Example, tokenize
 from medqa.evaluation.loss import Evaluator
 from medqa.model.base import Base, adapter_weights, add_lora, check_model, load_base, load_tokenizer
@@ -126,9 +126,7 @@ class Curve:
 def _splits(data: str) -> Splits:
     """The rows of these data settings (as JSON, which can be hashed), read once a process."""
     settings = Data.model_validate_json(data)
-    sources = load_sources(settings)
-    rows = [row for source in sources for row in source.rows]
-    return split_rows(rows, settings.split, settings.split_seed, tuple(settings.fractions))
+    return split_sources(load_sources(settings), settings)
 
 
 def build(experiment: Experiment, make_accelerator: Callable[[], Accelerator] | None = None) -> Parts:

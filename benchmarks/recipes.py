@@ -25,7 +25,7 @@ from scipy import stats
 from benchmarks.hf_trainer import build, run_train
 from medqa.config import Experiment
 from medqa.data.sources import load_sources
-from medqa.data.splits import split_rows
+from medqa.data.splits import split_sources
 from medqa.data.tokens import tokenize
 from medqa.evaluation.loss import fixed_subset, perplexity
 from medqa.experiment_file import load_experiment
@@ -87,9 +87,7 @@ def train_and_measure(
     found = {}
     for name, reading in readings.items():
         data = reading.data
-        sources = load_sources(data)
-        everything = [row for source in sources for row in source.rows]
-        held_out = split_rows(everything, data.split, data.split_seed, tuple(data.fractions)).validation
+        held_out = split_sources(load_sources(data), data).validation
         trained_on = {example.row.id for example in parts.examples["train"]}
         if leaked := [row.id for row in held_out if row.id in trained_on]:
             raise RuntimeError(f"{len(leaked)} held-out rows were trained on: the arms split the data differently")

@@ -198,7 +198,7 @@ def evaluated_tasks(run_dir: Path, limit: int | None) -> set[str]:
     try:
         found = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
         summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-        same = found["final"] is True and found["step"] == summary["updates"]
+        same = found["final"] is True and found["step"] == summary["adapter_step"]
         same = same and found["data_fingerprint"] == summary["data_fingerprint"] and found["limit"] in (None, limit)
         return set(found["tasks"]) if same else set()
     except (OSError, ValueError, LookupError, TypeError):

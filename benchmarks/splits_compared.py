@@ -21,8 +21,8 @@ import torch
 
 from benchmarks.hf_trainer import build, run_train
 from medqa.config import Experiment
-from medqa.data.sources import Row, load_sources
-from medqa.data.splits import NGRAM, Splits, overlap_report, shared_with_training, split_rows
+from medqa.data.sources import Source, load_sources
+from medqa.data.splits import NGRAM, Splits, overlap_report, shared_with_training, split_sources
 from medqa.data.tokens import tokenize
 from medqa.evaluation.intervals import Figure, mean_figure, perplexity_figure
 from medqa.evaluation.loss import fixed_subset
@@ -53,13 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = {}
-    rows: list[Row] = []
+    sources: list[Source] = []
     for method in METHODS:
         started = time.perf_counter()
         experiment = arm(method, options)
-        data = experiment.data
-        rows = rows or [row for source in load_sources(data) for row in source.rows]
-        splits = split_rows(rows, method, data.split_seed, tuple(data.fractions))
+        sources = sources or load_sources(experiment.data)
+        splits = split_sources(sources, experiment.data)
         found[method] = measured(experiment, splits, options.rows)
         print(f"{method}: {time.perf_counter() - started:.0f} s", flush=True)
     text = table(found)

@@ -69,7 +69,7 @@ class Interrupted(BaseException):
 
 
 def exit_code(body: Callable[[], None]) -> int:
-    """Run `body` and give its exit code; what ended it early is said on stderr, by the first process alone."""
+    """Run `body` and give its exit code; what ended it early is said on stderr, by the first process of each host."""
     try:
         body()
     except UserError as error:
@@ -132,8 +132,11 @@ def _lost_a_process(error: RuntimeError) -> bool:
 
 
 def _say(message: str, code: int, ending: str) -> int:
-    """Print once, whatever the number of processes, note the ending, and hand the code through."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print once on each host, whatever the number of processes, note the ending, and hand the code through.
+
+    Processes of one host see the same files, so that what one has to say all have; another host may lack them.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
     note(ending)
     return code

@@ -143,35 +143,51 @@ def parse_sets(words: Sequence[str]) -> tuple[dict[str, Override], list[str]]:
             problems.append(f"--set {word}: write section.key=value")
             continue
         try:
-            # Python's None, as W&B's agent writes it; in the two datasets it is a word, as on the command line.
-            is_null = text == "None" and key not in ("data.medquad", "data.afrimedqa")
-            value = None if is_null else load_yaml(text, f"--set {word}")
+            value = load_yaml(text, f"--set {word}")
         except UserError as error:
             problems.append(str(error))
             continue
         if key in Experiment.model_fields and isinstance(value, dict):  # a whole section, as a nested sweep gives it
-            overrides |= {f"{key}.{name}": Override(inner, "--set", str(inner)) for name, inner in value.items()}
+            for name, inner in value.items():
+                overrides[f"{key}.{name}"] = Override(_without_none(f"{key}.{name}", inner), "--set", str(inner))
         else:
-            overrides[key] = Override(value, "--set", text)
+            overrides[key] = Override(_without_none(key, value), "--set", text)
     return overrides, problems
+
+
+def _without_none(key: str, value: Any) -> Any:
+    """Python's None, as W&B's agent writes what is null; in the two datasets it is a word, as on the command line."""
+    return None if value == "None" and key not in ("data.medquad", "data.afrimedqa") else value
 
 
 def default_output_dir(name: str, tiny: bool, sets: Sequence[str], experiment: Experiment) -> Path:
     """`outputs/<exp>[-tiny][,key=value...]`: overrides that make it another run are part of the name, sorted.
 
-    Of `data.files` the names alone: the directory's name is the run's on W&B, and a path says who one is.
+    Data of one's own are part of it by their names, however given: a path says who one is, and the directory's name is
+    the run's on W&B. A length is where it is given in the other unit than the file's: neither goes on from the other.
     """
     overrides, _ = parse_sets(sets)
-    own = "+".join(sorted(experiment.data.files)) or "none"
-    words = sorted(
-        re.sub(r"[^A-Za-z0-9._=+-]", "-", f"{key}={own if key == 'data.files' else override.text}")
+    path = find_experiment(name)
+    filed, _ = _sections(load_yaml(path.read_text(encoding="utf-8-sig"), str(path)), str(path))
+    filed |= TINY if tiny else {}
+    other_unit = {key for key in LENGTH if any(filed.get(other) is not None for other in set(LENGTH) - {key})}
+    words = {
+        key: f"{key}={override.text}"
         for key, override in overrides.items()
-        if not may_change_on_resume(key, experiment)
-    )
-    suffix = "".join(f",{word}" for word in words)
+        if key != "data.files" and (key in other_unit or not may_change_on_resume(key, experiment))
+    }
+    files = filed.get("data.files")
+    if own_names(experiment.data.files) != own_names(files if isinstance(files, dict) else {}):
+        words["data.files"] = f"data.files={own_names(experiment.data.files)}"
+    suffix = "".join(f",{word}" for word in sorted(re.sub(r"[^A-Za-z0-9._=+-]", "-", word) for word in words.values()))
     if len(suffix) > 80:
         suffix = "," + hashlib.sha256(suffix.encode()).hexdigest()[:16]
-    return Path("outputs") / f"{find_experiment(name).stem}{'-tiny' if tiny else ''}{suffix}"
+    return Path("outputs") / f"{path.stem}{'-tiny' if tiny else ''}{suffix}"
+
+
+def own_names(files: Mapping[str, str]) -> str:
+    """The names of data of one's own as part of a directory's name."""
+    return "+".join(sorted(map(str, files))) or "none"
 
 
 def _sections(raw: Any, where: str) -> tuple[dict[str, Any], list[str]]:

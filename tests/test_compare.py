@@ -323,6 +323,35 @@ def test_proposed_commands_run_as_they_stand(tiny, tmp_path, monkeypatch):
     assert changed == {key for pair in comparison.pairs for key in pair.keys} | {"training.seed"}
 
 
+def test_how_often_is_evaluated_counts_where_it_decides_which_adapter_stays(tmp_path):
+    for kept, keys in (("best", ("evaluation.steps",)), ("final", ())):
+        words = (f"training.keep={kept}",)
+        one = make_run(tmp_path / f"{kept}1", "exp_001", *words, "evaluation.steps=5")
+        other = make_run(tmp_path / f"{kept}2", "exp_001", *words, "evaluation.steps=10")
+        assert [pair.keys for pair in compared(one, other).pairs] == [keys]
+
+
+def test_an_evaluation_is_of_the_adapter_that_was_kept(tmp_path):
+    paths = [make_run(tmp_path / name, "exp_001", "training.keep=best", evaluation=evaluated(step=10)) for name in "ab"]
+    asked = {"max_steps": 20, "epochs": None}
+    told = json.loads((paths[0] / "summary.json").read_text()) | {"adapter_step": 10, "length": asked}
+    (paths[0] / "summary.json").write_text(json.dumps(told))
+    comparison = compared(*paths)
+    assert "b" in said(comparison, "evaluation.json is of update 10, the run's adapter of 20")
+    assert [perplexity(run).update for run in comparison.runs] == [10, 20]
+
+
+def test_no_path_of_ones_own_data_is_in_a_proposed_directory(tmp_path):
+    one = make_run(tmp_path / "one", "exp_001")
+    other = make_run(
+        tmp_path / "other", "exp_001", "data.files={notes: /home/somebody/n.csv}", "lora.r=4", fingerprint="g"
+    )
+    commands = [shlex.split(p.command) for p in compared(one, other).proposals if "data.files" in p.change]
+    places = [words[words.index("--output-dir") + 1] for words in commands]
+    assert "outputs/one,data.files=notes" in places
+    assert "somebody" not in "".join(places)
+
+
 def test_what_is_there_already_is_not_proposed(tmp_path):
     paths = full(tmp_path)
     before = [p.change for p in compared(*paths).proposals]
@@ -480,7 +509,7 @@ def test_figures_of_an_evaluation_are_shown_with_intervals(page, three, tmp_path
     assert warning.startswith("exp_002-tiny, exp_003-tiny:")
     part = make_run(tmp_path / "part", "exp_001", evaluation=evaluated(step=10, limit=5))
     comparison = compared(part, three[1])
-    said(comparison, "part: evaluation.json is of update 10, the run is at 20")
+    said(comparison, "part: evaluation.json is of update 10, the run's adapter of 20")
     said(comparison, "evaluated on a part of the rows (part: 5 rows)")
 
 

@@ -643,13 +643,15 @@ def test_a_defect_keeps_its_traceback(error):
         exit_code(body)
 
 
-def test_only_the_first_process_speaks(capsys, monkeypatch):
+def test_only_the_first_process_of_each_host_speaks(capsys, monkeypatch):
     def body() -> None:
         raise UserError("once")
 
-    monkeypatch.setenv("RANK", "1")
-    assert exit_code(body) == 2
-    assert not capsys.readouterr().err
+    for rank, local_rank, said in (("1", "1", ""), ("8", "0", "error: once\n")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert exit_code(body) == 2
+        assert capsys.readouterr().err == said
 
 
 def test_a_signal_outside_training_ends_the_run_at_once():

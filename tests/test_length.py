@@ -9,7 +9,7 @@ import pytest
 
 from medqa.config import flat, may_change_on_resume
 from medqa.errors import UserError
-from medqa.experiment_file import load_experiment
+from medqa.experiment_file import default_output_dir, load_experiment
 from medqa.length import is_complete, length, planned_updates
 from medqa.training.checkpoint import RunState
 from tests.launching import figures, metrics, summary
@@ -77,6 +77,14 @@ def test_warmup_longer_than_the_epochs_is_refused():
     with pytest.raises(UserError, match=r"warmup_steps = 11 is more than the 10 updates"):
         planned_updates(with_epochs(1, warmup=11), 80)
     assert planned_updates(with_epochs(1, warmup=10), 80) == 10
+
+
+def test_epochs_beside_updates_have_a_directory_of_their_own():
+    def named(*sets: str) -> str:
+        return default_output_dir("exp_001", True, sets, load_experiment("exp_001", tiny=True, sets=sets)).name
+
+    assert named("training.epochs=3") == "exp_001-tiny,training.epochs=3"
+    assert named("training.max_steps=50") == "exp_001-tiny"
 
 
 def test_one_length_takes_the_place_of_the_other(tmp_path):
@@ -160,11 +168,17 @@ def test_it_stops_when_patience_ends_and_keeps_the_best(early):
     kept = adapter(early / "lora_adapters")
     assert kept == adapter(early / f"checkpoint-{best}")
     assert kept != adapter(early / f"checkpoint-{max(losses)}")
+    card = (early / "lora_adapters" / "README.md").read_text()
+    assert f"{max(losses)} updates" in card
+    assert f"those after update {best}:" in card
     assert told["final"]["loss"] == losses[best]  # the figures are those of the adapter that is kept
 
     lines = Counter((record["step"], record["split"]) for record in metrics(early))
     assert set(lines.values()) == {1}
     assert {(max(losses), "train"), (max(losses), "eval"), (max(losses), "test")} <= lines.keys()
+    rows = {record["split"]: record.get("rows") for record in metrics(early)}
+    of_splits = json.loads((early / "data_report.json").read_text())["splits"]
+    assert (rows["eval"], rows["test"]) == (of_splits["validation"]["rows"], of_splits["test"]["rows"])
 
 
 def test_the_test_split_is_measured_with_what_is_kept(early, tmp_path):
@@ -232,3 +246,16 @@ def test_a_new_best_is_saved_between_the_saves(tmp_path):
     best = summary(tmp_path / "run")["best_step"]
     assert 0 < best < 3
     assert adapter(tmp_path / "run" / "lora_adapters") == adapter(tmp_path / "run" / f"checkpoint-{best}")
+
+
+def test_a_longer_run_knows_all_that_the_shorter_one_has_seen(tmp_path):
+    """The best of a run that was made longer is that of the run that was as long from the beginning."""
+    words = (*EARLY, "training.keep=best", "training.keep_checkpoints=1")
+    assert run(tmp_path / "straight", *words, "training.max_steps=4") == 0
+    for updates in (1, 4):
+        assert run(tmp_path / "longer", *words, f"training.max_steps={updates}") == 0
+    straight, longer = summary(tmp_path / "straight"), summary(tmp_path / "longer")
+    assert straight["adapter_step"] == 1, "else the first run's last update says nothing"
+    for key in ("best_step", "adapter_step", "final", "test"):
+        assert longer[key] == straight[key]
+    assert adapter(tmp_path / "longer" / "lora_adapters") == adapter(tmp_path / "straight" / "lora_adapters")

@@ -2,9 +2,11 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -12,13 +14,16 @@ from accelerate.state import AcceleratorState
 from pyarrow import parquet
 from wandb_file import read_finished_run
 
-from medqa.config import Data, Experiment, flat
+from medqa.config import Data, Experiment, Model, flat
 from medqa.data.sources import Row, is_hub_id, load_sources
-from medqa.data.splits import SPLITS, split_rows
+from medqa.data.splits import SPLITS, overlap_report, split_rows, split_sources
 from medqa.errors import UserError
 from medqa.experiment_file import default_output_dir, load_experiment
 from medqa.options import option_parser, parse_options, run_words
 from medqa.tiny import BASE_DIR
+from medqa.training.artifacts import licence
+from medqa.training.plan import by_source
+from medqa.training.wandb_run import shown_config
 from medqa.yaml_core import dump_yaml, load_yaml
 
 NOTES = BASE_DIR.parent / "notes.csv"
@@ -166,8 +171,30 @@ def test_a_group_stands_in_one_split(method):
     assert {name: sum(row.source == "a" for row in getattr(splits, name)) for name in SPLITS}["test"] == 40
 
 
-def test_at_random_a_group_does_not_count():
+@pytest.mark.parametrize(("method", "column"), [("grouped", "group"), ("topic", "topic")])
+def test_a_row_that_is_dropped_still_holds_together_what_it_belongs_to(method, column, tmp_path):
+    """40 documents of 4 rows, the first row of each being the last of the one before: all hang together in pairs."""
+    records = [(f"q{d} {n}", f"a{d} {n}", f"{column}{d}") for d in range(40) for n in range(4)]
+    for d in range(1, 40, 2):
+        records[4 * d] = (*records[4 * d - 1][:2], f"{column}{d}")
+    (tmp_path / "n.csv").write_text(f"question,answer,{column}\n" + "".join(",".join(r) + "\n" for r in records))
+    data = own(n=tmp_path / "n.csv").model_copy(update={"split": method})
+    sources = load_sources(data)
+    assert sources[0].dropped == {"duplicate": 20}
+    splits = split_sources(sources, data)
+    pairs: dict[int, set[str]] = {}
+    for name in SPLITS:
+        for row in getattr(splits, name):
+            pairs.setdefault(int(getattr(row, column).removeprefix(column)) // 2, set()).add(name)
+    assert len(pairs) == 20
+    assert all(len(where) == 1 for where in pairs.values())
+
+
+def test_at_random_a_group_does_not_count_and_the_report_says_so():
     rows = own_rows("a", 100, 4)
+    assert overlap_report(split_rows(rows, "random", 42, FRACTIONS))["held_out"]["group"]["share"] > 0.5
+    shared = overlap_report(split_rows(rows, "grouped", 42, FRACTIONS))["held_out"]["group"]
+    assert shared == {"rows": 0, "of": 80, "share": 0.0}
     assert any(len(where) > 1 for where in places(rows, "random", lambda row: row.group).values())
     without = [Row(row.id, row.source, row.question, row.answer, None) for row in rows]
     assert (
@@ -263,9 +290,42 @@ def test_no_path_is_in_the_name_of_the_directory():
     assert str(default_output_dir("exp_001", False, sets, load_experiment("exp_001", sets=sets))) == (
         "outputs/exp_001,data.files=more+notes"
     )
+    given = {"data.files": {"notes": "/home/somebody/n.csv"}}
+    plain = load_experiment("exp_002", tiny=True, locations=given)
+    assert default_output_dir("exp_002", True, [], plain).name == "exp_002-tiny,data.files=notes"
     assert [is_hub_id(place) for place in ("x/y", "x/y.csv", "/x/y", "./y", "~/y", "y", "x/y/z")] == [True] + [
         False
     ] * 6
+
+
+def test_w_and_b_is_told_no_place_on_this_machine(tmp_path):
+    (tmp_path / "base").mkdir()
+    sets = [f"model.base={tmp_path}/base", "lora.init_from=/home/somebody/old", "data.medquad=/home/somebody/m.csv"]
+    experiment = load_experiment("exp_001", sets=[*sets, "data.files={notes: /home/somebody/n.csv, more: x/y}"])
+    shown = shown_config(experiment)
+    assert not {"somebody", str(tmp_path)} & set(re.split(r"[/' ]", str(shown)))
+    assert str(tmp_path) not in str(shown)
+    assert (shown["model"]["base"], shown["lora"]["init_from"], shown["data"]["medquad"]) == ("base", "old", "m.csv")
+    assert shown["data"]["afrimedqa"] == "intronhealth/afrimedqa_v2"
+    assert shown_config(load_experiment("exp_001"))["model"]["base"] == "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+
+
+def test_a_source_without_held_out_rows_is_named():
+    rows = own_rows("notes", 4, 25) + [Row(f"medquad:{n}", "medquad", f"q{n}", f"a{n}", None) for n in range(400)]
+    splits = split_rows(rows, "grouped", 42, FRACTIONS)
+    examples = {name: [SimpleNamespace(row=row) for row in getattr(splits, name)] for name in SPLITS}
+    of_notes = dict(
+        line.split(": ", 1) for _, line in by_source(examples, Data(afrimedqa="none", files={"notes": "n"}))
+    )
+    assert of_notes["notes"].endswith("; what is learned of it cannot be measured where it has no row")
+    assert "cannot be measured" not in of_notes["medquad"]
+
+
+def test_the_base_has_a_say_in_the_licence():
+    alone = Data(afrimedqa="none")
+    assert licence(alone, Model().base)[0] == licence(alone, str(BASE_DIR))[0] == "cc-by-4.0"
+    assert licence(alone, "google/gemma-3-1b-it")[0] == "other"
+    assert licence(Data(), "google/gemma-3-1b-it")[0] == "cc-by-nc-sa-4.0"
 
 
 # --- runs

@@ -1,5 +1,6 @@
 """Two gloo processes compute what one does, are stopped together, and one goes on where two stopped."""
 
+import csv
 import json
 import signal
 
@@ -7,9 +8,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from launching import (
+    QUIET,
     SECONDS,
+    Forked,
     Group,
     finish,
+    free_port,
+    log_of,
     metrics,
     output,
     start,
@@ -20,6 +25,7 @@ from launching import (
 )
 from safetensors.torch import load_file
 
+from medqa.tiny import MEDQUAD_CSV
 from medqa.training.checkpoint import newest_whole
 
 WORDS = (
@@ -76,6 +82,49 @@ def test_what_is_told_of_the_processes(runs):
     assert summary(runs[1])["gradient_accumulation_steps"] == 2
     assert output(runs[1]).count("in the loss") == 2, "the plan is printed by the main process alone"
     assert output(runs[1]).count("update 14/14") == 1
+
+
+def on_two_hosts(first, second):
+    """The words of each of two processes that do not see the same files; their exit codes."""
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+    processes = [
+        Forked(["--cpu", "--output-dir", str(directory), *words], log_of(directory), QUIET | together | {"RANK": rank})
+        for rank, (directory, words) in (("0", first), ("1", second))
+    ]
+    return [process.wait(SECONDS) for process in processes]
+
+
+def test_processes_that_have_read_other_rows_are_refused(tmp_path):
+    """On a first leg there is no checkpoint to compare with: they would train on two data sets, without a word."""
+    other = tmp_path / "other.csv"
+    with MEDQUAD_CSV.open(newline="") as source, other.open("w", newline="") as target:
+        rows = list(csv.DictReader(source))
+        writer = csv.DictWriter(target, rows[0])
+        writer.writeheader()
+        writer.writerows(row | {"answer": row["answer"][::-1]} for row in rows)
+    here, there = tmp_path / "here", tmp_path / "there"
+    words = ("--medquad", str(other))
+    assert on_two_hosts((here, WORDS), (there, (*words, *WORDS))) == [2, 2], output(here)
+    for directory in (here, there):
+        told = " ".join(output(directory).split())
+        assert "not all processes have read the same: the data, the token ids of the data differ" in told
+        assert not directory.exists()
+
+
+def test_the_first_process_hands_the_best_adapter_to_those_that_do_not_see_it(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    words = (*WORDS, "training.max_steps=4", "training.keep=best", "evaluation.steps=1", "evaluation.rows=null")
+    words = (*words, "optimizer.learning_rate=0.05")
+    assert on_two_hosts((here, words), (there, words)) == [0, 0], output(here) + output(there)
+    told = summary(here)
+    assert told["adapter_step"] == told["best_step"] < 4
+    kept, best = (load_file(here / name / "adapter_model.safetensors") for name in
+                  ("lora_adapters", f"checkpoint-{told['adapter_step']}"))  # fmt: skip
+    assert all(torch.equal(kept[name], best[name]) for name in best)
+    validation = {r["step"]: r["loss"] for r in metrics(here) if r["split"] == "eval"}
+    best_loss = validation[told["best_step"]]
+    assert told["final"]["loss"] == pytest.approx(best_loss, rel=1e-9), "both measure with it"
+    assert not there.exists()
 
 
 WITHOUT_PADDING = ("training.padding_free=true", "training.micro_batch_tokens=700", "training.max_steps=14")

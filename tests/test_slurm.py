@@ -106,6 +106,14 @@ def test_what_is_requeued(slurm, ending):
     assert slurm.lines("attempts") == [str(len(attempts))]
 
 
+@pytest.mark.parametrize(("ending", "code", "requeued"), [("saved,signal 1", 0, ["77"]), ("signal 1", 1, [])])
+def test_a_signal_to_one_of_several_is_the_launchers_for_another_has_died(slurm, ending, code, requeued):
+    (slurm.place / "endings").write_text(f"{ending}\n")
+    slurm.write("accelerate", TRAINER)
+    found, told = slurm.run("--exp", "exp_001", SLURM_GPUS_ON_NODE="4")
+    assert (found, slurm.lines("requeued")) == (code, requeued), told
+
+
 def test_where_requeueing_is_refused_it_says_so(slurm):
     (slurm.place / "endings").write_text("saved,in-time 0\n")
     slurm.write("python", TRAINER)

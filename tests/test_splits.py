@@ -239,13 +239,16 @@ def test_overlap_counts_by_hand() -> None:
 
     assert {name: part["rows"] for name, part in report.items()} == {"validation": 3, "test": 4, "held_out": 7}
     assert line("validation") == {
-        "question": (1, 3), "answer": (1, 3), "question_or_answer": (2, 3), "topic": (1, 2), "13_grams": (1, 1)
+        "question": (1, 3), "answer": (1, 3), "question_or_answer": (2, 3), "topic": (1, 2), "13_grams": (1, 1),
+        "group": (0, 0)
     }  # fmt: skip
     assert line("test") == {
-        "question": (1, 4), "answer": (1, 4), "question_or_answer": (1, 4), "topic": (1, 1), "13_grams": (1, 2)
+        "question": (1, 4), "answer": (1, 4), "question_or_answer": (1, 4), "topic": (1, 1), "13_grams": (1, 2),
+        "group": (0, 0)
     }  # fmt: skip
     assert line("held_out") == {
-        "question": (2, 7), "answer": (2, 7), "question_or_answer": (3, 7), "topic": (2, 3), "13_grams": (2, 3)
+        "question": (2, 7), "answer": (2, 7), "question_or_answer": (3, 7), "topic": (2, 3), "13_grams": (2, 3),
+        "group": (0, 0)
     }  # fmt: skip
     assert report["held_out"]["question_or_answer"]["share"] == 3 / 7
 

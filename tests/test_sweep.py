@@ -59,17 +59,20 @@ def test_the_agents_words_mean_what_the_sweep_said():
         "optimizer__eps": 1e-8,
         "training__padding_free": True,
         "training__deterministic": False,
-        "evaluation__rows": None,
+        "training__save_minutes": None,
         "lora__target_modules": ["q_proj", "v_proj"],
         "data__fractions": [0.6, 0.2, 0.2],
         "model__quantization": "none",
         "tracking__tags": ["a b", "c"],
         "lora": {"r": 4, "lora_dropout": 0.1},
+        "evaluation": {"samples": 0, "rows": None},
     }
     words = agent_words(**wanted)
-    assert {"training.padding_free=True", "evaluation.rows=None"} <= set(words)  # Python's spelling, not YAML's
+    assert {"training.padding_free=True", "training.save_minutes=None"} <= set(words)  # Python's spelling, not YAML's
     found = flat(load_experiment("exp_001", sets=option_parser().parse_args(["--exp", "x", "--set", *words]).set))
-    nested = {f"lora.{key}": value for key, value in wanted.pop("lora").items()}
+    nested = {
+        f"{section}.{key}": value for section in ("lora", "evaluation") for key, value in wanted.pop(section).items()
+    }
     for key, value in {**{key.replace("__", "."): value for key, value in wanted.items()}, **nested}.items():
         assert found[key] == value, key
     assert [type(found[key]) for key in ("training.padding_free", "lora.r")] == [bool, int]

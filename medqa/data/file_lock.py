@@ -11,13 +11,16 @@ NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # what 
 
 
 @contextlib.contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
-    """Wait until no other process is in this block for the directory; nothing is written there.
+def alone_in(path: Path) -> Iterator[None]:
+    """Wait until no other process is in this block for the path.
 
-    Where there are no locks, or the directory cannot be opened, nobody waits: what the block does in it then shows.
+    Args:
+        path: a directory, or a file that is made if there is none: network mounts hand on to other hosts the locks of
+            files alone. Where there are no locks, or it cannot be opened, nobody waits: what the block does then shows.
     """
     try:
-        descriptor = os.open(directory, os.O_RDONLY)
+        flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o666)
     except OSError:
         yield
         return

@@ -56,7 +56,7 @@ def _download(handle: str) -> str:
     folder = Path(get_cache_folder())
     with contextlib.suppress(OSError):  # kagglehub will say so
         folder.mkdir(parents=True, exist_ok=True)
-    with alone_in(folder):
+    with alone_in(folder / ".medqa.lock"):
         return kagglehub.dataset_download(_cached_version(handle) or handle)
 
 

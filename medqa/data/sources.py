@@ -69,6 +69,7 @@ class Source:
     rows: tuple[Row, ...]
     read: int
     dropped: dict[str, int]
+    duplicates: tuple[Row, ...] = ()  # dropped, but what they belong to, the row that was kept belongs to as well
 
 
 def load_sources(data: Data) -> list[Source]:
@@ -163,12 +164,13 @@ def _looks_like_a_path(location: str) -> bool:
 def _cleaned(name: str, location: str, table: Table, named: bool, seen: set[tuple[str, str]]) -> Source:
     """The usable rows of `table`; `seen` holds the question-answer pairs of the rows before, and is added to."""
     _require_columns(name, location, table)
-    rows, dropped = [], Counter()
+    rows, duplicates, dropped = [], [], Counter()
     for found in _rows(name, location, table, named):
         if isinstance(found, str):
             dropped[found] += 1
         elif (found.question, found.answer) in seen:
             dropped["duplicate"] += 1
+            duplicates.append(found)
         else:
             seen.add((found.question, found.answer))
             rows.append(found)
@@ -178,7 +180,7 @@ def _cleaned(name: str, location: str, table: Table, named: bool, seen: set[tupl
             f"{location}: no usable rows among {len(table.records)} read ({reasons}); give {_asked_with(name)} "
             "other data, or none"
         )
-    return Source(name, location, tuple(rows), len(table.records), dict(dropped))
+    return Source(name, location, tuple(rows), len(table.records), dict(dropped), tuple(duplicates))
 
 
 def _require_columns(name: str, location: str, table: Table) -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from medqa.data.sources import Row
+from medqa.config import Data
+from medqa.data.sources import Row, Source
 from medqa.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -46,7 +47,20 @@ class Splits:
     fingerprint: str  # SHA-256 of ids, questions, answers and splits: the same data, split the same way
 
 
-def split_rows(rows: Sequence[Row], method: str, seed: int, fractions: tuple[float, float, float]) -> Splits:
+def split_sources(sources: Sequence[Source], data: Data) -> Splits:
+    """The rows of these sources, split as an experiment says (`split_rows`)."""
+    rows = [row for source in sources for row in source.rows]
+    duplicates = [row for source in sources for row in source.duplicates]
+    return split_rows(rows, data.split, data.split_seed, tuple(data.fractions), duplicates)
+
+
+def split_rows(
+    rows: Sequence[Row],
+    method: str,
+    seed: int,
+    fractions: tuple[float, float, float],
+    duplicates: Sequence[Row] = (),
+) -> Splits:
     """Split `rows` into training, validation and test with the given shares, each source in proportion.
 
     `grouped`: rows that share a question, an answer, or a group of one source (directly or over other rows; see
@@ -54,9 +68,12 @@ def split_rows(rows: Sequence[Row], method: str, seed: int, fractions: tuple[flo
     itself; `groups` is then that of `grouped`. The result follows from the rows and the seed alone: rows are ordered by
     a hash of seed and id, so neither platform nor library versions nor sources that share nothing have a say.
 
+    Args:
+        duplicates: rows that were dropped, being equal to one of `rows`, which belongs to their groups and topics too.
+
     Raises UserError if a split would be empty.
     """
-    groups = _groups(rows, topics=method == "topic")
+    groups = _groups(rows, duplicates, topics=method == "topic")
     units = {row.id: row.id for row in rows} if method == "random" else groups
     members: dict[str, list[Row]] = {}
     for row in rows:
@@ -90,13 +107,13 @@ def _assign(sizes: dict[str, int], seed: int, fractions: tuple[float, float, flo
         giant *= 2
 
 
-def _groups(rows: Sequence[Row], topics: bool) -> dict[str, str]:
+def _groups(rows: Sequence[Row], duplicates: Sequence[Row], topics: bool) -> dict[str, str]:
     """Row id to the id of the first row that it is connected with: by question, answer, group and, if asked, topic."""
     from networkx.utils import UnionFind
 
     connected = UnionFind()
-    questions = [("question", letters_and_digits(row.question)) for row in rows]
-    for row, question in zip(rows, questions, strict=True):
+    questions = [("question", letters_and_digits(row.question)) for row in [*rows, *duplicates]]
+    for row, question in zip([*rows, *duplicates], questions, strict=True):
         connected.union(question, ("answer", letters_and_digits(row.answer)))
         if row.group:
             connected.union(question, ("group", row.source, row.group))
@@ -104,7 +121,8 @@ def _groups(rows: Sequence[Row], topics: bool) -> dict[str, str]:
             connected.union(question, ("topic", letters_and_digits(row.topic)))
     first: dict[object, str] = {}
     return {
-        row.id: first.setdefault(connected[question], row.id) for row, question in zip(rows, questions, strict=True)
+        row.id: first.setdefault(connected[question], row.id)
+        for row, question in zip(rows, questions[: len(rows)], strict=True)
     }
 
 
@@ -162,9 +180,9 @@ def overlap_report(splits: Splits) -> dict[str, dict[str, object]]:
 
     Each is `{"rows": n, <what>: {"rows": those that share it, "of": those that could, "share": the ratio}, ...}` with
     `question`, `answer`, `question_or_answer`, `topic` (equal by `letters_and_digits`; of the rows that have a topic),
-    and `13_grams`: more than half of the answer's runs of 13 words stand in some training answer (of the rows whose
-    answer has 13 words). The answer alone, because the question has its own line. Words are runs of letters and digits
-    in lower case. "share" is 0.0 where no row could.
+    `group` (of the rows that have one), and `13_grams`: more than half of the answer's runs of 13 words stand in some
+    training answer (of the rows whose answer has 13 words). The answer alone, because the question has its own line.
+    Words are runs of letters and digits in lower case. "share" is 0.0 where no row could.
     """
     shared = shared_with_training(splits)
     rows = {"validation": splits.validation, "test": splits.test, "held_out": splits.validation + splits.test}
@@ -185,6 +203,7 @@ def shared_with_training(splits: Splits) -> dict[str, dict[str, bool | None]]:
     questions = {letters_and_digits(row.question) for row in splits.train}
     answers = {letters_and_digits(row.answer) for row in splits.train}
     topics = {letters_and_digits(row.topic) for row in splits.train if row.topic}
+    grouped = {(row.source, row.group) for row in splits.train}
     runs = _runs_in_training(splits)
     shared: dict[str, dict[str, bool | None]] = {}
     for row in splits.validation + splits.test:
@@ -194,6 +213,7 @@ def shared_with_training(splits: Splits) -> dict[str, dict[str, bool | None]]:
             "answer": answer,
             "question_or_answer": question or answer,
             "topic": letters_and_digits(row.topic) in topics if row.topic else None,
+            "group": (row.source, row.group) in grouped if row.group else None,
             f"{NGRAM}_grams": runs[row.id],
         }
     return shared

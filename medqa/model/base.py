@@ -31,7 +31,7 @@ from medqa.prompts import chat_template
 
 # What loading a damaged, hostile or unknown model directory raises, out-of-memory excepted.
 LOAD_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError, RuntimeError)
-LOAD_ERRORS += (StrictDataclassError, SafetensorError)
+LOAD_ERRORS += (StrictDataclassError, SafetensorError, AssertionError)  # the last: torch, of a padding_idx
 
 
 @dataclass(frozen=True)

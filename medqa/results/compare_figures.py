@@ -87,7 +87,7 @@ def perplexity(run: Run) -> Perplexity:
         None if rows is None else int(rows),
         run.figures.get(ANSWER_PERPLEXITY.format("untuned"), Figure(None)),
         run.figures.get(ANSWER_PERPLEXITY.format("tuned"), test),
-        newest if validation is None else run.updates,
+        newest if validation is None else run.adapter_step,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from medqa.config import Experiment, flat
 from medqa.errors import UserError
-from medqa.experiment_file import load_experiment, parse_sets
+from medqa.experiment_file import load_experiment, own_names, parse_sets
 from medqa.results.compare_runs import CONFIG, Run, number, part, printable
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
@@ -30,10 +30,10 @@ RECORDING = {
     "training.save_minutes",
     "training.keep_checkpoints",
     "training.process_timeout_s",
-    "evaluation.steps",
-    "evaluation.rows",
     "evaluation.samples",
 }
+EVALUATED = {"evaluation.steps", "evaluation.rows"}  # but where evaluation decides when a run ends, or what it keeps
+RECORDING |= EVALUATED
 # How an update is computed: its result changes by rounding and by other dropout noise, its cost by much.
 COST = {
     "model.dequantize",
@@ -68,13 +68,15 @@ class Proposal:
 
 def recipe(values: dict[str, Any]) -> dict[str, Any]:
     """Of all `section.key`, those that what is computed depends on."""
-    return {key: value for key, value in values.items() if key not in RECORDING and not key.startswith("tracking.")}
+    decides = values["training.keep"] == "best" or values["training.early_stopping_patience"] is not None
+    recording = RECORDING - EVALUATED if decides else RECORDING
+    return {key: value for key, value in values.items() if key not in recording and not key.startswith("tracking.")}
 
 
 def differing(first: Run, second: Run) -> tuple[str, ...]:
     """The settings in which two runs differ. Where data lie does not count if they are known to be the same."""
     one, two = recipe(first.settings), recipe(second.settings)
-    keys = [key for key in one if one[key] != two[key]]
+    keys = [key for key in two | one if first.settings[key] != second.settings[key]]
     fingerprints = {first.data_fingerprint, second.data_fingerprint}
     if len(fingerprints) == 1 and None not in fingerprints:
         return tuple(key for key in keys if key not in LOCATIONS)
@@ -93,7 +95,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     asked, used = [flat(run.experiment) for run in runs], [run.settings for run in runs]
     keys = [
         key
-        for key in recipe(asked[0])
+        for key in {key: None for values in asked for key in recipe(values)}
         if any(a[key] != asked[0][key] or u[key] != used[0][key] for a, u in zip(asked, used, strict=True))
     ]
     return {key: [told(a[key], u[key]) for a, u in zip(asked, used, strict=True)] for key in keys}
@@ -215,7 +217,10 @@ def command(run: Run, change: dict[str, Any]) -> str:
     named, because it would be called after the file, `config`, for any run.
     """
     words = [str(word(key, value)) for key, value in change.items()]
-    name = re.sub(r"[^A-Za-z0-9._=+,-]", "-", ",".join((run.label, *words)))
+    said = [
+        f"{key}={own_names(value)}" if key == "data.files" else str(word(key, value)) for key, value in change.items()
+    ]
+    name = re.sub(r"[^A-Za-z0-9._=+,-]", "-", ",".join((run.label, *said)))
     if len(name) > 120:
         name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     train = "train.py" if os.path.realpath("train.py") == str(TRAIN) else str(TRAIN)

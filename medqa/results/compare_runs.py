@@ -79,6 +79,12 @@ class Run:
         return max((*self.train, *self.validation, int(number(self.summary.get("updates")) or 0)))
 
     @property
+    def adapter_step(self) -> int:
+        """The update that the adapter is from: of a finished run the one that it has kept."""
+        kept = number(self.summary.get("adapter_step"))
+        return self.updates if kept is None or not self.finished else int(kept)
+
+    @property
     def finished(self) -> bool:
         """Whether it went to its end, as `training/run_dir.py` has it."""
         return isinstance(self.summary.get("final"), dict) and is_complete(self.summary, self.experiment)

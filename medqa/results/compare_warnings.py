@@ -102,8 +102,8 @@ def _evaluations(runs: Sequence[Run]) -> list[str]:
         if not run.evaluation:
             continue
         step = number(run.evaluation.get("step"))
-        if step is not None and step != run.updates:
-            said.append(f"{run.label}: {EVALUATION} is of update {step:.0f}, the run is at {run.updates}")
+        if step is not None and step != run.adapter_step:
+            said.append(f"{run.label}: {EVALUATION} is of update {step:.0f}, the run's adapter of {run.adapter_step}")
         figure = run.figures.get(ANSWER_PERPLEXITY.format("tuned"))
         if figure is None or figure.low is None:
             said.append(f"{run.label}: {EVALUATION} has no interval of the answer perplexity")
@@ -123,6 +123,12 @@ def _overlap(runs: Sequence[Run]) -> list[str]:
             said.append(
                 f"{run.label}: {share:.1%} of its held-out rows share a question or an answer with training, which "
                 f"flatters its perplexity (data.split = {run.experiment.data.split})"
+            )
+        of_groups = number(part(run.data_report, "overlap", "held_out", "group", "share"))
+        if of_groups:
+            said.append(
+                f"{run.label}: {of_groups:.1%} of its held-out rows that have a group share it with training "
+                f"(data.split = {run.experiment.data.split})"
             )
     return said
 

@@ -1,6 +1,7 @@
 """`python -m medqa evaluate RUN`: how good is a run's adapter really, on held-out rows, beside the untuned base."""
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def evaluate(
     Raises:
         UserError: model or data cannot be had, or are not the run's.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError("evaluate needs the base whole on each device: launch it without FSDP (launch/four_gpus.yaml)")
     experiment = source.experiment
     precision = resolve_precision(experiment, cpu, source.settings)
     untracked = experiment.model_copy(update={"tracking": Tracking(wandb="disabled")})

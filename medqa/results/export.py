@@ -119,7 +119,8 @@ def _build(directory: Path, source: Source, wanted: Wanted, outtype: str, device
     adapted = load_exact(source, device)
     tokenizer, config, quantization = adapted.tokenizer, adapted.model.config, adapted.quantization
     _check_space(directory, sum(weight.numel() for weight in adapted.model.parameters()), outtype)
-    held_out = held_out_prompts(source, tokenizer, config.max_position_embeddings - fidelity.ANSWER_TOKENS)
+    longest = getattr(config, "max_position_embeddings", None) or source.experiment.tokenization.max_length
+    held_out = held_out_prompts(source, tokenizer, longest - fidelity.ANSWER_TOKENS)
     say(f"measuring on {len(held_out.ids)} of {held_out.where_from}")
     reference = fidelity.observe(adapted.model, tokenizer, held_out.ids)
     merged = merge(adapted.model)

@@ -36,7 +36,7 @@ def licence(source: Source) -> tuple[str, str]:
     """The export's licence, as the hub names it and as a sentence."""
     if source.run is None:
         return UNKNOWN, "what it was trained on is not recorded: the licences of that data and of the base model apply"
-    return licence_of(source.experiment.data)
+    return licence_of(source.experiment.data, source.experiment.model.base)
 
 
 def card(source: Source, name: str, form: str, outtype: str, measured: Measured) -> str:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from medqa.config import Data
 from medqa.data.batches import epoch_permutation
 from medqa.data.sources import Row, load_sources
-from medqa.data.splits import split_rows
+from medqa.data.splits import split_sources
 from medqa.errors import UserError
 from medqa.prompts import prompt_ids
 from medqa.results.adapter import Source
@@ -52,8 +52,7 @@ def held_out_prompts(source: Source, tokenizer: PreTrainedTokenizerBase, room: i
 
 def _test_rows(data: Data) -> Sequence[Row]:
     """The test rows of these sources."""
-    rows = [row for source in load_sources(data) for row in source.rows]
-    return split_rows(rows, data.split, data.split_seed, tuple(data.fractions)).test
+    return split_sources(load_sources(data), data).test
 
 
 def _chosen(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from medqa.data.sources import Row, load_sources, used_sources
-from medqa.data.splits import HELD_OUT, Splits, split_rows
+from medqa.data.splits import HELD_OUT, Splits, split_sources
 from medqa.data.tokens import Example, tokenize
 from medqa.errors import UserError
 from medqa.evaluation.loss import fixed_subset
@@ -38,8 +38,7 @@ def load_held_out(source: Source, tokenizer: PreTrainedTokenizerBase, limit: int
     """
     data, tokenization = source.experiment.data, source.experiment.tokenization
     sources = load_sources(data)
-    rows = [row for each in sources for row in each.rows]
-    splits = split_rows(rows, data.split, data.split_seed, tuple(data.fractions))
+    splits = split_sources(sources, data)
     trained_on = _fingerprint(source)
     if trained_on not in (None, splits.fingerprint):
         where = " and ".join(used_sources(data).values())

@@ -11,9 +11,10 @@ from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from medqa.config import Data, Experiment
+from medqa.config import Data, Experiment, Model
 from medqa.length import length
 from medqa.prompts import prompt
+from medqa.tiny import BASE_DIR
 from medqa.training.checkpoint import Identity, RunState, save_adapter
 from medqa.training.ending import Ending
 from medqa.training.environment import git_commit, versions
@@ -29,16 +30,19 @@ LICENCES = {
 
 NON_COMMERCIAL = "cc-by-nc-sa-4.0"
 UNKNOWN = "other"
+PERMISSIVE = (Model().base, str(BASE_DIR))  # Apache 2.0 and our own: they add nothing to the data's terms
 
 
-def licence(data: Data) -> tuple[str, str]:
-    """The licence of what was trained on these data, as the hub names it and as a sentence."""
+def licence(data: Data, base: str) -> tuple[str, str]:
+    """The licence of what was trained on these data from this base, as the hub names it and as a sentence."""
     own = f"; the licences of {', '.join(f'`{name}`' for name in sorted(data.files))}, data of one's own, apply too"
     if data.afrimedqa != "none":
         why = "non-commercial use only, because AfriMed-QA v2 is CC BY-NC-SA 4.0"
         return NON_COMMERCIAL, why + (own if data.files else "")
     if data.files:
         return UNKNOWN, "it was trained on data of one's own: the licences of that data and of the base model apply"
+    if base not in PERMISSIVE:
+        return UNKNOWN, "CC BY 4.0 as far as MedQuAD goes; the base model's own licence and terms apply too"
     return "cc-by-4.0", "CC BY 4.0, as MedQuAD; the base model's own licence applies too"
 
 
@@ -125,7 +129,7 @@ def save_final_adapter(
 
 def model_card(summary: Mapping[str, Any], experiment: Experiment) -> str:
     """The adapter's README: data and licences, figures, intended use."""
-    short, sentence = licence(experiment.data)
+    short, sentence = licence(experiment.data, experiment.model.base)
     figures = "\n".join(
         f"| {label} | {part['loss']:.4f} | {part['perplexity']:.3f} | {_figure(part['answer_loss'], 4)} | "
         f"{_figure(part['answer_perplexity'], 3)} |"

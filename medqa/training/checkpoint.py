@@ -68,6 +68,7 @@ class RunState:
     tokens_seen: int = 0
     best_step: int = 0
     best_loss: float | None = None
+    evaluated_step: NonNegativeInt = 0
     evaluations_since_best: NonNegativeInt = 0
     stopped_early: bool = False
     elapsed_s: float = 0.0
@@ -83,7 +84,10 @@ class RunState:
     not_bitwise: list[Moved] = field(default_factory=list)
 
     def note_best(self, step: int, loss: float) -> None:
-        """Remember the lowest loss on the fixed validation rows, and how many evaluations ago it was."""
+        """Remember the lowest loss on the fixed validation rows, and how many evaluations ago it was; once a step."""
+        if step == self.evaluated_step:
+            return
+        self.evaluated_step = step
         self.evaluations_since_best += 1
         if self.best_loss is None or loss < self.best_loss:
             self.best_step, self.best_loss, self.evaluations_since_best = step, loss, 0

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast
 from peft import PeftModel
 
 from medqa.config import Experiment
@@ -14,6 +16,7 @@ from medqa.model.base import load_adapter_weights
 from medqa.training.checkpoint import RunState
 from medqa.training.checkpoint_files import CONTENT
 from medqa.training.manifest import Damaged, verify
+from medqa.training.processes import on_main
 from medqa.training.tracking import Tracker
 
 
@@ -59,12 +62,28 @@ def close_run(
         say("the untuned base was best on the fixed validation rows: the adapter kept is that of the last update")
     elif experiment.training.keep == "best" and state.best_step != step:
         adapter_step = state.best_step
-        load_adapter_weights(model, _best_checkpoint(places, adapter_step), "checkpoint")
+        _take_best(model, evaluator.accelerator, places, adapter_step)
         say(f"the adapter kept is that of update {adapter_step}, the best on the fixed validation rows")
         final = evaluator.measure(validation)
     test = evaluator.measure(examples["test"])
     tracker.log({"step": step, "split": "test", "elapsed_s": clock(), **test.record()})
     return Ending(final, test, adapter_step)
+
+
+def _take_best(model: PeftModel, accelerator: Accelerator, places: Sequence[Path], step: int) -> None:
+    """The best adapter on every process. The first one reads it and hands it on: only it need see the directories.
+
+    Raises:
+        UserError: as `_best_checkpoint`, on every process.
+    """
+
+    def read() -> None:
+        load_adapter_weights(model, _best_checkpoint(places, step), "checkpoint")
+
+    on_main(accelerator, read)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(broadcast(parameter.data))
 
 
 def _best_checkpoint(places: Sequence[Path], step: int) -> Path:

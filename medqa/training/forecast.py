@@ -12,7 +12,7 @@ from rich.table import Table
 from medqa.config import Experiment
 from medqa.data.batches import Stream
 from medqa.data.sources import load_sources
-from medqa.data.splits import split_rows
+from medqa.data.splits import split_sources
 from medqa.data.tokens import tokenize
 from medqa.model.attention import SEGMENTED, attention_in_effect, padding_needed
 from medqa.model.base import check_model, load_tokenizer
@@ -40,8 +40,7 @@ def forecast(name: str, experiment: Experiment, machine: Machine, tflops: float 
     training, tokenization, data = experiment.training, experiment.tokenization, experiment.data
     accumulation = accumulation_steps(training, 1)
     model_config = check_model(experiment.model, tokenization.max_length)
-    rows = [row for source in load_sources(data) for row in source.rows]
-    splits = split_rows(rows, data.split, data.split_seed, tuple(data.fractions))
+    splits = split_sources(load_sources(data), data)
     tokenizer = load_tokenizer(experiment.model.base, tokenization.pad_token)
     stream = Stream(tokenize(splits.train, tokenizer, tokenization), training.seed, training.global_batch_size)
     notes = []

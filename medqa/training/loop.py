@@ -130,11 +130,12 @@ def train(
         progress(record)
         if due(state.step, settings.log_steps) or last:
             tracker.log(record)
-        if due(state.step, evaluation.steps) and not last:  # the last is evaluated on all rows, after the loop
+        if due(state.step, evaluation.steps):
             loss = validate()
-            state.note_best(state.step, loss.loss)
-            last = state.stopped_early = patience_ended(state, settings.early_stopping_patience)
-            if not last:
+            state.note_best(state.step, loss.loss)  # before the save: a longer run that goes on from it knows
+            state.stopped_early = not last and patience_ended(state, settings.early_stopping_patience)
+            last = last or state.stopped_early
+            if not last:  # the last is recorded on all rows, after the loop
                 tracker.log({"step": state.step, "split": "eval", "elapsed_s": clock(), **loss.record()})
             elif not due(state.step, settings.log_steps):
                 tracker.log(record)

@@ -121,10 +121,14 @@ def make_plan(
 def by_source(examples: Mapping[str, Sequence[Example]], data: Data) -> list[tuple[str, str]]:
     """Where there are data of one's own: how many rows of each source stand in the splits."""
     counts = {split: split_counts(found) for split, found in examples.items()}
-    return [
-        ("source", f"{name}: " + ", ".join(f"{split} {count.get(name, 0):,}" for split, count in counts.items()))
-        for name in (used_sources(data) if data.files else ())
-    ]
+    lines = []
+    for name in used_sources(data) if data.files else ():
+        of_source = {split: count.get(name, 0) for split, count in counts.items()}
+        line = f"{name}: " + ", ".join(f"{split} {count:,}" for split, count in of_source.items())
+        if not all(of_source.values()):  # its groups are larger than what there is room for
+            line += "; what is learned of it cannot be measured where it has no row"
+        lines.append(("source", line))
+    return lines
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from medqa.config import LENGTH, Experiment, flat, may_change_on_resume
@@ -37,15 +38,30 @@ def identify(
     execution: Execution,
     accelerator: Accelerator,
 ) -> Identity:
-    """Whose the checkpoints of this run are."""
+    """Whose the checkpoints of this run are.
+
+    Raises:
+        UserError: not all processes have the same data, tokens and base model: each reads them for itself.
+    """
+
+    def of_base() -> str:
+        return base_fingerprint(experiment.model.base)
+
+    fingerprints = Fingerprints(
+        data=splits.fingerprint,
+        tokenizer=ids_fingerprint(examples, tokenizer),
+        base=of_base() if execution.shards == 1 else on_main(accelerator, of_base),  # sharded, the others have no files
+    )
+    if accelerator.num_processes > 1:
+        found = gather_object([fingerprints.model_dump()])
+        if differing := [what for name, what in WHAT.items() if len({each[name] for each in found}) > 1]:
+            raise UserError(
+                f"not all processes have read the same: {', '.join(differing)} differ; on several machines give files "
+                "or caches (HF_HOME, KAGGLEHUB_CACHE) that they share, or the same copies on each"
+            )
     return Identity(
         experiment=flat(experiment),
-        fingerprints=Fingerprints(
-            data=splits.fingerprint,
-            tokenizer=ids_fingerprint(examples, tokenizer),
-            # Of a sharded base only the first process needs the files.
-            base=on_main(accelerator, lambda: base_fingerprint(experiment.model.base)),
-        ),
+        fingerprints=fingerprints,
         environment=environment(accelerator, precision, execution, base),
     )
 

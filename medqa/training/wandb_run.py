@@ -94,10 +94,14 @@ def start_wandb(
 
 
 def shown_config(experiment: Experiment) -> dict[str, Any]:
-    """The experiment as W&B has it: of data of one's own their names, and where on the hub they are, but no paths."""
+    """The experiment as W&B has it: of what lies on this machine the name alone, of data of one's own not even that."""
     config = experiment.model_dump()
     places = config["data"]["files"]
     config["data"]["files"] = {name: place if is_hub_id(place) else "a local file" for name, place in places.items()}
+    for section, key in (("model", "base"), ("lora", "init_from"), ("data", "medquad"), ("data", "afrimedqa")):
+        place = config[section][key]
+        if place is not None and (os.path.exists(os.path.expanduser(place)) or os.path.isabs(place)):
+            config[section][key] = Path(place).name
     return config
 
 
