@@ -23,7 +23,7 @@ from medqa.prompts import prompt_ids
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
 
 NAMES = ("exp_001", "exp_002", "exp_003")
-UPDATES = {"exp_001": 20, "exp_002": 40, "exp_003": 20}  # exp_002 is as long as a user's; a rate of 1e-2 takes fewer
+UPDATES = {"exp_001": 10, "exp_002": 40, "exp_003": 10}  # exp_002 is as long as a user's; a rate of 1e-2 takes fewer
 SHARED = ROOT.parent / "shared"
 
 # Plain transformers, PEFT and bitsandbytes: what a user of the adapter would write.

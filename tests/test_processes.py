@@ -29,7 +29,7 @@ from medqa.tiny import MEDQUAD_CSV
 from medqa.training.checkpoint import newest_whole
 
 WORDS = (
-    "--exp", "exp_001", "--tiny", "--set", "training.max_steps=14", "training.save_steps=50", "evaluation.steps=7",
+    "--exp", "exp_001", "--tiny", "--set", "training.max_steps=10", "training.save_steps=50", "evaluation.steps=5",
     "evaluation.rows=8", "tracking.wandb=disabled", "training.global_batch_size=16",
 )  # fmt: skip
 CLOSE = 1e-5
@@ -81,7 +81,7 @@ def test_what_is_told_of_the_processes(runs):
     assert summary(runs[0])["gradient_accumulation_steps"] == 4
     assert summary(runs[1])["gradient_accumulation_steps"] == 2
     assert output(runs[1]).count("in the loss") == 2, "the plan is printed by the main process alone"
-    assert output(runs[1]).count("update 14/14") == 1
+    assert output(runs[1]).count("update 10/10") == 1
 
 
 def on_two_hosts(first, second):
@@ -127,7 +127,7 @@ def test_the_first_process_hands_the_best_adapter_to_those_that_do_not_see_it(tm
     assert not there.exists()
 
 
-WITHOUT_PADDING = ("training.padding_free=true", "training.micro_batch_tokens=700", "training.max_steps=14")
+WITHOUT_PADDING = ("training.padding_free=true", "training.micro_batch_tokens=700")
 
 
 def begun_on_two_ended_on_one(directory, *words):
@@ -143,7 +143,7 @@ def begun_on_two_ended_on_one(directory, *words):
 def assert_same_run(ours, theirs):
     """Losses, gradient norms and, after all updates, every matrix of the adapter."""
     pairs = list(zip(metrics(ours), metrics(theirs), strict=True))
-    assert len(pairs) == 14 + 2 + 1 + 1
+    assert len(pairs) == 10 + 2 + 1 + 1
     for one, other in pairs:
         for key in ("loss", "grad_norm", "answer_loss"):
             assert one.get(key) == (None if key not in other else pytest.approx(other[key], rel=CLOSE))

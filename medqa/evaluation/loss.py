@@ -19,7 +19,7 @@ from medqa.data.batches import IGNORED, collate, divide, epoch_permutation, pack
 from medqa.data.tokens import Example
 from medqa.errors import TrainingStopped, UserError
 from medqa.model.loss import token_losses
-from medqa.model.sharding import is_sharded
+from medqa.model.sharding import is_sharded, put_apart
 
 COLUMNS = ("loss", "tokens", "answer_loss", "answer_tokens")
 
@@ -87,6 +87,8 @@ class Evaluator:
                     mine[:0] = [batch[:half], batch[half:]]
             if idle:  # the others have a batch more, and need this process's pieces of the weights
                 self._sums([examples[batches[-1][0]]])
+            if sharded:
+                put_apart(self.model)
         self.model.train(was_training)
         if accelerator.num_processes > 1:
             table = accelerator.reduce(table.to(accelerator.device), "sum").cpu()

@@ -96,6 +96,16 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def put_apart(model: torch.nn.Module) -> None:
+    """Give up what a forward without a backward leaves whole; every process calls it, and nothing is sent.
+
+    Saving would do it on the first process alone, and its next forward would then ask for pieces that nobody sends.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def frozen_bytes(model: torch.nn.Module) -> tuple[int, int]:
     """Bytes of a sharded model's frozen weights: those that this process holds between updates, and all."""
     here = total = 0
