@@ -156,6 +156,7 @@ def assert_same_run(ours, theirs):
         assert torch.allclose(tensor, adapters[1][name], rtol=0, atol=1e-3 * tensor.abs().max().item()), name
 
 
+@pytest.mark.slow
 def test_without_padding_two_processes_compute_what_one_does(tmp_path):
     """Each example a micro-batch, so that one process's noise is that of two, whose number of them is even."""
     words = (*WORDS, *WITHOUT_PADDING, "training.micro_batch_tokens=1")

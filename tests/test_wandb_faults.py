@@ -140,7 +140,8 @@ def newest(server: WandbServer) -> int:
     return max((line.get("train/global_step", 0) for line in server.history), default=0)
 
 
-@pytest.mark.parametrize("kills", [(13,), pytest.param((7, 17, 26), marks=pytest.mark.slow)], ids=["one", "three"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [(13,), (7, 17, 26)], ids=["one", "three"])
 def test_an_online_run_that_is_killed_goes_on_without_doubled_or_lost_steps(kills, tmp_path):
     server = WandbServer()
     often = server.environment | {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.1"}
