@@ -153,7 +153,7 @@ def test_no_weight_is_read(capsys, tmp_path):
     assert without == with_weights
 
 
-@pytest.mark.parametrize("exp", [pytest.param("exp_001", marks=pytest.mark.slow), "exp_002"])
+@pytest.mark.parametrize("exp", ["exp_001", pytest.param("exp_002", marks=pytest.mark.slow)])
 def test_a_real_run_has_these_numbers(exp, capsys, tmp_path):
     found = planned(capsys, "--cpu", "--set", *SETS, exp=exp)
     words = ["--exp", exp, "--tiny", "--cpu", "--output-dir", str(tmp_path), "--set", *SETS]

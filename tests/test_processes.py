@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
     place = tmp_path_factory.mktemp("processes")
     one, two, fewer, more = (place / name for name in ("one", "two", "fewer", "more"))
     alone = Group(one, *WORDS)
-    together = start(torchrun(2), two, *WORDS)
+    together = Group(two, *WORDS, processes=2)
     assert finish(alone, one) == 0, output(one)
     assert finish(together, two) == 0, output(two)
     for directory, first in ((more, Group(more, *WORDS)), (fewer, start(torchrun(2), fewer, *WORDS))):
