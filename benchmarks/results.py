@@ -31,6 +31,7 @@ from medqa.errors import UserError, exit_code, writing
 from medqa.experiment_file import default_output_dir, load_experiment
 from medqa.results.evaluate import TASKS
 from medqa.training.run_dir import finished
+from medqa.training.wandb_run import shown_config
 
 RESULTS, README = ROOT / "results", ROOT / "README.md"
 QUIET = ("tracking.wandb=disabled",)  # nobody asked for a W&B run; no update depends on it
@@ -150,10 +151,14 @@ def make_job(name: str, options: argparse.Namespace, label: str) -> Job:
     places = {"model.base": options.model, "data.medquad": options.medquad, "data.afrimedqa": options.afrimedqa}
     experiment = load_experiment(name, tiny=options.tiny, locations=places, sets=sets)
     asked, as_filed = flat(experiment), flat(load_experiment(name, tiny=options.tiny))
+    shown = shown_config(experiment)
     other = [key for key in asked if asked[key] != as_filed[key] and OPEN_COPY.get(key) != asked[key]]
     caveats = [word for word, given in (("--tiny", options.tiny), ("on a CPU", options.cpu)) if given]
-    caveats += [f"{key}={asked[key]}" for key in other if not may_change_on_resume(key, experiment)]
-    caveats += [f"{key}={asked[key]}" for key in other if key in ("training.max_steps", "training.micro_batch_tokens")]
+    counted = ("training.max_steps", "training.micro_batch_tokens")  # may change, and change the figures all the same
+    for key in other:
+        if key in counted or not may_change_on_resume(key, experiment):
+            section, _, short = key.partition(".")
+            caveats.append(f"{key}={shown[section][short]}")
     words = ["--exp", name, *(["--tiny"] if options.tiny else []), *(["--cpu"] if options.cpu else [])]
     for key, place in places.items():
         words += [f"--{'model' if key == 'model.base' else key.split('.')[1]}", place] if place is not None else []

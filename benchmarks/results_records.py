@@ -30,6 +30,7 @@ from medqa.errors import UserError
 from medqa.results.compare_runs import Run, read_run
 from medqa.training.environment import versions
 from medqa.training.tracking import read_metrics
+from medqa.training.wandb_run import shown_config
 
 SHOWN = re.compile(r"^(error: |training stopped: |process \d+: )")
 # Of `accelerate launch` (CalledProcessError's words) and of torch's launcher, whose own codes are 1.
@@ -75,7 +76,7 @@ def make_record(
 
 def _figures(run: Run, evaluated: bool) -> dict[str, Any]:
     """The parts of a record that a finished run gives."""
-    summary, data = run.summary, run.experiment.data
+    summary, shown = run.summary, shown_config(run.experiment)
     tasks = run.evaluation["tasks"] if evaluated else {}
     losses = tasks["loss"] if evaluated and run.evaluation["limit"] is None else {}  # the run's own are of all rows
     speeds = [
@@ -99,12 +100,12 @@ def _figures(run: Run, evaluated: bool) -> dict[str, Any]:
             before=_losses(None, losses, "test", "untuned"), after=_losses(summary["test"], losses, "test", "tuned")
         ),
         "data": Data(
-            medquad=_shown(data.medquad),
-            afrimedqa=_shown(data.afrimedqa),
+            medquad=shown["data"]["medquad"],
+            afrimedqa=shown["data"]["afrimedqa"],
             fingerprint=summary["data_fingerprint"],
             rows={split: counts["rows"] for split, counts in run.data_report["splits"].items()},
         ),
-        "base": Base(name=_shown(run.experiment.model.base), fingerprint=summary["base_fingerprint"]),
+        "base": Base(name=shown["model"]["base"], fingerprint=summary["base_fingerprint"]),
         "evaluation": _evaluation(run.evaluation["limit"], tasks) if evaluated else None,
     }
 
@@ -150,11 +151,6 @@ def _evaluation(limit: int | None, tasks: Mapping[str, Any]) -> Evaluation:
 def _figure(found: Mapping[str, Any] | None) -> Figure | None:
     """A figure of `evaluation.json`, without its p-value."""
     return None if found is None else Figure(**{key: found.get(key) for key in ("value", "low", "high")})
-
-
-def _shown(location: str) -> str:
-    """An id as it is; of a place on this machine its name alone, which is nobody else's business."""
-    return Path(location).name if Path(location).exists() else location
 
 
 def what_failed(stage: Literal["training", "evaluation"], code: int, log: str, private: Sequence[Path]) -> Failure:

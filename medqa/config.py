@@ -198,6 +198,11 @@ class Experiment(Section):
     tracking: Tracking = Tracking()
 
 
+def evaluation_decides(keep: str, early_stopping_patience: int | None) -> bool:
+    """Whether evaluation has a say in when a run ends, or in which adapter it leaves."""
+    return keep == "best" or early_stopping_patience is not None
+
+
 def may_change_on_resume(key: str, experiment: Experiment) -> bool:
     """Whether a run may go on although this `section.key` changed: nothing computed before or after depends on it.
 
@@ -208,7 +213,7 @@ def may_change_on_resume(key: str, experiment: Experiment) -> bool:
     if key in LENGTH:
         return experiment.scheduler.name == "none"
     if key in ("evaluation.steps", "evaluation.rows"):
-        return experiment.training.early_stopping_patience is None and experiment.training.keep == "final"
+        return not evaluation_decides(experiment.training.keep, experiment.training.early_stopping_patience)
     return key.startswith("tracking.") or key in {
         "training.log_steps",
         "training.save_steps",

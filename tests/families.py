@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from benchmarks.hf_trainer import Parts
 from medqa.tiny import BASE_DIR
 
 SIZES = {
@@ -104,3 +105,13 @@ def _rename(tokenizer: dict[str, Any], first: list[str], more: list[str]) -> Non
     for content in more:
         tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": len(words), "content": content})
         words[content] = len(words)
+
+
+def wake(parts: Parts, scale: float) -> Parts:
+    """B matrices away from their 0, as training would have them, the same for the same shapes."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in parts.adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return parts

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import CONFIGS, make_base
+from families import CONFIGS, make_base, wake
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,6 +25,7 @@ from medqa.results.adapter import find_adapter, load_adapted
 from medqa.results.ask import answer, printable
 from medqa.training.checkpoint import save_adapter
 
+WOKEN = 0.05
 FAMILIES = tuple(CONFIGS)
 FREE = tuple(family for family in FAMILIES if family != "gemma2")
 QUICK = {"qwen3", "gemma", ("gemma3_text", True)}  # what `make test` tries; `make test-all` tries all
@@ -74,16 +75,6 @@ def experiment(tiny, base):
     )
 
 
-def wake(parts: Parts) -> Parts:
-    """B matrices away from their 0, the same for the same shapes."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in parts.adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return parts
-
-
 def worst(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     """The largest over the tensors of max |a - b| / max |b|."""
     assert ours.keys() == theirs.keys()
@@ -124,7 +115,7 @@ def test_parity_in_four_bits(experiment, tmp_path):
 @pytest.fixture(scope="module", params=tried(FAMILIES))
 def padded(request, experiment) -> tuple[str, Parts]:
     """A model that `[PAD]` was added to, with an adapter that does something."""
-    parts = wake(build(experiment(request.param, "tokenization.pad_token='[PAD]'")))
+    parts = wake(build(experiment(request.param, "tokenization.pad_token='[PAD]'")), WOKEN)
     parts.model.eval()
     return request.param, parts
 
@@ -199,7 +190,7 @@ def test_the_prompt_begins_as_the_tokenizer_would_have_it(padded):
 
 @pytest.mark.parametrize("family", tried(ENDS))
 def test_answers_end_where_the_family_ends_its_turns_and_do_not_depend_on_the_batch(family, experiment):
-    parts = wake(build(experiment(family)))
+    parts = wake(build(experiment(family)), WOKEN)
     parts.model.eval()
     assert end_ids(parts.adapted, parts.tokenizer) == ENDS[family]
     words = {"max_new_tokens": 16}
@@ -240,7 +231,7 @@ def free(request, experiment) -> tuple[Parts, Parts]:
     found = []
     for asked in ("false", "true"):
         wanted = experiment(family, f"training.padding_free={asked}", "optimizer.max_grad_norm=1e9", windowed=windowed)
-        found.append(wake(build(wanted)))
+        found.append(wake(build(wanted), WOKEN))
     plain, packed = found
     assert packed.execution.padding_free
     assert packed.base.model.config._attn_implementation == SEGMENTED

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import wake
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
@@ -32,16 +33,6 @@ UPDATE_ROWS = 16
 BUDGETS = (1, 300, 10_000)  # an example a micro-batch, several, all in one
 
 Gradients = dict[str, torch.Tensor]
-
-
-def wake(parts: Parts) -> Parts:
-    """B matrices as training would make them, the same for the same shapes."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in parts.adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return parts
 
 
 @pytest.fixture(scope="module", params=[(r, q) for r in RECIPES for q in ("none", "4bit")], ids="-".join)
@@ -66,7 +57,8 @@ def make(tiny, recipe, padding_free: bool, *sets: str) -> Parts:
                 "optimizer.max_grad_norm=1e9",
                 *sets,
             )
-        )
+        ),
+        0.02,
     )
 
 

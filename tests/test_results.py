@@ -224,6 +224,8 @@ def test_without_a_gpu_it_says_what_to_do(capsys):
         (["--set", "training.log_steps=1", "training.save_steps=5"], []),
         (["--afrimedqa", "none"], ["data.afrimedqa=none"]),
         (["--model", "x/y", "--medquad", "m.csv"], ["model.base=x/y", "data.medquad=m.csv"]),
+        (["--model", "/home/somebody/base"], ["model.base=base"]),
+        (["--set", "data.files={mine: /home/somebody/m.csv}"], ["data.files={'mine': 'a local file'}"]),
         (["--set", "training.max_steps=5"], ["training.max_steps=5"]),
         (["--set", "training.micro_batch_tokens=512"], ["training.micro_batch_tokens=512"]),
         (["--tiny", "--cpu"], ["--tiny", "on a CPU"]),

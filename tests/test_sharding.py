@@ -135,14 +135,20 @@ def assert_in_pieces(directory, processes):
 # --- the same run
 
 
+def whole_and_in_pieces(place, words, processes):
+    """The directories of a run on one process, and of the same run sharded on so many."""
+    one, several = place / f"one-for-{processes}", place / f"sharded-{processes}"
+    alone, together = run_of(one, words, 1, {}), run_of(several, words, processes)
+    assert finish(alone, one) == 0, output(one)
+    assert finish(together, several) == 0, output(several)
+    assert_same_run(one, several)
+    assert_in_pieces(several, processes)
+    return one, several
+
+
 def test_two_sharded_processes_compute_what_one_does(place):
     """With padding, gradient checkpointing and a grown vocabulary."""
-    one, two = place / "one", place / "two"
-    alone, together = run_of(one, PADDED, 1, {}), run_of(two, PADDED, 2)
-    assert finish(alone, one) == 0, output(one)
-    assert finish(together, two) == 0, output(two)
-    assert_same_run(one, two)
-    assert_in_pieces(two, 2)
+    one, two = whole_and_in_pieces(place, PADDED, 2)
     assert held(one, 1)[0] == [held(two, 2)[1]]
     assert (summary(one)["sharded"], summary(two)["sharded"]) == (False, True)
     assert "evaluation.samples = 0, not" in output(two)
@@ -150,12 +156,7 @@ def test_two_sharded_processes_compute_what_one_does(place):
 
 def test_four_sharded_processes_compute_what_one_does_without_padding(place):
     """Validation rows and pieces that four cannot share evenly: a process without one must still take part."""
-    one, four = place / "one-unpadded", place / "four-unpadded"
-    alone, together = run_of(one, UNPADDED, 1, {}), run_of(four, UNPADDED, 4)
-    assert finish(alone, one) == 0, output(one)
-    assert finish(together, four) == 0, output(four)
-    assert_same_run(one, four)
-    assert_in_pieces(four, 4)
+    whole_and_in_pieces(place, UNPADDED, 4)
 
 
 @pytest.mark.slow

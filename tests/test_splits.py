@@ -259,20 +259,28 @@ def real_rows() -> list[Row]:
     return [row for source in sources for row in source.rows]
 
 
-@needs_shared
-def test_the_real_files_grouped(real_rows: list[Row]) -> None:
-    splits = split_rows(real_rows, "grouped", 42, FRACTIONS)
+def whole_groups(rows: list[Row], method: str, counted: tuple[int, int], held_out_at_most: int) -> Splits:
+    """The split, every group of it in one part, the large ones in training, each source in proportion.
+
+    `counted`: groups, and the rows of the largest.
+    """
+    splits = split_rows(rows, method, 42, FRACTIONS)
     sizes = Counter(splits.groups.values())
-    assert (len(sizes), max(sizes.values())) == (15_332, 377)
+    assert (len(sizes), max(sizes.values())) == counted
     names = split_of(splits)
     assert all(names[row] == names[group] for row, group in splits.groups.items())
-    assert {names[row] for row, group in splits.groups.items() if sizes[group] > 50} == {"train"}
+    assert {names[row] for row, group in splits.groups.items() if sizes[group] > held_out_at_most} == {"train"}
     for source in ("medquad", "afrimedqa"):
-        total = sum(row.source == source for row in real_rows)
+        total = sum(row.source == source for row in rows)
         for name, fraction in zip(SPLITS, FRACTIONS, strict=True):
             part = sum(row.source == source for row in getattr(splits, name))
             assert part / total == pytest.approx(fraction, abs=0.005)
-    report = overlap_report(splits)
+    return splits
+
+
+@needs_shared
+def test_the_real_files_grouped(real_rows: list[Row]) -> None:
+    report = overlap_report(whole_groups(real_rows, "grouped", (15_332, 377), held_out_at_most=50))
     for name in (*HELD_OUT, "held_out"):
         assert report[name]["question_or_answer"]["rows"] == 0
     assert report["held_out"]["topic"]["share"] == pytest.approx(0.85, abs=0.03)
@@ -281,18 +289,7 @@ def test_the_real_files_grouped(real_rows: list[Row]) -> None:
 
 @needs_shared
 def test_the_real_files_by_topic(real_rows: list[Row]) -> None:
-    splits = split_rows(real_rows, "topic", 42, FRACTIONS)
-    sizes = Counter(splits.groups.values())
-    assert (len(sizes), max(sizes.values())) == (5_773, 2_129)
-    names = split_of(splits)
-    assert all(names[row] == names[group] for row, group in splits.groups.items())
-    assert {names[row] for row, group in splits.groups.items() if sizes[group] > 81} == {"train"}
-    for source in ("medquad", "afrimedqa"):
-        total = sum(row.source == source for row in real_rows)
-        for name, fraction in zip(SPLITS, FRACTIONS, strict=True):
-            part = sum(row.source == source for row in getattr(splits, name))
-            assert part / total == pytest.approx(fraction, abs=0.005)
-    report = overlap_report(splits)
+    report = overlap_report(whole_groups(real_rows, "topic", (5_773, 2_129), held_out_at_most=81))
     for name in (*HELD_OUT, "held_out"):
         assert report[name]["question_or_answer"]["rows"] == report[name]["topic"]["rows"] == 0
         assert report[name]["topic"]["of"] > 1_000

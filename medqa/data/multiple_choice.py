@@ -8,16 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from medqa.data.sources import (
-    COLUMNS,
-    LONE_SURROGATE,
-    Cells,
-    Row,
-    read_source,
-    right_letters,
-    shown_options,
-    shown_question,
-)
+from medqa.data.records import LONE_SURROGATE, Cells, right_letters, shown_options, shown_question
+from medqa.data.sources import COLUMNS, Row, read_source
 from medqa.data.splits import letters_and_digits
 from medqa.errors import UserError
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medqa.config import Experiment, flat
+from medqa.config import Experiment, evaluation_decides, flat
 from medqa.errors import UserError
 from medqa.experiment_file import load_experiment, own_names, parse_sets
 from medqa.results.compare_runs import CONFIG, Run, number, part, printable
@@ -32,8 +32,10 @@ RECORDING = {
     "training.process_timeout_s",
     "evaluation.samples",
 }
-EVALUATED = {"evaluation.steps", "evaluation.rows"}  # but where evaluation decides when a run ends, or what it keeps
-RECORDING |= EVALUATED
+EVALUATED = {
+    "evaluation.steps",
+    "evaluation.rows",
+}  # recording too, but where it decides when a run ends or what it keeps
 # How an update is computed: its result changes by rounding and by other dropout noise, its cost by much.
 COST = {
     "model.dequantize",
@@ -68,8 +70,8 @@ class Proposal:
 
 def recipe(values: dict[str, Any]) -> dict[str, Any]:
     """Of all `section.key`, those that what is computed depends on."""
-    decides = values["training.keep"] == "best" or values["training.early_stopping_patience"] is not None
-    recording = RECORDING - EVALUATED if decides else RECORDING
+    decides = evaluation_decides(values["training.keep"], values["training.early_stopping_patience"])
+    recording = RECORDING if decides else RECORDING | EVALUATED
     return {key: value for key, value in values.items() if key not in recording and not key.startswith("tracking.")}
 
 

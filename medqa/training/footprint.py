@@ -8,13 +8,11 @@ its allocator loses to fragments.
 """
 
 import bisect
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from medqa.config import Experiment, Optimizer
 from medqa.data.batches import MicroBatch
@@ -22,7 +20,8 @@ from medqa.model.execution import Execution
 from medqa.model.head import CHUNK_BYTES
 from medqa.model.loss import LossModel, summed_loss
 from medqa.model.precision import Precision
-from medqa.training.shape_model import BLOCK, Shape, each_tensor, shape_model, tensors_of
+from medqa.training.shape_model import shape_model, tensors_of
+from medqa.training.storages import Storages
 
 DEPTH = 2  # layers of the larger model that is run
 MOST = 2**24  # tokens of a micro-batch that are thought of
@@ -225,7 +224,7 @@ def _run(model: LossModel, micro_batch: MicroBatch, precision: Precision) -> _Sa
     device, dtype = torch.device("cpu"), precision.dtype
     mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision.mixed_precision)
     there = [*tensors_of(model), *(t.grad for t in tensors_of(model) if t.grad is not None)]
-    with _Storages(there) as storages:
+    with Storages(there) as storages:
 
         def out_of_layers(module: torch.nn.Module, arguments: tuple, output: Any) -> None:
             storages.enter("head")
@@ -243,66 +242,3 @@ def _run(model: LossModel, micro_batch: MicroBatch, precision: Precision) -> _Sa
             hook.remove()
     activations = storages.on_entry["head"]
     return _Sample(activations, storages.peak["head"] - activations, storages.peak["layers"])
-
-
-class _Storages(TorchDispatchMode):
-    """Counts the bytes of storages made under it, and their peak in each stretch of the run.
-
-    A storage that its own finalizer reports gone is gone for autograd too, which may outlive every Python tensor.
-    """
-
-    def __init__(self, known: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self._known = {_storage(tensor)._cdata for tensor in known}  # there before, so not made here
-        self.live = 0
-        self.stretch = "layers"
-        self.peak: dict[str, int] = {"layers": 0, "head": 0}
-        self.on_entry: dict[str, int] = {}
-        self._sizes: dict[int, int] = {}
-
-    def enter(self, stretch: str) -> None:
-        """From here on it is this stretch."""
-        self.stretch = stretch
-        self.on_entry[stretch] = self.live
-        self._note(0)
-
-    def __torch_dispatch__(
-        self,
-        func: torch._ops.OpOverload,
-        types: Sequence[type],
-        args: tuple = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Run one operation and count what it made."""
-        result = func(*args, **(kwargs or {}))
-        each_tensor(self._count, result)
-        self._note(_inside(func, args))
-        return result
-
-    def _count(self, tensor: torch.Tensor) -> None:
-        storage = _storage(tensor)
-        key = storage._cdata
-        if key not in self._known and key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.live += self._sizes[key]
-            weakref.finalize(storage, self._gone, key)
-
-    def _note(self, inside: int) -> None:
-        self.peak[self.stretch] = max(self.peak[self.stretch], self.live + inside)
-
-    def _gone(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
-
-
-def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    """Where a tensor's contents would be."""
-    return (tensor.inner if isinstance(tensor, Shape) else tensor).untyped_storage()
-
-
-def _inside(operation: torch._ops.OpOverload, args: tuple) -> int:
-    """What an operation takes while it runs and does not show: a 4-bit layer is expanded inside its product."""
-    if operation.name() != "bitsandbytes::gemm_4bit":
-        return 0
-    inputs, shape = args[0], args[2]
-    count = shape[0] * shape[1]
-    return count * inputs.element_size() + 4 * count // BLOCK
