@@ -1,0 +1,234 @@
+"""How a file becomes durable, and how a file that may be damaged or hostile is read. Nothing else knows either.
+
+Writing: the content goes to a temporary file beside the target, is flushed to the disk, and is renamed into place;
+then the directory is flushed. A reader therefore sees the old file or the new one, also after a power cut. Nothing is
+written through a symbolic link: a link at the temporary name is removed, and a link at the target is replaced.
+
+Reading: only regular files are opened (opening a pipe would wait for ever, and a device never ends), no more bytes than
+`medqa/limits.py` allows are read, and JSON must be strict: no NaN, no Infinity, no numbers beyond 64 bits.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from medqa.limits import MAX_INTEGER, MAX_JSON_BYTES, MAX_JSON_DEPTH
+
+UNFINISHED = ".tmp"
+# What fsync answers on file systems that do not support it for this kind of file.
+CANNOT_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class Damaged(Exception):
+    """Why a file or a directory cannot be used. The message names the file and the reason."""
+
+
+class Missing(Damaged):
+    """The file is not there."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file to write to, which takes the place of `path` when the block ends without an exception.
+
+    After an exception `path` is as it was before, and no temporary file is left.
+
+    Raises:
+        OSError: the file cannot be written; the error's `filename` is set.
+    """
+    beside = path.with_name(path.name + UNFINISHED)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        beside.unlink(missing_ok=True)  # left by a killed process, or a link that somebody put there
+        with os.fdopen(os.open(beside, flags, 0o666), "wb") as file:
+            yield file
+            file.flush()
+            _flush(file.fileno())
+        os.replace(beside, path)
+        flush(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)  # write() and fsync() do not say which file it was
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a whole file durably, or leave the file as it was.
+
+    Text is encoded as UTF-8. What UTF-8 cannot hold (a lone surrogate, as in a path with undecodable bytes) becomes its
+    backslash escape.
+
+    Raises:
+        OSError: the file cannot be written; the error's `filename` is set.
+    """
+    with replacing(path) as file:
+        file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
+
+
+def write_json(value: Any, path: Path) -> None:
+    r"""Write a value as an indented JSON file, durably and whole.
+
+    A lone surrogate in a string becomes the JSON escape `\udcXX`, which JSON readers turn back into the same string.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: the value holds NaN or infinity.
+    """
+    write_file(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a regular file durably: the target is the whole copy, or what it was before.
+
+    Raises:
+        OSError: the source cannot be read or is not a regular file, or the target cannot be written.
+    """
+    with open_regular(source) as content, replacing(target) as copy:
+        shutil.copyfileobj(content, copy, 1 << 20)
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold a file's content, or a directory's entries, before going on.
+
+    Raises:
+        OSError: the disk could not be written. A file system that does not support the call is not an error.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _flush(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush(descriptor: int) -> None:
+    """`os.fsync`, except where the file system does not support it."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_FLUSH:
+            raise
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a regular file for reading in binary mode. Links to regular files are followed.
+
+    Raises:
+        OSError: the file cannot be opened, or it is a pipe, a device, a socket or a directory.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises:
+        Missing: the file is not there.
+        Damaged: the file is not a regular file, is longer than `limit`, or cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            content = file.read(limit + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Missing(f"{path}: {error.strerror}") from error
+    except OSError as error:
+        raise Damaged(f"{path}: {error.strerror}") from error
+    if len(content) > limit:
+        raise Damaged(f"{path}: longer than {limit:,} bytes")
+    return content
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """The value of a JSON file that anyone may have written or cut short.
+
+    Raises:
+        Missing: the file is not there.
+        Damaged: the file is not a regular file, longer than `limit` bytes, or not JSON as `parse_json` wants it.
+    """
+    content = read_file(path, limit)
+    try:
+        return parse_json(content)
+    except ValueError as error:
+        raise Damaged(f"{path}: not valid JSON: {error}") from error
+
+
+def parse_json(text: str | bytes, *, unique_keys: bool = False) -> Any:
+    """The value of a JSON text, by RFC 8259, within the limits of `medqa/limits.py`.
+
+    Args:
+        unique_keys: refuse an object that has a key twice. Without it the last value counts, as in Python's `json`.
+
+    Raises:
+        ValueError: the text is not JSON in UTF-8, holds NaN, Infinity, or a number beyond 64 bits, is nested too
+            deeply, or (with `unique_keys`) repeats a key.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        value = json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_int=_integer,
+            parse_float=_float,
+            object_pairs_hook=_unique if unique_keys else None,
+        )
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if _deeper_than(value, MAX_JSON_DEPTH):
+        raise ValueError("nested too deeply")
+    return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) <= 20 and abs(value := int(digits)) <= MAX_INTEGER:
+        return value
+    raise ValueError(f"the number {digits[:24]}... is too large")
+
+
+def _float(digits: str) -> float:
+    if math.isfinite(value := float(digits)):
+        return value
+    raise ValueError(f"the number {digits[:24]} is too large")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r} stands twice in one object")
+            seen.add(key)
+    return found
+
+
+def _deeper_than(value: Any, limit: int) -> bool:
+    """Whether lists and objects are nested more than `limit` deep. Level by level, so that no recursion can run out."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, dict | list)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+        if not level:
+            return False
+    return any(isinstance(child, dict | list) for child in level)
