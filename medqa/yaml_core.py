@@ -4,7 +4,6 @@ Reading is ruamel.yaml's safe loader (nothing in a file can run; a repeated key 
 core schema alone: ruamel's own still reads dates and `1_000`. Source: https://yaml.org/spec/1.2.2/#103-core-schema
 """
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.resolver import VersionedResolver
 
 from medqa.errors import UserError
+from medqa.files import write_file
 
 CORE_SCHEMA = (
     ("null", r"|~|null|Null|NULL", ["", "~", "n", "N"]),
@@ -74,12 +74,15 @@ def _text(dumper: Dumper, text: str) -> pyyaml.ScalarNode:
 Dumper.add_representer(str, _text)
 
 
+def yaml_text(value: Any) -> str:
+    """A value as a YAML text in which YAML 1.1 and 1.2 readers see the same."""
+    return pyyaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
 def dump_yaml(value: Any, path: Path) -> None:
-    """Write `value` so that YAML 1.1 and 1.2 readers see the same: whole, or the file stays as it was."""
-    text = pyyaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    """Write a value as a YAML file (`yaml_text`), durably and whole.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_file(path, yaml_text(value))

@@ -1,5 +1,7 @@
 """What a finished run leaves: the adapter with tokenizer and model card, and `summary.json`."""
 
+import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -22,6 +24,7 @@ from medqa.training.phases import Phases
 from medqa.training.plan import accumulation_steps, parameter_counts
 from medqa.training.run_dir import ADAPTER_DIR, Leg, copy_whole
 from medqa.training.tracking import EVAL_NAMES
+from medqa.yaml_core import yaml_text
 
 LICENCES = {
     "medquad": "MedQuAD (Ben Abacha and Demner-Fushman, 2019): CC BY 4.0",
@@ -30,6 +33,8 @@ LICENCES = {
 
 NON_COMMERCIAL = "cc-by-nc-sa-4.0"
 UNKNOWN = "other"
+HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
+NOT_IN_CODE = str.maketrans("`|", "' ")  # a table's cells end at "|" in a code span too
 PERMISSIVE = (Model().base, str(BASE_DIR))  # Apache 2.0 and our own: they add nothing to the data's terms
 
 
@@ -50,6 +55,43 @@ def data_lines(data: Data) -> str:
     """What was trained on, a line each; data of one's own by name, because a path says who one is."""
     used = [text for name, text in LICENCES.items() if getattr(data, name) != "none"]
     return "\n".join(f"- {text}" for text in [*used, *(f"`{name}`: data of one's own" for name in sorted(data.files))])
+
+
+def front_matter(values: Mapping[str, Any]) -> str:
+    """The YAML header of a model card, as the Hugging Face Hub reads it."""
+    return f"---\n{yaml_text(dict(values))}---\n"
+
+
+def plain(text: Any) -> str:
+    """Text that Markdown and HTML show as it stands, on one line; for names that anyone may have chosen."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return re.sub(r"([\\`*\[\]<>&|#~])", r"\\\1", line)
+
+
+def code(text: Any) -> str:
+    """Text as a Markdown code span on one line, in which nothing else is markup."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return f"`{line.translate(NOT_IN_CODE)}`"
+
+
+def public_name(where: str) -> str | None:
+    """What a model or an adapter is called on the Hugging Face Hub, None where that is not known.
+
+    A path is no name: it says who the user is, and nobody else has anything there. Of a path into the hub's own cache
+    the name is known.
+    """
+    place = os.path.expanduser(where)
+    cached = re.search(r"models--([\w.-]+?)/snapshots/[0-9a-f]{40}/?$", os.path.realpath(place))
+    if cached is not None:
+        return cached[1].replace("--", "/", 1)
+    return where if HUB_NAME.fullmatch(where) and not os.path.lexists(place) else None
+
+
+def base_words(base: str) -> str:
+    """A base model in a sentence of a card: its name on the hub, or that it has none."""
+    if (name := public_name(base)) is not None:
+        return code(name)
+    return "the embedded base model" if base == str(BASE_DIR) else "a base model in a local directory"
 
 
 def make_summary(
@@ -130,6 +172,9 @@ def save_final_adapter(
 def model_card(summary: Mapping[str, Any], experiment: Experiment) -> str:
     """The adapter's README: data and licences, figures, intended use."""
     short, sentence = licence(experiment.data, experiment.model.base)
+    base = public_name(experiment.model.base)
+    header = {"base_model": base} if base else {}
+    header |= {"library_name": "peft", "license": short, "tags": ["lora", "medical", "question-answering"]}
     figures = "\n".join(
         f"| {label} | {part['loss']:.4f} | {part['perplexity']:.3f} | {_figure(part['answer_loss'], 4)} | "
         f"{_figure(part['answer_perplexity'], 3)} |"
@@ -143,16 +188,10 @@ def model_card(summary: Mapping[str, Any], experiment: Experiment) -> str:
     best = (
         f"\nIts weights are those after update {kept}: the lowest validation loss." if kept < summary["updates"] else ""
     )
-    return f"""---
-base_model: {experiment.model.base}
-library_name: peft
-license: {short}
-tags: [lora, medical, question-answering]
----
+    return f"""{front_matter(header)}
+# {plain(summary["experiment"])}
 
-# {summary["experiment"]}
-
-A LoRA adapter for `{experiment.model.base}`, trained on medical questions and answers with medqa:
+A LoRA adapter for {base_words(experiment.model.base)}, trained on medical questions and answers with medqa:
 {summary["updates"]} updates of {experiment.training.global_batch_size} examples, learning rate
 {experiment.optimizer.learning_rate:g}, quantization {summary["quantization"]}, mixed precision
 {summary["mixed_precision"]}.{best}
