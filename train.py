@@ -21,9 +21,10 @@ from medqa.model.base import add_lora, check_model, load_base, load_tokenizer
 from medqa.model.loss import LossModel
 from medqa.model.precision import resolve_precision
 from medqa.options import parse_options
+from medqa.terminal import make_console, protect
 from medqa.training.artifacts import make_summary, save_final_adapter
 from medqa.training.checkpoint import RunState, Trained, save_checkpoint
-from medqa.training.console import ProgressLine, make_console, quiet_libraries, show_plan, show_result
+from medqa.training.console import ProgressLine, quiet_libraries, show_plan, show_result
 from medqa.training.ending import close_run
 from medqa.training.execution import choose_execution
 from medqa.training.interrupts import Deadline, Interrupts, elapsed
@@ -47,6 +48,7 @@ from medqa.training.wandb_run import log_adapter, log_samples, sampled_rows, sta
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these options; the exit code says how it ended (`medqa/errors.py`), before a signal ends the process."""
+    protect()
     with Interrupts() as interrupts:
         return exit_code(lambda: guarded(parse_options(argv), interrupts))
 

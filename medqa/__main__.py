@@ -14,18 +14,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from medqa.command_options import command_parser
 from medqa.errors import UserError, exit_code, writing
 from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
 from medqa.options import data_locations, locations, run_words
+from medqa.terminal import make_console, print_error, protect
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
+    protect()
     parser = command_parser()
     options, rest = parser.parse_known_args(argv)
     if options.command == "ask" and options.question is None and rest and not rest[0].startswith("-"):
@@ -44,7 +44,7 @@ def plan(options: argparse.Namespace) -> None:
     Raises:
         UserError: the experiment, the model's configuration or the data cannot be had; no such GPU, or no such rate.
     """
-    from medqa.training.console import make_console, quiet_libraries
+    from medqa.training.console import quiet_libraries
     from medqa.training.forecast import forecast, show_forecast
     from medqa.training.machines import find_machine
 
@@ -57,7 +57,7 @@ def plan(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(found, indent=2))
     else:
-        show_forecast(make_console(True), found)
+        show_forecast(make_console(), found)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -96,7 +96,7 @@ def verify_resume(options: argparse.Namespace) -> None:
     experiment = load_experiment(options.exp, tiny=options.tiny, locations=locations(options), sets=options.set)
     name = default_output_dir(options.exp, options.tiny, options.set, experiment).name
     directory = options.output_dir or Path("outputs") / "verify-resume" / name
-    console = Console(highlight=False, markup=False)
+    console = make_console()
     found = verify.verify_resume(
         run_words(options), directory, options.kills, options.seed, start_train, functools.partial(console.print)
     )
@@ -115,10 +115,10 @@ def export(options: argparse.Namespace) -> None:
     """
     from medqa.results.export import Wanted
     from medqa.results.export import export as run_export
-    from medqa.training.console import make_console, quiet_libraries
+    from medqa.training.console import quiet_libraries
 
     quiet_libraries()
-    console = make_console(True)
+    console = make_console()
     run_export(
         Wanted(
             run=options.adapter,
@@ -151,7 +151,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from medqa.results.adapter import find_adapter
     from medqa.results.evaluation_wandb import log_evaluation
     from medqa.results.show_evaluation import show_evaluation
-    from medqa.training.console import make_console, quiet_libraries
+    from medqa.training.console import quiet_libraries
     from medqa.training.processes import is_first_process
 
     tasks = evaluation.chosen_tasks(options.tasks)
@@ -188,15 +188,15 @@ def ask(options: argparse.Namespace) -> None:
     from medqa.model.precision import usable_gpu
     from medqa.results import ask as asking
     from medqa.results.adapter import find_adapter, load_adapted
-    from medqa.training.console import make_console, quiet_libraries
+    from medqa.training.console import quiet_libraries
 
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens}: at least 1")
     quiet_libraries()
     source = find_adapter(options.adapter, options.checkpoint, options.model)
     adapted = load_adapted(source, torch.device("cuda" if not options.cpu and usable_gpu() else "cpu"))
-    print(asking.NOT_ADVICE, file=sys.stderr, flush=True)
-    console, most = make_console(True), options.max_new_tokens
+    print_error(asking.NOT_ADVICE)
+    console, most = make_console(), options.max_new_tokens
     if options.question is not None and not options.json:
         asking.show_answer(adapted, options.question, most, options.compare, console)
     elif options.question is not None:

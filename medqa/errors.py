@@ -11,12 +11,13 @@ import contextlib
 import errno
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from medqa.terminal import print_error
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # Of a place that has gone, or that has never been writable.
@@ -137,14 +138,14 @@ def _say(message: str, code: int, ending: str) -> int:
     Processes of one host see the same files, so that what one has to say all have; another host may lack them.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+        print_error(message)
     note(ending)
     return code
 
 
 def _say_alone(message: str, code: int, ending: str) -> int:
     """Print what this process alone knows, note the ending, and hand the code through."""
-    print(f"process {os.environ.get('RANK', '0')}: {message}", file=sys.stderr, flush=True)
+    print_error(f"process {os.environ.get('RANK', '0')}: {message}")
     note(ending)
     return code
 
@@ -157,7 +158,7 @@ def note(word: str) -> None:
             with Path(path).open("a", encoding="utf-8") as file:
                 file.write(word + "\n")
         except OSError as error:
-            print(f"${ENDING}={path}: {error.strerror}", file=sys.stderr, flush=True)
+            print_error(f"${ENDING}={path}: {error.strerror}")
 
 
 def together(*steps: Callable[[], Any]) -> list[Any]:

@@ -17,6 +17,7 @@ from medqa.errors import UserError
 from medqa.evaluation.inference import generate_answers
 from medqa.results import ask
 from medqa.results.adapter import Adapted, find_adapter, load_adapted
+from medqa.terminal import printable
 from medqa.tiny import AFRIMEDQA_CSV, MEDQUAD_CSV
 
 QUESTIONS = ["What is (are) Asthma ?", "How to prevent Malaria ?", "What are the symptoms of Scabies ?"]
@@ -156,7 +157,7 @@ def test_nothing_piped_gives_nothing(loaded, tiny_run, monkeypatch, capsys):
 
 
 def test_question_after_question_each_alone(adapted, monkeypatch, capsys):
-    from medqa.training.console import make_console
+    from medqa.terminal import make_console
 
     asked = iter([QUESTIONS[0], QUESTIONS[1], "asthma " * 400, QUESTIONS[0], ""])
     monkeypatch.setattr("builtins.input", lambda *_: next(asked))
@@ -208,7 +209,7 @@ def test_no_run_and_no_adapter(tmp_path: Path, capsys):
 
 
 def test_answers_command_no_terminal():
-    assert ask.printable("a\x1b[2Jb\x07\x9b31m\u202ec\n\td") == "a\ufffd[2Jb\ufffd\ufffd31m\ufffdc\n\td"
+    assert printable("a\x1b[2Jb\x07\x9b31m\u202ec\n\td") == "a\\x1b[2Jb\\x07\\x9b31m\\u202ec\n\td"
 
 
 def test_a_question_that_is_too_long_is_named(adapted):

@@ -12,9 +12,10 @@ from medqa.data.sources import load_sources
 from medqa.data.tokens import tokenize
 from medqa.experiment_file import load_experiment
 from medqa.model.base import load_tokenizer
+from medqa.terminal import NOTEBOOK_VARIABLES, make_console
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
 from medqa.training import console as console_module
-from medqa.training.console import NOTEBOOK_VARIABLES, ProgressLine, make_console, show_plan, show_result
+from medqa.training.console import ProgressLine, show_plan, show_result
 from medqa.training.plan import Plan, loss_segments
 
 SUMMARY = {

@@ -22,7 +22,8 @@ from medqa.model.attention import SEGMENTED, TESTED
 from medqa.model.base import load_tokenizer
 from medqa.prompts import prompt, prompt_ids
 from medqa.results.adapter import find_adapter, load_adapted
-from medqa.results.ask import answer, printable
+from medqa.results.ask import answer
+from medqa.terminal import printable
 from medqa.training.checkpoint import save_adapter
 
 WOKEN = 0.05

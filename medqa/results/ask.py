@@ -1,8 +1,6 @@
 """`python -m medqa ask`: questions to an adapter, one at a time, each on its own, as in training."""
 
 import json
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from medqa.evaluation.inference import end_ids, plain_greedy
 from medqa.evaluation.red_flags import red_flag
 from medqa.prompts import prompt_ids
 from medqa.results.adapter import Adapted
+from medqa.terminal import nobody_reads, printable, takes_unicode
 
 ADVICE = (
     "This may be an emergency, or a question that no program must decide: call the emergency number, or ask a doctor, "
@@ -177,19 +176,7 @@ def piped_questions(stream: TextIO) -> Iterator[str]:
 def answer_lines(adapted: Adapted, questions: Iterator[str] | list[str], most_tokens: int, compare: bool) -> None:
     """One JSON line for each question, as soon as it is answered."""
     for question in questions:
-        line = json.dumps(as_record(adapted, question, most_tokens, compare), ensure_ascii=not _takes_unicode())
-        try:
-            print(line, flush=True)
-        except BrokenPipeError:  # of a reader that has enough, `head` say
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        record = as_record(adapted, question, most_tokens, compare)
+        print(json.dumps(record, ensure_ascii=not takes_unicode()), flush=True)
+        if nobody_reads():  # a reader that has enough, `head` for example
             return
-
-
-def _takes_unicode() -> bool:
-    """Whether what is printed may be more than ASCII."""
-    return (sys.stdout.encoding or "").lower().replace("-", "") in ("utf8", "utf16", "utf32")
-
-
-def printable(text: str) -> str:
-    """The text without what could command a terminal (escapes, other control characters)."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)

@@ -14,11 +14,10 @@ from rich.table import Table as ConsoleTable
 
 from medqa.results.compare_figures import as_json, samples
 from medqa.results.compare_recipes import conclusion, differences
-from medqa.results.compare_runs import printable
 from medqa.results.compare_tables import Comparison, Table, compare_runs, evaluation_tables, main_tables
 from medqa.results.page import changes, check_place, render, write_page
+from medqa.terminal import make_console, printable
 
-PLAIN_WIDTH = 160
 # Of an evaluation, what only the page shows.
 LEFT_OUT = {"sources", "unseen_topics", "few_shared_13_grams", "specialties", "validation", "own_template"}
 
@@ -69,9 +68,7 @@ def as_object(comparison: Comparison) -> dict[str, Any]:
 
 def show(comparison: Comparison, out: Path) -> None:
     """The tables, the warnings and the commands, on the console."""
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
+    console = make_console()
     for table in (*main_tables(comparison), *map(_in_short, evaluation_tables(comparison.runs))):
         _show_table(console, table)
     if comparison.warnings:
@@ -82,8 +79,8 @@ def show(comparison: Comparison, out: Path) -> None:
         console.print("\nThe one-change runs that are missing", style="bold")
     for proposal in comparison.proposals:
         console.print(f"# {proposal.base.label} with {changes(proposal)}", soft_wrap=True)
-        console.print(printable(proposal.command), soft_wrap=True)
-    console.print(f"\nplots, samples and all of this: {printable(str(out))}", soft_wrap=True)
+        console.print(proposal.command, soft_wrap=True)
+    console.print(f"\nplots, samples and all of this: {out}", soft_wrap=True)
 
 
 def _in_short(table: Table) -> Table:

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from medqa.results.compare_runs import Figure, Json, Run, number, part, printable
+from medqa.results.compare_runs import Figure, Json, Run, number, part
+from medqa.terminal import printable
 
 AXES = {"updates": "updates", "examples": "examples seen", "tokens": "target tokens seen"}
 ANSWER_PERPLEXITY = "loss.test.{}.answer_perplexity"  # of an evaluation; untuned or tuned

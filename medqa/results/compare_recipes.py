@@ -15,7 +15,8 @@ from typing import Any
 from medqa.config import Experiment, evaluation_decides, flat
 from medqa.errors import UserError
 from medqa.experiment_file import load_experiment, own_names, parse_sets
-from medqa.results.compare_runs import CONFIG, Run, number, part, printable
+from medqa.results.compare_runs import CONFIG, Run, number, part
+from medqa.terminal import printable
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 SEED = "training.seed"

@@ -14,6 +14,7 @@ from medqa.config import Experiment, flat
 from medqa.errors import UserError, together
 from medqa.experiment_file import load_experiment
 from medqa.length import is_complete, planned_updates
+from medqa.terminal import printable
 from medqa.yaml_core import load_yaml
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
@@ -108,11 +109,6 @@ def number(value: Any) -> float | None:
     """A figure that anyone may have written: finite and of a size that occurs, or None."""
     usable = isinstance(value, int | float) and not isinstance(value, bool) and -1e18 < value < 1e18
     return float(value) if usable else None
-
-
-def printable(text: str) -> str:
-    """Text without what would steer a terminal, turn the direction of writing, or be no character at all."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def part(record: Any, *keys: str) -> Any:

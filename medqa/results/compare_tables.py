@@ -6,8 +6,9 @@ from pathlib import Path
 
 from medqa.results.compare_figures import Performance, evaluation_tasks, performance, perplexity
 from medqa.results.compare_recipes import BASE, LOCATIONS, Pair, Proposal, conclusion, differences, pairs, proposals
-from medqa.results.compare_runs import Figure, Run, printable, read_runs
+from medqa.results.compare_runs import Figure, Run, read_runs
 from medqa.results.compare_warnings import warnings
+from medqa.terminal import printable
 
 NOT_THERE = "–"
 SOURCES = "where data and base model lie"

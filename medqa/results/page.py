@@ -13,8 +13,8 @@ from medqa.errors import UserError
 from medqa.results.compare_figures import samples
 from medqa.results.compare_plots import COLOURS, SVG, of_the_page, plots, styles
 from medqa.results.compare_recipes import Proposal, shown
-from medqa.results.compare_runs import printable
 from medqa.results.compare_tables import Comparison, evaluation_tables, main_tables
+from medqa.terminal import printable
 
 GENERATOR = "python -m medqa compare"
 OWN_MARK = f'<meta name="generator" content="{GENERATOR}">'.encode()

@@ -1,10 +1,8 @@
 """What the terminal shows: the plan, progress, and the closing table. From the main process only.
 
-On a terminal that is rich's display; elsewhere, notebooks included (Colab's `!` claims to be a terminal, and what is
-redrawn there floods the page), plain lines.
+What a terminal can redraw and what is shown elsewhere is decided in `medqa/terminal.py`.
 """
 
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +15,8 @@ from rich.table import Column, Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
+from medqa.terminal import printable
 from medqa.training.plan import Plan
-
-NOTEBOOK_VARIABLES = ("COLAB_RELEASE_TAG", "COLAB_GPU", "JPY_PARENT_PID", "KAGGLE_KERNEL_RUN_TYPE")
-PLAIN_WIDTH = 160
 
 
 def quiet_libraries() -> None:
@@ -31,20 +27,6 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def make_console(is_main_process: bool) -> Console:
-    """The run's console: quiet on the other processes, without control codes where they would not be drawn."""
-    in_notebook = any(name in os.environ for name in NOTEBOOK_VARIABLES)
-    console = Console(
-        quiet=not is_main_process,
-        highlight=False,
-        markup=False,  # a path may have brackets
-        force_terminal=False if in_notebook else None,
-    )
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
-    return console
-
-
 def show_plan(console: Console, title: str, plan: Plan) -> None:
     """The plan, and one training example with what of it counts in the loss."""
     rows = [(label, text, "none") for label, text in plan.lines]
@@ -52,12 +34,12 @@ def show_plan(console: Console, title: str, plan: Plan) -> None:
         rows.append(("in the loss" if counts else "not in the loss", _shortened(text), "green" if counts else "dim"))
     if not console.is_terminal:
         for label, text, _ in [("run", title, ""), *rows]:
-            console.print(f"{label:<16} {text}", markup=False, soft_wrap=True)
+            console.print(f"{label:<16} {text}", soft_wrap=True)
         return
     console.rule(title)
     grid = Table.grid(padding=(0, 2))
     for label, text, style in rows:
-        grid.add_row(Text(label, style="bold"), Text(text, style=style))
+        grid.add_row(Text(label, style="bold"), Text(printable(text), style=style))
     console.print(grid)
 
 
