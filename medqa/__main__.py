@@ -1,4 +1,4 @@
-"""`python -m medqa COMMAND ...`: what is done before and after a run. Each command has `--help`.
+"""`medqa COMMAND ...`, or `python -m medqa COMMAND ...`: what is done before and after a run. Each has `--help`.
 
 Their options are in `command_options.py`.
 """

@@ -1,4 +1,4 @@
-"""The options of `python -m medqa COMMAND`."""
+"""The options of `medqa COMMAND`."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def command_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    parser = argparse.ArgumentParser(prog="python -m medqa", description="What is done before and after a run.")
+    parser = argparse.ArgumentParser(prog="medqa", description="What is done before and after a run.")
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (_plan, _evaluate, _ask, _compare, _dashboard, _export, _verify_resume):
         add(commands)

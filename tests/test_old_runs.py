@@ -1,7 +1,7 @@
 """A run directory that version 0.1 wrote is resumed, evaluated, exported and compared by the code of today.
 
-`data/run_of_0.1` is `train.py --exp exp_003 --tiny --cpu` after 6 of 8 updates, with the base and the data in a place that
-is not there any more. The expected figures are what version 0.1 itself computed when it resumed that directory.
+`data/run_of_0.1` is `train.py --exp exp_003 --tiny --cpu` after 6 of 8 updates, with the base and the data in a place
+that is not there any more. The expected figures are what version 0.1 itself computed when it resumed that directory.
 """
 
 import json
