@@ -8,14 +8,15 @@ import time
 from collections.abc import Sequence
 
 from medqa.data.batches import Stream
-from medqa.data.report import write_json, write_reports
+from medqa.data.report import write_reports
 from medqa.data.sources import load_sources
-from medqa.data.splits import SPLITS, split_sources
-from medqa.data.tokens import tokenize
+from medqa.data.splits import split_sources
+from medqa.data.tokens import tokenize_splits
 from medqa.errors import StoppedInTime, exit_code, together, writing
 from medqa.evaluation.inference import sample_answers
 from medqa.evaluation.loss import fixed_subset, summarize
 from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
+from medqa.files import write_json
 from medqa.length import planned_updates
 from medqa.model.base import add_lora, check_model, load_base, load_tokenizer
 from medqa.model.loss import LossModel
@@ -98,7 +99,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     splits = split_sources(sources, experiment.data)
     phases.done("data")
     tokenizer = load_tokenizer(experiment.model.base, tokenization.pad_token)
-    examples = {split: tokenize(getattr(splits, split), tokenizer, tokenization) for split in SPLITS}
+    splits, examples = tokenize_splits(splits, tokenizer, tokenization)
     stream = Stream(examples["train"], seed, training.global_batch_size)
     updates = planned_updates(experiment, len(stream.examples))
     phases.done("tokens")
@@ -127,7 +128,8 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
         write_config(output_dir, experiment, accumulation, changes)
         write_reports(output_dir, sources, splits, examples, stream, experiment, execution.padding_free)
         copies.start(training.keep_checkpoints, options.fresh, say)
-    plan = make_plan(experiment, updates, stream, examples, adapted, execution, changes, accelerator, tokenizer.decode)
+    about = experiment, updates, stream, splits, examples
+    plan = make_plan(*about, adapted, execution, changes, accelerator, tokenizer.decode)
     plan.lines.extend(told_of(found, state, spent.damaged))
     plan.lines.extend(space_needed(options.persist_to, experiment, adapted, state.step, updates))
     show_plan(console, f"{name} in {output_dir}", plan)

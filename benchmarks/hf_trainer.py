@@ -19,7 +19,7 @@ from medqa.config import Data, Experiment, flat
 from medqa.data.batches import IGNORED, MicroBatch, Stream
 from medqa.data.sources import load_sources
 from medqa.data.splits import Splits, split_sources
-from medqa.data.tokens import Example, tokenize
+from medqa.data.tokens import Example, tokenize_splits
 from medqa.evaluation.loss import Evaluator
 from medqa.model.base import Base, adapter_weights, add_lora, check_model, load_base, load_tokenizer
 from medqa.model.execution import Execution
@@ -142,9 +142,7 @@ def build(experiment: Experiment, make_accelerator: Callable[[], Accelerator] | 
     training = experiment.training
     splits = _splits(experiment.data.model_dump_json())
     tokenizer = load_tokenizer(experiment.model.base, experiment.tokenization.pad_token)
-    examples = {
-        name: tokenize(getattr(splits, name), tokenizer, experiment.tokenization) for name in ("train", "validation")
-    }
+    _, examples = tokenize_splits(splits, tokenizer, experiment.tokenization, ("train", "validation"))
     stream = Stream(examples["train"], training.seed, training.global_batch_size)
     model_config = check_model(experiment.model, experiment.tokenization.max_length)
     execution = choose_execution(

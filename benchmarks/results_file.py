@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from medqa.config import Section
-from medqa.data.report import write_json
 from medqa.errors import UserError
+from medqa.files import write_json
 
 RECIPES = ("exp_001", "exp_002", "exp_003", "exp_004")
 FORMAT = 1

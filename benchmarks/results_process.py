@@ -14,8 +14,8 @@ from typing import Literal, Protocol
 from benchmarks.results_file import Failure
 from benchmarks.results_machine import ROOT, UNKNOWN, code_commit
 from benchmarks.results_records import what_failed
-from medqa.data.report import write_json
 from medqa.errors import Interrupted, UserError, writing
+from medqa.files import write_json
 from medqa.training.lock import RunLock
 
 AT_LAST_S = 60.0  # that a trainer may take to save, after a signal

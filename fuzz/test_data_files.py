@@ -23,6 +23,7 @@ from medqa.data.splits import SPLITS, split_rows
 from medqa.data.tokens import tokenize
 from medqa.errors import UserError
 from medqa.model.base import load_tokenizer
+from medqa.prompts import prompt_ids
 from medqa.tiny import BASE_DIR
 
 FUZZ = settings(
@@ -236,7 +237,9 @@ def test_whatever_is_read_can_be_split_and_tokenized(tokenizer, pairs):
         return  # too few groups for three splits
     rows = [row for name in SPLITS for row in getattr(splits, name)]
     assert sorted(row.id for row in rows) == sorted(row.id for row in source.rows)
-    for example in tokenize(rows, tokenizer, Tokenization(max_length=32)):
-        assert 0 < len(example.input_ids) <= 32
-        assert 0 <= example.answer_start <= len(example.input_ids)
+    examples = tokenize(rows, tokenizer, Tokenization(max_length=64))
+    short = {row.id for row in rows if len(prompt_ids(row.question, tokenizer)) < 56}
+    assert short <= {example.row.id for example in examples}
+    for example in examples:
+        assert 0 < example.answer_start < len(example.input_ids) <= 64
         assert 0 <= example.input_ids.min() <= example.input_ids.max() < len(tokenizer)

@@ -9,6 +9,7 @@ from rich.console import Console
 from medqa.config import Data
 from medqa.data.batches import Stream
 from medqa.data.sources import load_sources
+from medqa.data.splits import SPLITS, Splits
 from medqa.data.tokens import tokenize
 from medqa.experiment_file import load_experiment
 from medqa.model.base import load_tokenizer
@@ -149,6 +150,7 @@ def plan_of(rows, tokenizer, *sets: str, exp: str = "exp_001") -> Plan:
         experiment,
         experiment.training.max_steps,
         stream,
+        Splits(**dict.fromkeys(SPLITS, tuple(rows)), groups={row.id: row.id for row in rows}, fingerprint=""),
         examples,
         model,
         execution,

@@ -473,14 +473,38 @@ def test_only_the_answer_and_its_eos_are_targets_where_asked(parts):
     assert result.tokens == count
 
 
-def test_an_update_without_any_target_moves_nothing(parts):
-    tokenization = parts.experiment.tokenization.model_copy(update={"loss_on": "answer", "max_length": 8})
-    examples = examples_of(parts, tokenization)
-    assert all(example.answer_start == len(example.input_ids) for example in examples)
-    start = {name: p.detach().clone() for name, p in lora(parts).items()}
-    result = parts.step([collate(examples, tokenization, parts.tokenizer.pad_token_id)])
-    assert (result.loss, result.grad_norm) == (0.0, 0.0)
-    assert_same(dict(lora(parts)), start)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_an_update_without_any_target_moves_nothing(tiny, own_accelerator, scaled):
+    """Also once the optimizer has momentum, with weight decay, and with a scaler, which goes on from there."""
+    sets = (*PLAIN, "optimizer.weight_decay=0.1", "scheduler.name=linear", "training.max_steps=9")
+    parts = build(tiny("exp_001", *sets), fp16(2.0**10) if scaled else None)
+    for update in range(2):
+        parts.step(parts.micro_batches(update))
+    parts.optimizer.zero_grad()
+    before = state_of(parts)
+    without = [dataclasses.replace(m, labels=torch.full_like(m.labels, IGNORED)) for m in parts.micro_batches(2)]
+    result = parts.step(without)
+    assert (result.loss, result.grad_norm, result.tokens) == (0.0, 0.0, 0)
+    weights, moments, updates = state_of(parts)
+    assert_same(weights, before[0])
+    assert_same(moments, before[1])
+    assert updates == before[2] + 1
+    parts.step(parts.micro_batches(3))
+    assert parts.scheduler.last_epoch == 4
+
+
+def test_a_run_checks_its_gradients_once(tiny, tmp_path):
+    """At its first update with a target; one that goes on has done so, and a straight run would not do so again."""
+    parts = build(tiny("exp_001", *PLAIN, "training.max_steps=2"))
+    state = RunState(step=1, tokens_seen=7)
+    matrix = next(iter(lora(parts, "lora_B").values()))
+    hook = matrix.register_hook(torch.zeros_like)
+    run_train(parts, state, tmp_path)
+    assert state.step == parts.experiment.training.max_steps
+    hook.remove()
+    matrix.register_hook(torch.zeros_like)
+    with pytest.raises(TrainingStopped, match="no gradient reached 1 adapter matrices"):
+        run_train(parts, RunState(step=1), tmp_path)
 
 
 # --- when

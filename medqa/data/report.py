@@ -1,7 +1,6 @@
 """`data_report.json`: what was read, dropped and kept, how long rows are, what held-out rows share with training."""
 
-import json
-import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,10 @@ from medqa.data.batches import Stream
 from medqa.data.sources import Source
 from medqa.data.splits import SPLITS, Splits, overlap_report, write_splits_csv
 from medqa.data.tokens import Example
+from medqa.files import write_json
 
+BEYOND = "answer beyond max_length"  # the reason why rows are dropped after they have been tokenized
+LARGE_SHARE = 0.25  # of all rows in one group, beyond which the plan says so
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
@@ -42,6 +44,7 @@ def data_report(
 ) -> dict[str, Any]:
     """The report. Token lengths are in ids, BOS and EOS included, after cutting to `max_length`."""
     everything = [example for name in SPLITS for example in examples[name]]
+    beyond = Counter(row.source for row in splits.beyond)
     lengths = np.array([len(example.input_ids) for example in everything])
     return {
         "fingerprint": splits.fingerprint,
@@ -49,8 +52,8 @@ def data_report(
             source.name: {
                 "location": source.location,
                 "read": source.read,
-                "dropped": source.dropped,
-                "kept": len(source.rows),
+                "dropped": source.dropped | ({BEYOND: beyond[source.name]} if beyond[source.name] else {}),
+                "kept": len(source.rows) - beyond[source.name],
             }
             for source in sources
         },
@@ -63,6 +66,25 @@ def data_report(
         else padding_share(stream, experiment.tokenization, experiment.training.per_device_batch_size),
         "overlap": overlap_report(splits),
     }
+
+
+def about_rows(splits: Splits, examples: Mapping[str, Sequence[Example]], experiment: Experiment) -> list[str]:
+    """What a user should know of the rows before training on them: how many are cut, left out, or hang together."""
+    lines, rows = [], sum(map(len, examples.values()))
+    limit = f"tokenization.max_length = {experiment.tokenization.max_length}"
+    if cut := sum(example.truncated for found in examples.values() for example in found):
+        lines.append(f"{cut:,} of {rows:,} rows are longer than {limit}: the ends of their answers are cut off")
+    if splits.beyond:
+        lines.append(f"{len(splits.beyond):,} rows are left out: {BEYOND} (nothing of it is left at {limit})")
+    group, size = Counter(splits.groups.values()).most_common(1)[0]
+    if experiment.data.split != "random" and size > LARGE_SHARE * rows:
+        where = next(name for name in SPLITS if any(splits.groups[row.id] == group for row in getattr(splits, name)))
+        lines.append(
+            f"{size:,} of {rows:,} rows are all in {where}: rows whose questions or answers repeat (or of one group or "
+            "topic) stay together, so that the other splits have none of them; --set data.split=random splits row by "
+            "row, and held-out rows then repeat what is trained on"
+        )
+    return lines
 
 
 def split_counts(examples: Sequence[Example]) -> dict[str, int]:
@@ -81,13 +103,3 @@ def padding_share(stream: Stream, tokenization: Tokenization, per_device_batch_s
         batch = lengths[start : start + per_device_batch_size]
         places += len(batch) * (tokenization.max_length if tokenization.padding == "max_length" else max(batch))
     return 1 - sum(lengths) / places
-
-
-def write_json(value: Any, path: Path) -> None:
-    """A JSON file, whole or as it was before."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut may leave the new name with nothing in it
-    os.replace(unfinished, path)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,17 @@ class Splits:
     test: tuple[Row, ...]
     groups: dict[str, str]  # row id -> id of the first row of its group, all rows in the order given
     fingerprint: str  # SHA-256 of ids, questions, answers and splits: the same data, split the same way
+    beyond: tuple[Row, ...] = ()  # rows in no split, because nothing of their answers is within `max_length`
+
+    def without(self, left_out: Collection[str]) -> "Splits":
+        """The same splits without the rows of these ids, which were found to have no answer within `max_length`.
+
+        The fingerprint stays that of all rows: which rows are left out follows from them and the tokenizer.
+        """
+        parts = {name: tuple(row for row in getattr(self, name) if row.id not in left_out) for name in SPLITS}
+        beyond = tuple(row for name in SPLITS for row in getattr(self, name) if row.id in left_out)
+        groups = {row: group for row, group in self.groups.items() if row not in left_out}
+        return Splits(**parts, groups=groups, fingerprint=self.fingerprint, beyond=self.beyond + beyond)
 
 
 def split_sources(sources: Sequence[Source], data: Data) -> Splits:

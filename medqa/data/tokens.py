@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from medqa.config import Tokenization
 from medqa.data.sources import Row
+from medqa.data.splits import SPLITS, Splits
 from medqa.data.token_cache import cached
+from medqa.errors import UserError
 from medqa.prompts import prompt
 
 CHUNK = 1000  # rows that one call of the tokenizer gets
@@ -31,7 +33,10 @@ class Example:
 
 
 def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> list[Example]:
-    """Each row as an `Example`.
+    """Each row as an `Example`, in the order given, but for the rows of whose answer nothing is within `max_length`.
+
+    Those are left out: without a target of its own a row teaches nothing about answers, and an update of such rows
+    would move the weights by the optimizer's momentum alone. So every example has at least one answer token.
 
     BOS and EOS are put in by id: a special token spelled in the text (`</s>` on a web page) stays text, and EOS is
     never cut off by accident nor there twice. A row that does not fit with its EOS is cut and has none.
@@ -53,8 +58,29 @@ def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, tokenizati
         whole = np.concatenate([bos, made["ids"][start:end], eos]).astype(np.int32)
         fits = len(whole) <= tokenization.max_length
         cut = whole if fits else whole[: len(whole) - len(eos)][: tokenization.max_length]
-        examples.append(Example(row, cut, min(len(bos) + in_prompt, len(cut)), not fits))
+        answer_start = len(bos) + in_prompt
+        if answer_start < len(cut):
+            examples.append(Example(row, cut, answer_start, not fits))
     return examples
+
+
+def tokenize_splits(
+    splits: Splits, tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization, names: Sequence[str] = SPLITS
+) -> tuple[Splits, dict[str, list[Example]]]:
+    """The splits of these names as examples, and the splits without the rows that `tokenize` leaves out.
+
+    Raises:
+        UserError: `max_length` leaves a split without rows.
+    """
+    examples = {name: tokenize(getattr(splits, name), tokenizer, tokenization) for name in names}
+    if empty := [name for name in names if not examples[name]]:
+        raise UserError(
+            f"tokenization.max_length cuts off every answer of {' and '.join(empty)}: their questions alone are longer "
+            f"than {tokenization.max_length} ids; raise it, or give data with shorter questions"
+        )
+    kept = {example.row.id for found in examples.values() for example in found}
+    left_out = {row.id for name in names for row in getattr(splits, name)} - kept
+    return splits.without(left_out), examples
 
 
 def _tokenize(texts: Sequence[tuple[str, str]], backend: Tokenizer) -> dict[str, np.ndarray]:

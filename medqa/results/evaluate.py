@@ -10,8 +10,8 @@ from rich.console import Console
 
 from medqa.config import Tracking
 from medqa.data.file_lock import alone_in
-from medqa.data.report import write_json
 from medqa.errors import UserError
+from medqa.files import write_json
 from medqa.model.precision import resolve_precision
 from medqa.results.adapter import Source, load_adapted
 from medqa.results.bench import Bench

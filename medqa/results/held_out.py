@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medqa.data.sources import Row, load_sources, used_sources
 from medqa.data.splits import HELD_OUT, Splits, split_sources
-from medqa.data.tokens import Example, tokenize
+from medqa.data.tokens import Example, tokenize_splits
 from medqa.errors import UserError
 from medqa.evaluation.loss import fixed_subset
 from medqa.results.adapter import Source
@@ -46,11 +46,11 @@ def load_held_out(source: Source, tokenizer: PreTrainedTokenizerBase, limit: int
             f"{source.name}: was trained on other rows, or split otherwise, than {where} hold now: rows held out now "
             "may have been trained on; give the data of then with --medquad, --afrimedqa, --data"
         )
-    chosen = {}
-    for name in HELD_OUT:
-        found = getattr(splits, name)
-        chosen[name] = [found[i] for i in fixed_subset(found, limit, source.experiment.training.seed)]
-    return HeldOut(splits, {name: tokenize(found, tokenizer, tokenization) for name, found in chosen.items()})
+    splits, examples = tokenize_splits(splits, tokenizer, tokenization, HELD_OUT)
+    seed = source.experiment.training.seed
+    return HeldOut(
+        splits, {name: [found[i] for i in fixed_subset(found, limit, seed)] for name, found in examples.items()}
+    )
 
 
 def _fingerprint(source: Source) -> str | None:

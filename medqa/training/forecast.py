@@ -11,9 +11,10 @@ from rich.table import Table
 
 from medqa.config import Experiment
 from medqa.data.batches import Stream
+from medqa.data.report import about_rows
 from medqa.data.sources import load_sources
 from medqa.data.splits import split_sources
-from medqa.data.tokens import tokenize
+from medqa.data.tokens import tokenize_splits
 from medqa.model.attention import SEGMENTED, attention_in_effect, padding_needed
 from medqa.model.base import check_model, load_tokenizer
 from medqa.model.execution import Execution
@@ -42,7 +43,8 @@ def forecast(name: str, experiment: Experiment, machine: Machine, tflops: float 
     model_config = check_model(experiment.model, tokenization.max_length)
     splits = split_sources(load_sources(data), data)
     tokenizer = load_tokenizer(experiment.model.base, tokenization.pad_token)
-    stream = Stream(tokenize(splits.train, tokenizer, tokenization), training.seed, training.global_batch_size)
+    splits, examples = tokenize_splits(splits, tokenizer, tokenization)
+    stream = Stream(examples["train"], training.seed, training.global_batch_size)
     notes = []
     why_padded = padding_needed(experiment, model_config)
     padding_free = training.padding_free and why_padded is None
@@ -80,6 +82,7 @@ def forecast(name: str, experiment: Experiment, machine: Machine, tflops: float 
             "mixed_precision": machine.precision.mixed_precision,
             "dtype": str(machine.precision.dtype).removeprefix("torch."),
         },
+        "rows": about_rows(splits, examples, experiment),
         "notes": notes,
         "padding_free": padding_free,
         "gradient_accumulation_steps": None if padding_free else accumulation,
@@ -176,6 +179,7 @@ def show_forecast(console: Console, forecast: dict[str, Any]) -> None:
         ("operations", f"{forecast['operations'] / 1e15:.3g} PFLOP"),
         ("time", _shown_time(forecast["time"])),
         ("checkpoint", f"{_mebibytes(forecast['checkpoint']['total'])} each"),
+        *(("rows", line) for line in forecast["rows"]),
         *(("in effect", note) for note in forecast["notes"]),
     ]
     for line in lines:

@@ -60,7 +60,7 @@ def train(
             those of the update before.
     """
     settings, evaluation = experiment.training, experiment.evaluation
-    saved_at, first_update, longest = clock(), state.step, 0.0
+    saved_at, longest = clock(), 0.0
     model.train()
     interrupts.finish_update = True
     while state.step < updates and not state.stopped_early:
@@ -95,7 +95,7 @@ def train(
                     f"again, and all that follow are done, with {now}"
                 )
         update_s = time.perf_counter() - started
-        if state.step == first_update:
+        if result.tokens and not state.tokens_seen:  # once in a run, so that a resume never stops what had gone on
             require_adapter_gradients(model)
         state.step += 1
         state.tokens_seen += result.tokens
@@ -217,7 +217,10 @@ def train_step(
                 not_finite(model, micro_batches, loss_list, loss_value, norm_value, accelerator, seed)
             )
     learning_rate = scheduler.get_last_lr()[0]
-    step_or_stop(optimizer)
+    if tokens:
+        step_or_stop(optimizer)
+    else:  # there is no gradient, and the optimizer would move the weights by its momentum alone
+        forget_attempt(accelerator)
     scheduler.step()
     return StepResult(loss_value, norm_value, learning_rate, int(tokens), 1 - in_batch / places, overflows, int(order))
 

@@ -9,8 +9,9 @@ from accelerate import Accelerator
 
 from medqa.config import Data, Experiment, Training
 from medqa.data.batches import Stream
-from medqa.data.report import split_counts
+from medqa.data.report import about_rows, split_counts
 from medqa.data.sources import used_sources
+from medqa.data.splits import Splits
 from medqa.data.tokens import Example
 from medqa.errors import UserError
 from medqa.model.base import Base
@@ -63,6 +64,7 @@ def make_plan(
     experiment: Experiment,
     updates: int,
     stream: Stream,
+    splits: Splits,
     examples: Mapping[str, Sequence[Example]],
     model: torch.nn.Module,
     execution: Execution,
@@ -88,6 +90,7 @@ def make_plan(
     lines = [
         ("recipe", f"quantization {quantization}, {experiment.optimizer.name}{checkpointing}"),
         ("data", ", ".join(f"{name} {count:,}" for name, count in rows.items()) + " rows"),
+        *(("rows", line) for line in about_rows(splits, examples, experiment)),
         *by_source(examples, experiment.data),
         (
             "updates",

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from medqa.config import Experiment
-from medqa.data.report import write_json
 from medqa.errors import UserError, note
+from medqa.files import write_json
 from medqa.length import is_complete
 from medqa.training.checkpoint import Found, RunState, newest_whole
 from medqa.training.checkpoint_files import (
