@@ -36,8 +36,8 @@ def test_few_rows_have_exact_p_values():
     ours, theirs = np.arange(8.0), np.arange(8.0) + 1
     assert difference_figure(ours, theirs)["p_value"] == pytest.approx(2 / 2**8)
     assert difference_figure(ours, theirs)["value"] == -1.0
-    assert difference_figure([1.0], [2.0]) == {"value": -1.0, "low": None, "high": None, "p_value": None}
-    assert difference_figure(ours, ours) == {"value": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
+    assert difference_figure([1.0], [2.0]) == {"value": -1.0, "low": None, "high": None, "p_value": None, "rows": 1}
+    assert difference_figure(ours, ours) == {"value": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0, "rows": 8}
 
 
 def test_rows_are_compared_in_pairs():
@@ -64,10 +64,10 @@ def test_rows_without_a_token_do_not_count():
     assert mean_figure([0.0], [0]) is None
     assert mean_figure([], []) is None
     assert difference_figure([0.0], [0.0], [0]) is None
-    assert mean_figure([3.0], [2]) == {"value": 1.5, "low": None, "high": None}
+    assert mean_figure([3.0], [2]) == {"value": 1.5, "low": None, "high": None, "rows": 1}
 
 
 def test_the_perplexity_of_a_figure():
-    found = perplexity_figure({"value": 1.0, "low": 0.0, "high": None})
-    assert found == {"value": math.e, "low": 1.0, "high": None}
+    found = perplexity_figure({"value": 1.0, "low": 0.0, "high": None, "rows": 3})
+    assert found == {"value": math.e, "low": 1.0, "high": None, "rows": 3}
     assert perplexity_figure(None) is None

@@ -1,7 +1,7 @@
 """How sure is a figure: 95 % intervals by bootstrap over rows, and paired tests of differences. Seeded.
 
-A figure is a dict with `value`, `low` and `high`, of a difference with `p_value` too, as `evaluation.json` has it. With
-fewer than two rows there is no interval: `low`, `high` and `p_value` are None.
+A figure is a dict with `value`, `low` and `high`, of a difference with `p_value` too, and with `rows`, how many rows it is
+of, as `evaluation.json` has it. With fewer than two rows there is no interval: `low`, `high` and `p_value` are None.
 """
 
 import math
@@ -35,7 +35,7 @@ def mean_figure(totals: Sequence[float], weights: Sequence[float] | None = None,
     if not len(sums):
         return None
     low, high = _interval((sums, counts), _ratio, seed)
-    return {"value": float(sums.sum() / counts.sum()), "low": low, "high": high}
+    return {"value": float(sums.sum() / counts.sum()), "low": low, "high": high, "rows": len(sums)}
 
 
 def difference_figure(
@@ -53,7 +53,7 @@ def difference_figure(
         return None
     value = float((first - second).sum() / counts.sum())
     if len(first) < 2:
-        return {"value": value, "low": None, "high": None, "p_value": None}
+        return {"value": value, "low": None, "high": None, "p_value": None, "rows": len(first)}
     low, high = _interval((first - second, counts), _ratio, seed)
     tested = stats.permutation_test(
         (first, second),
@@ -64,14 +64,16 @@ def difference_figure(
         batch=BATCH,
         rng=np.random.default_rng(seed),
     )
-    return {"value": value, "low": low, "high": high, "p_value": float(min(1.0, tested.pvalue))}
+    return {"value": value, "low": low, "high": high, "p_value": float(min(1.0, tested.pvalue)), "rows": len(first)}
 
 
 def perplexity_figure(loss: Figure | None) -> Figure | None:
     """The perplexity of a loss in nats, interval and all."""
     if loss is None:
         return None
-    return {key: None if value is None else perplexity(value) for key, value in loss.items()}
+    return {
+        key: value if value is None or key == "rows" else perplexity(value) for key, value in loss.items()
+    }
 
 
 def _ratio(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:

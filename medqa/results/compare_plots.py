@@ -100,7 +100,10 @@ def _against_all(
                     style |= {"linestyle": "", "markersize": 5}
                 else:
                     style |= {"linewidth": 1.2, "markersize": 5}
-                axes.plot(found.x[axis], found.y, **style)
+                usual = found.on_the_usual_rows()
+                for points, more in ((True, {}), (False, HOLLOW)):
+                    chosen = [i for i, there in enumerate(usual) if there == points]
+                    axes.plot([found.x[axis][i] for i in chosen], [found.y[i] for i in chosen], **style, **more)
         axes.set_xlabel(AXES[axis])
         axes.set_ylabel("nats a token")
         axes.locator_params(axis="x", nbins=5)

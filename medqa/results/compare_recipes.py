@@ -15,7 +15,9 @@ from typing import Any
 from medqa.config import Experiment, evaluation_decides, flat
 from medqa.errors import UserError
 from medqa.experiment_file import load_experiment, own_names, parse_sets
-from medqa.results.compare_runs import CONFIG, Run, number, part
+from medqa.files import Damaged, read_json
+from medqa.results.compare_runs import CONFIG, Run, part
+from medqa.results.figures import number
 from medqa.terminal import printable
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
@@ -196,8 +198,8 @@ def changed(run: Run, change: dict[str, Any]) -> Experiment | None:
 def longest_input(base: str) -> float:
     """How many tokens a base model takes, where it lies on the disk and says so."""
     try:
-        said = json.loads(Path(base, "config.json").expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError, RecursionError):  # RuntimeError: no such user's home
+        said = read_json(Path(os.path.expanduser(base), "config.json"))
+    except Damaged:
         said = None
     longest = number(part(said, "max_position_embeddings"))
     return math.inf if longest is None else longest

@@ -5,7 +5,7 @@ Not here: what several of them say together (`compare_recipes.py`, `compare_warn
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,25 +13,17 @@ from typing import Any
 from medqa.config import Experiment, flat
 from medqa.errors import UserError, together
 from medqa.experiment_file import load_experiment
+from medqa.files import Damaged, Missing, read_file, read_json
 from medqa.length import is_complete, planned_updates
+from medqa.limits import MAX_METRICS_BYTES
+from medqa.results.figures import Figure, figures, number
 from medqa.terminal import printable
 from medqa.yaml_core import load_yaml
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 EVALUATION, DATA_REPORT = "evaluation.json", "data_report.json"
-DEEPEST = 12  # how far figures of an evaluation may be nested
 
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure of an evaluation, with the ends of its interval and the p-value where it has them."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    p_value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +33,7 @@ class Run:
     Attributes:
         label: how it is called here: the name of its directory, or all of its path where that is not unique.
         in_effect: `section.key` to what was used where that is not what the configuration asks for.
-        train, validation: its records by update, figures that are not finite left out.
+        train, validation, test: its records by update, figures that are not finite left out.
         summary, evaluation, data_report: empty where there is none.
         figures: of the evaluation, by path (`loss.test.tuned.answer_perplexity`).
         damage: what could not be read, in words.
@@ -53,6 +45,7 @@ class Run:
     in_effect: dict[str, Any]
     train: dict[int, Json] = field(default_factory=dict)
     validation: dict[int, Json] = field(default_factory=dict)
+    test: dict[int, Json] = field(default_factory=dict)
     summary: Json = field(default_factory=dict)
     evaluation: Json = field(default_factory=dict)
     data_report: Json = field(default_factory=dict)
@@ -105,12 +98,6 @@ class Run:
         return found if isinstance(found, str) else None
 
 
-def number(value: Any) -> float | None:
-    """A figure that anyone may have written: finite and of a size that occurs, or None."""
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and -1e18 < value < 1e18
-    return float(value) if usable else None
-
-
 def part(record: Any, *keys: str) -> Any:
     """What lies at `keys` in nested objects, None where it does not."""
     for key in keys:
@@ -148,19 +135,20 @@ def read_run(directory: Path, label: str) -> Run:
         raise UserError(f"{directory}: {what}; give the directory that train.py wrote, outputs/exp_002 say")
     experiment = load_experiment(str(config.absolute()))
     damage: list[str] = []
-    train, validation = _metrics(directory / METRICS, damage)
-    evaluation = _object(directory / EVALUATION, damage)
+    records = _metrics(directory / METRICS, damage)
+    evaluation, found = _evaluation(directory / EVALUATION, damage)
     return Run(
         label=label,
         directory=directory,
         experiment=experiment,
         in_effect=_in_effect(config),
-        train=train,
-        validation=validation,
+        train=records["train"],
+        validation=records["eval"],
+        test=records["test"],
         summary=_object(directory / SUMMARY, damage),
         evaluation=evaluation,
         data_report=_object(directory / DATA_REPORT, damage),
-        figures=dict(_figures(evaluation.get("tasks"))),
+        figures={_one_line(".".join(place)): figure for place, figure in found.items()},
         damage=tuple(damage),
     )
 
@@ -179,61 +167,64 @@ def _in_effect(config: Path) -> dict[str, Any]:
 
 def _object(path: Path, damage: list[str]) -> Json:
     """A JSON file's object; empty where the file is absent, or damaged, which is noted."""
-    if not os.path.lexists(path):
-        return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        found = None
-    if isinstance(found, dict):
-        return found
-    damage.append(f"{path.name} cannot be read and is left out")
-    return {}
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise Damaged("it holds no JSON object")
+    except Missing:
+        return {}
+    except Damaged as error:
+        _note(damage, path, error)
+        return {}
+    return found
 
 
-def _metrics(path: Path, damage: list[str]) -> tuple[dict[int, Json], dict[int, Json]]:
-    """The records of training and of validation, by update.
+def _note(damage: list[str], path: Path, error: Exception) -> None:
+    """Add that a file is left out, and why."""
+    damage.append(_one_line(f"{path.name} cannot be read and is left out: {str(error).removeprefix(f'{path}: ')}"))
+
+
+def _evaluation(path: Path, damage: list[str]) -> tuple[Json, dict[tuple[str, ...], Figure]]:
+    """An evaluation and its figures."""
+    evaluation = _object(path, damage)
+    try:
+        return evaluation, figures(evaluation.get("tasks"))
+    except ValueError as error:
+        _note(damage, path, error)
+        return {}, {}
+
+
+def _metrics(path: Path, damage: list[str]) -> dict[str, dict[int, Json]]:
+    """The records of `train`, `eval` and `test`, by update.
 
     A last line without its end is one that is being written, or that a kill cut short: a resume repeats it.
     """
     found: dict[str, dict[int, Json]] = {"train": {}, "eval": {}, "test": {}}
     try:
-        lines = path.read_bytes().splitlines(keepends=True) if os.path.lexists(path) else []
-    except OSError:
-        damage.append(f"{path.name} cannot be read and is left out")
+        lines = read_file(path, MAX_METRICS_BYTES).splitlines(keepends=True)
+    except Missing:
+        lines = []
+    except Damaged as error:
+        _note(damage, path, error)
         lines = []
     bad, not_finite = 0, 0
     for line in lines:
         if not line.endswith(b"\n"):
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line)  # a figure that is not finite does not spoil the others of its line
         except (ValueError, RecursionError):
             record = None
         step, split = part(record, "step"), part(record, "split")
         if not isinstance(step, int) or number(step) is None or step < 0 or not isinstance(split, str):
             bad += 1
             continue
-        figures = {key: value for key, value in record.items() if isinstance(value, int | float)}
-        kept = {key: value for key, said in figures.items() if (value := number(said)) is not None}
-        not_finite += len(figures) - len(kept)
+        told = {key: value for key, value in record.items() if isinstance(value, int | float)}
+        kept = {key: value for key, said in told.items() if (value := number(said)) is not None}
+        not_finite += len(told) - len(kept)
         found.setdefault(split, {})[step] = kept
     if bad:
         damage.append(f"{bad} damaged line(s) of {path.name} are left out")
     if not_finite:
         damage.append(f"{not_finite} figure(s) of {path.name} are not finite and left out")
-    return found["train"], found["eval"]
-
-
-def _figures(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Figure]]:
-    """Every object with a `value` below a node, by its path."""
-    if not isinstance(node, dict) or len(path) > DEEPEST:
-        return
-    if "value" in node and not isinstance(node["value"], dict):
-        yield (
-            _one_line(".".join(path)),
-            Figure(*(number(node.get(key)) for key in ("value", "low", "high", "p_value"))),
-        )
-        return
-    for key, value in node.items():
-        yield from _figures(value, (*path, key))
+    return found

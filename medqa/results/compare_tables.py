@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medqa.results.compare_figures import Performance, evaluation_tasks, performance, perplexity
+from medqa.results.compare_figures import Performance, evaluation_tasks, performance, perplexity, row_sets
 from medqa.results.compare_recipes import BASE, LOCATIONS, Pair, Proposal, conclusion, differences, pairs, proposals
-from medqa.results.compare_runs import Figure, Run, read_runs
+from medqa.results.compare_runs import Run, read_runs
 from medqa.results.compare_warnings import warnings
+from medqa.results.figures import TOO_FEW, Figure
 from medqa.terminal import printable
 
 NOT_THERE = "–"
@@ -60,25 +61,38 @@ def _same_base_under_one_name(runs: Sequence[Run]) -> list[Run]:
 
 def main_tables(comparison: Comparison) -> list[Table]:
     """What is shown of every comparison."""
-    return [_results(comparison.runs), _costs(comparison.runs), *_settings(comparison.runs), _pairs(comparison)]
+    runs = comparison.runs
+    return [_results(runs), *_on_some_rows(runs), _costs(runs), *_settings(runs), _pairs(comparison)]
 
 
 def evaluation_tables(runs: Sequence[Run]) -> list[Table]:
-    """One table for each task of the runs' evaluations."""
-    head = ("figure", *(run.label for run in runs))
+    """One table for each task of the runs' evaluations, and each choice of rows; with the runs that have it."""
+    tables = []
+    for task, lines in evaluation_tasks(runs).items():
+        there = [i for i in range(len(runs)) if any(found[i] for found in lines.values())]
+        rows = [(path, *_alike([found[i] for i in there])) for path, found in lines.items()]
+        tables.append(Table(f"evaluation: {task}", ("figure", *(runs[i].label for i in there)), rows))
+    return tables
+
+
+def _alike(figures: Sequence[Figure | None]) -> list[str]:
+    """The figures of one line, each with the number of its rows if these differ."""
+    counts = {figure.rows for figure in figures if figure is not None}
     return [
-        Table(f"evaluation: {task}", head, [(path, *map(figure_text, figures)) for path, figures in rows.items()])
-        for task, rows in evaluation_tasks(runs).items()
+        text if len(counts) < 2 or figure is None or figure.rows is None else f"{text}, {figure.rows:,} rows"
+        for figure, text in zip(figures, map(figure_text, figures), strict=True)
     ]
 
 
 def figure_text(figure: Figure | None) -> str:
-    """A figure with its interval."""
+    """A figure with its interval, and of a difference how sure it is."""
     if figure is None or figure.value is None:
         return NOT_THERE
     text = value_text(figure.value)
     if figure.low is not None and figure.high is not None:
         text += f" ({value_text(figure.low)} to {value_text(figure.high)})"
+    if figure.too_few:
+        return f"{text}, {TOO_FEW}"
     return text if figure.p_value is None else f"{text}, p = {figure.p_value:.2g}"
 
 
@@ -86,7 +100,7 @@ def value_text(value: float | None) -> str:
     """A number to four digits, whole where it is whole or large."""
     if value is None:
         return NOT_THERE
-    return f"{value:,.0f}" if abs(value) >= 1000 or value.is_integer() else f"{value:#.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:#.4g}"
 
 
 def duration_text(seconds: float | None) -> str:
@@ -99,18 +113,37 @@ def duration_text(seconds: float | None) -> str:
 
 
 def _results(runs: Sequence[Run]) -> Table:
-    """Answer perplexity before and after."""
-    rows = []
+    """Answer perplexity before and after, on all rows."""
+    rows, sets = [], row_sets(runs)
     for run in runs:
         found = perplexity(run)
         after = value_text(found.validation)
         if not run.finished and found.validation is not None:
             after += f" at update {found.update}"
+        of_rows = f"{value_text(found.validation_rows)} and {value_text(found.test_rows)}"
+        of_rows += f", rows {sets[run.label]}" if sets else ""
         figures = (figure_text(found.test_untuned), figure_text(found.test))
-        rows.append((run.label, run.state, value_text(found.validation_untuned), after, *figures))
-    head = ("run", "state", "validation, untuned", "validation, tuned", "test, untuned", "test, tuned")
+        rows.append((run.label, run.state, of_rows, value_text(found.validation_untuned), after, *figures))
+    head = ("run", "state", "rows of validation and test", "validation, untuned", "validation, tuned")
+    head += ("test, untuned", "test, tuned")
     note = "lower is better; intervals come from python -m medqa evaluate"
+    if sets:
+        note += f"; rows {' and '.join(dict.fromkeys(sets.values()))} are not the same: figures of them do not compare"
     return Table("answer perplexity", head, rows, note)
+
+
+def _on_some_rows(runs: Sequence[Run]) -> list[Table]:
+    """Answer perplexity on fewer rows, or of another update: apart from what runs are ranked by."""
+    rows = []
+    for run in runs:
+        for found in perplexity(run).on_some_rows:
+            what = found.split if found.update is None else f"{found.split}, at update {found.update:,}"
+            chosen = "" if found.seed is None else f", chosen by seed {found.seed}"
+            figures = (figure_text(found.untuned), figure_text(found.tuned))
+            rows.append((run.label, what, f"{value_text(found.rows)}{chosen}", *figures))
+    note = "of other rows, or of another update, than above: not to be compared with the figures there"
+    head = ("run", "figure of", "rows", "untuned", "tuned")
+    return [Table("answer perplexity on a part of the rows", head, rows, note)] * bool(rows)
 
 
 def _costs(runs: Sequence[Run]) -> Table:

@@ -9,7 +9,8 @@ from typing import Any
 from medqa.config import flat
 from medqa.results.compare_figures import ANSWER_PERPLEXITY
 from medqa.results.compare_recipes import CONTENTS, MEASURED, SEED, Pair
-from medqa.results.compare_runs import EVALUATION, Run, number, part
+from medqa.results.compare_runs import EVALUATION, Run, part
+from medqa.results.figures import number
 from medqa.terminal import printable
 
 OPTIONS = {"model.base": "--model", "data.medquad": "--medquad", "data.afrimedqa": "--afrimedqa"}
