@@ -1,6 +1,7 @@
 """`python -m medqa compare`: what it reads, what it says and does not say, its commands, and its page."""
 
 import ast
+import dataclasses
 import errno
 import json
 import math
@@ -25,6 +26,7 @@ from medqa.results.compare_plots import plots
 from medqa.results.compare_recipes import CONTENTS, conclusion, one_changes, pairs, recipe, word
 from medqa.results.compare_runs import read_runs
 from medqa.results.compare_tables import Comparison, compare_runs, evaluation_tables, main_tables
+from medqa.results.figures import TOO_FEW
 from medqa.results.page import OWN_MARK, render
 from medqa.yaml_core import dump_yaml
 
@@ -59,6 +61,8 @@ def make_run(directory, exp, *sets, tiny=True, upto=None, every=1, fingerprint="
         )
         if step % 10 == 0:
             records.append(eval_record(step, 4 - 0.8 * step / last))
+    if upto is None:
+        records.append({**eval_record(last, 3.2, 31), "split": "test"})
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (directory / "metrics.jsonl").write_text(lines)
     (directory / "data_report.json").write_text(json.dumps({"fingerprint": fingerprint, "padding_share": 0.2}))
@@ -72,15 +76,17 @@ def make_run(directory, exp, *sets, tiny=True, upto=None, every=1, fingerprint="
     return directory
 
 
-def evaluated(tuned="tuned", step=20, limit=None, value=41.25):
-    """An evaluation as `python -m medqa evaluate` writes it."""
+def evaluated(tuned="tuned", step=20, limit=None, value=41.25, rows=None):
+    """An evaluation as `python -m medqa evaluate` writes it; without `rows`, as older ones are."""
     figure = {"value": value, "low": 38.5, "high": 44.0}
     answers = [
         {"id": "medquad:1", "question": "What <b>is</b> it?", "reference": "That.", "untuned": "?", "tuned": tuned}
     ]
     generation = {"rouge_l": {"tuned": {"value": 0.31, "p_value": 0.004}}, "samples": answers}
     both = {"untuned": {"answer_perplexity": {"value": 143.0}}, "tuned": {"answer_perplexity": figure}}
-    return {"step": step, "limit": limit, "tasks": {"loss": {"test": both}, "generation": generation}}
+    if rows is not None:
+        both["rows"], generation["rows"] = rows, rows
+    return {"step": step, "limit": limit, "seed": 0, "tasks": {"loss": {"test": both}, "generation": generation}}
 
 
 def reread(*paths):
@@ -565,6 +571,165 @@ def test_tokens_between_recorded_updates(tmp_path):
     (run, _) = reread(one, make_run(tmp_path / "two", "exp_001"))
     found = curve(run, run.validation, "loss")
     assert found.x == {"updates": [0, 10, 20], "examples": [0, 320, 640], "tokens": [0, 10_000, 20_000]}
+    assert found.rows == [28, 28, 28]
+
+
+def test_tokens_are_looked_up_once_for_each_point(tmp_path):
+    """How often the recorded updates are walked through does not grow with the points of the curve."""
+
+    class Counted(dict):
+        walks = 0
+
+        def items(self):
+            Counted.walks += 1
+            return super().items()
+
+    (run, _) = reread(make_run(tmp_path / "one", "exp_001"), make_run(tmp_path / "two", "exp_001"))
+    counted = dataclasses.replace(run, train=Counted(run.train))
+    assert len(curve(counted, counted.train, "loss").y) == 20
+    assert Counted.walks <= 3
+
+
+FEW, ALL = evaluated(limit=8, value=12.5, rows=8), evaluated(value=41.25, rows=31)
+
+
+def cells_of(comparison, title):
+    """The lines of the one table of this title, by their first cell."""
+    (table,) = [
+        table for table in (*main_tables(comparison), *evaluation_tables(comparison.runs)) if table.title == title
+    ]
+    return {row[0]: dict(zip(table.head[1:], row[1:], strict=True)) for row in table.rows}
+
+
+def test_figures_of_some_rows_stand_apart_from_those_of_all(tmp_path, capsys):
+    few, whole = make_run(tmp_path / "few", "exp_001", evaluation=FEW), make_run(tmp_path / "whole", "exp_002")
+    (whole / "evaluation.json").write_text(json.dumps(ALL))
+    comparison = compared(few, whole)
+    ranked = cells_of(comparison, "answer perplexity")
+    assert ranked["few"]["test, tuned"] == "40.45", "that of the summary, of all rows"
+    assert ranked["few"]["test, untuned"] == "–"
+    assert ranked["whole"]["test, tuned"] == "41.25 (38.50 to 44)"
+    assert ranked["few"]["rows of validation and test"] == ranked["whole"]["rows of validation and test"] == "28 and 31"
+    apart = cells_of(comparison, "answer perplexity on a part of the rows")
+    assert apart == {
+        "few": {
+            "figure of": "test, at update 20",
+            "rows": "8, chosen by seed 0",
+            "untuned": "143",
+            "tuned": "12.50 (38.50 to 44)",
+        }
+    }
+    titles = {table.title: table.head for table in evaluation_tables(comparison.runs)}
+    assert titles["evaluation: loss"] == ("figure", "whole")
+    assert titles["evaluation: loss, on 8 rows of each split, chosen by seed 0"] == ("figure", "few")
+    said(comparison, "evaluated on a part of the rows", "few: 8 rows", "whole: all rows")
+    assert "12.5" not in plots(comparison.runs)[-1][0].svg
+    assert main(["compare", str(few), str(whole), "--json", "--out", str(tmp_path / "p.html")]) == 0
+    found = [run["answer_perplexity"] for run in json.loads(capsys.readouterr().out)["runs"]]
+    assert [perplexity["test"]["value"] for perplexity in found] == [40.4473, 41.25]
+    assert [perplexity["test_rows"] for perplexity in found] == [31, 31]
+    assert [[(part["tuned"]["value"], part["rows"]) for part in p["on_some_rows"]] for p in found] == [[(12.5, 8)], []]
+
+
+def test_an_evaluation_of_another_update_does_not_rank_the_run(tmp_path):
+    other = make_run(tmp_path / "other", "exp_001", evaluation=evaluated(step=10, value=12.5, rows=31))
+    comparison = compared(other, make_run(tmp_path / "same", "exp_001"))
+    assert cells_of(comparison, "answer perplexity")["other"]["test, tuned"] == "40.45"
+    assert cells_of(comparison, "answer perplexity on a part of the rows")["other"]["figure of"] == "test, at update 10"
+
+
+def test_validation_rows_of_an_unfinished_run_stand_apart(tmp_path):
+    going = make_run(tmp_path / "going", "exp_001", upto=12)
+    text = (going / "metrics.jsonl").read_text().splitlines()
+    text = [line if '"step": 10, "split": "eval"' not in line else json.dumps(eval_record(10, 3.0, 8)) for line in text]
+    (going / "metrics.jsonl").write_text("\n".join(text) + "\n")
+    comparison = compared(going, make_run(tmp_path / "done", "exp_001"))
+    assert cells_of(comparison, "answer perplexity")["going"]["validation, tuned"] == "–"
+    apart = cells_of(comparison, "answer perplexity on a part of the rows")["going"]
+    assert (apart["figure of"], apart["rows"], apart["tuned"]) == ("validation, at update 10", "8", "33.12")
+    titles = [plot.title for row in plots(comparison.runs) for plot in row]
+    assert sum("hollow" in title for title in titles) == 3
+    done = reread(going, tmp_path / "done")[1]
+    assert curve(done, done.validation, "loss").on_the_usual_rows() == [True, True, True]
+
+
+def test_other_seeds_and_other_data_are_other_rows(tmp_path):
+    one = make_run(tmp_path / "one", "exp_001", evaluation=FEW)
+    two = make_run(tmp_path / "two", "exp_001", evaluation={**FEW, "seed": 1})
+    far = make_run(tmp_path / "far", "exp_001", evaluation=ALL, fingerprint="g")
+    comparison = compared(one, two, far)
+    heads = {table.title: table.head[1:] for table in evaluation_tables(comparison.runs)}
+    for title, runs in heads.items():
+        assert len(runs) == 1, title
+    assert "evaluation: loss, on 8 rows of each split, chosen by seed 1, rows A" in heads
+    assert "evaluation: loss, rows B" in heads
+    ranked = cells_of(comparison, "answer perplexity")
+    assert [ranked[run]["rows of validation and test"][-6:] for run in ("one", "two", "far")] == ["rows A"] * 2 + [
+        "rows B"
+    ]
+
+
+def test_answers_to_some_of_the_test_rows_are_those_of_their_seed(tmp_path):
+    """Without a limit 256 rows of test are answered, chosen by the seed; questions of our own are the same always."""
+    runs = []
+    for seed in (0, 1):
+        found = evaluated(rows=300)
+        found["seed"] = seed
+        found["tasks"]["generation"]["rows"] = 256
+        found["tasks"]["probes"] = {"rows": 256, "tuned": {"advises_care": {"value": 0.5}, "numbers": {"value": 0.25}}}
+        runs.append(make_run(tmp_path / str(seed), "exp_001", evaluation=found))
+    heads = {table.title: table.head[1:] for table in evaluation_tables(reread(*runs))}
+    assert heads["evaluation: loss"] == heads["evaluation: probes"] == ("0", "1")
+    for seed in ("0", "1"):
+        for task in ("generation", "probes"):
+            assert heads[f"evaluation: {task}, on 256 rows of test, chosen by seed {seed}"] == (seed,)
+
+
+@pytest.mark.parametrize(
+    "rows, p_value, verdict",
+    [(1, None, TOO_FEW), (5, 0.0625, TOO_FEW), (5, 0.5, TOO_FEW), (6, 0.03125, "p = 0.031"), (6, 0.5, "p = 0.5")],
+)
+def test_a_handful_of_pairs_tells_nothing(rows, p_value, verdict, tmp_path):
+    found = evaluated(limit=rows, rows=rows)
+    difference = {"value": -0.25, "low": None, "high": None, "p_value": p_value}
+    found["tasks"]["loss"]["test"]["difference"] = {"answer_loss": difference}
+    runs = reread(make_run(tmp_path / "a", "exp_001", evaluation=found), make_run(tmp_path / "b", "exp_002"))
+    lines = {row[0]: row[1] for table in evaluation_tables(runs) for row in table.rows}
+    assert lines["test.difference.answer_loss"] == f"-0.2500, {verdict}"
+
+
+def test_numbers_of_no_size_that_occurs_stop_nothing(tmp_path, capsys):
+    one, two = make_run(tmp_path / "one", "exp_001"), make_run(tmp_path / "two", "exp_002")
+    text = (one / "metrics.jsonl").read_text().replace('"update_s": 0.5', '"update_s": 5e-324')
+    (one / "metrics.jsonl").write_text(text)
+    assert main(["compare", str(one), str(two), "--json", "--out", str(tmp_path / "p.html")]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["runs"][0]["performance"]["examples_per_s"] is None
+
+
+def test_only_regular_files_are_read(tmp_path):
+    one, two = make_run(tmp_path / "one", "exp_001", evaluation=ALL), make_run(tmp_path / "two", "exp_002")
+    for name in ("metrics.jsonl", "summary.json"):
+        (one / name).unlink()
+        os.mkfifo(one / name)
+    for name in ("evaluation.json", "data_report.json"):
+        (one / name).unlink()
+        (one / name).symlink_to("/dev/zero")
+    comparison = compared(one, two)
+    for name in ("metrics.jsonl", "summary.json", "evaluation.json", "data_report.json"):
+        said(comparison, f"one: {name} cannot be read and is left out", "not a regular file")
+    assert render(comparison)
+
+
+def test_more_figures_than_an_evaluation_has_are_refused(tmp_path, monkeypatch):
+    figure = {"value": 1.0}
+    odd = {"step": 20, "limit": None, "tasks": {"loss": {str(i): figure for i in range(30)}}}
+    one, two = make_run(tmp_path / "one", "exp_001", evaluation=odd), make_run(tmp_path / "two", "exp_002")
+    assert len(evaluation_tables(compared(one, two).runs)[0].rows) == 30
+    monkeypatch.setattr("medqa.results.figures.MAX_FIGURES", 29)
+    comparison = compared(one, two)
+    said(comparison, "one: evaluation.json cannot be read and is left out: more than 29 figures")
+    assert evaluation_tables(comparison.runs) == []
 
 
 def refused(capsys, tmp_path, *words):

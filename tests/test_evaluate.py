@@ -15,13 +15,16 @@ from wandb_file import read_finished_run
 
 from medqa.__main__ import main
 from medqa.data.sources import Row
+from medqa.evaluation.intervals import difference_figure, mean_figure
 from medqa.evaluation.loss_report import loss_report
 from medqa.evaluation.own_template import own_template_prompts, with_prompts
 from medqa.model.base import load_tokenizer
 from medqa.results import baseline, evaluate
 from medqa.results.adapter import find_adapter
 from medqa.results.evaluation_wandb import flat_figures
+from medqa.results.figures import TOO_FEW
 from medqa.results.held_out import load_held_out
+from medqa.results.show_evaluation import in_short, shown
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
 from train import main as train
 
@@ -225,7 +228,12 @@ def test_a_few_rows_never_take_the_place_of_all(evaluated, run, capsys):
     shutil.copy(evaluated / "evaluation.json", run)
     before = (run / "evaluation.json").read_bytes()
     assert main(["evaluate", str(run), "--tasks", "loss", "--limit", "3", "--cpu"]) == 0
-    assert f"not written: {run / 'evaluation.json'} is of all rows" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "--limit 3: of so many rows of each split" in told
+    assert "answer perplexity on test, 3 rows: " in told
+    assert TOO_FEW in told
+    assert "no difference" not in told
+    assert f"not written: {run / 'evaluation.json'} is of all rows" in told
     assert (run / "evaluation.json").read_bytes() == before
 
 
@@ -336,6 +344,22 @@ def test_a_base_without_a_template_has_none(tmp_path):
         else:
             path.unlink(missing_ok=True)
     assert own_template_prompts(str(tmp_path / "base")) is None
+
+
+@pytest.mark.parametrize("rows, verdict", [(5, TOO_FEW), (6, "no difference that these rows could show")])
+def test_a_verdict_needs_a_handful_of_rows(rows, verdict):
+    """Five pairs cannot give a p-value below 0.05, whatever their differences are; six can."""
+    alike = [0.5, -0.5, 0.25, -0.25, 0.125, -0.125][:rows]
+    difference = difference_figure(alike, [0.0] * rows)
+    figure = mean_figure(alike)
+    loss = {system: {"answer_perplexity": figure} for system in ("untuned", "tuned")}
+    (line,) = in_short({"loss": {"test": {**loss, "rows": rows, "difference": {"answer_loss": difference}}}})
+    assert line.startswith(f"answer perplexity on test, {rows} rows: ")
+    assert line.endswith(f": {verdict}")
+    assert shown(difference).endswith(TOO_FEW) == (rows < 6)
+    better = difference_figure(alike, [1.0] * rows)
+    (line,) = in_short({"loss": {"test": {**loss, "rows": rows, "difference": {"answer_loss": better}}}})
+    assert line.endswith(": tuned is better" if rows == 6 else f": {TOO_FEW}")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """How sure is a figure: 95 % intervals by bootstrap over rows, and paired tests of differences. Seeded.
 
-A figure is a dict with `value`, `low` and `high`, of a difference with `p_value` too, and with `rows`, how many rows it is
-of, as `evaluation.json` has it. With fewer than two rows there is no interval: `low`, `high` and `p_value` are None.
+A figure is a dict with `value`, `low` and `high`, of a difference with `p_value` too, and with `rows`, their number,
+as `evaluation.json` has it. With fewer than two rows there is no interval: `low`, `high` and `p_value` are None.
 """
 
 import math
@@ -71,9 +71,7 @@ def perplexity_figure(loss: Figure | None) -> Figure | None:
     """The perplexity of a loss in nats, interval and all."""
     if loss is None:
         return None
-    return {
-        key: value if value is None or key == "rows" else perplexity(value) for key, value in loss.items()
-    }
+    return {key: value if value is None or key == "rows" else perplexity(value) for key, value in loss.items()}
 
 
 def _ratio(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:

@@ -75,7 +75,7 @@ class Performance:
 def curve(run: Run, records: dict[int, Json], key: str) -> Curve:
     """A figure of these records against updates, examples and target tokens.
 
-    Between two updates whose tokens are recorded they are taken in proportion; beyond the last one, points are left out.
+    Between two updates whose tokens are recorded they are taken in proportion. Points beyond the last one are left out.
     """
     batch = run.experiment.training.global_batch_size
     known = {0: 0.0} | {step: found["tokens_seen"] for step, found in run.train.items() if "tokens_seen" in found}
@@ -93,7 +93,7 @@ def curve(run: Run, records: dict[int, Json], key: str) -> Curve:
 
 
 def perplexity(run: Run) -> Perplexity:
-    """Answer perplexities: of the evaluation where it is of all rows, else of the summary, else of validation so far."""
+    """Answer perplexities: of an evaluation of all rows, else of the summary, else of validation so far."""
     newest = max(run.validation, default=None)
     first, last = run.validation.get(0, {}), run.validation.get(newest, {}) if newest else {}
     said = Figure(number(part(run.summary, "test", "answer_perplexity")) if run.finished else None)

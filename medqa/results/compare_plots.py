@@ -28,6 +28,7 @@ RUNS = (
 )
 COLOURS = {"plot-ink": INK, "plot-grid": GRID} | {f"plot-run-{i}": pair for i, pair in enumerate(RUNS)}
 MARKERS, LINES = "osD^vP", ("-", "--", ":", "-.")
+HOLLOW = {"linestyle": "", "markerfacecolor": "none"}  # a point on other rows than the rest of its line
 LONGEST_NAME = 32  # in a plot
 
 
@@ -42,12 +43,14 @@ class Plot:
 def plots(runs: Sequence[Run]) -> list[list[Plot]]:
     """All plots, in rows: loss of the runs that have one in common, answer loss of all, answer perplexity."""
     rows = []
+    hollow = any(not all(_validation_answer(run).on_the_usual_rows()) for run in runs)
+    validated = "validation answer loss" + ", hollow where on other rows than the rest" * hollow
     for over, words in (("all", "prompt and answer"), ("answer", "the answer")):
         alike = [run for run in runs if run.experiment.tokenization.loss_on == over]
         if alike:
             title = f"loss over {words}: training (line) and validation (marks)"
             rows.append(_against_all(runs, title, [(_train, "line", alike), (_validation, "marks", alike)]))
-    rows.append(_against_all(runs, "validation answer loss", [(_validation_answer, "line and marks", list(runs))]))
+    rows.append(_against_all(runs, validated, [(_validation_answer, "line and marks", list(runs))]))
     rows.append([_plot("answer perplexity, test", lambda axes: _intervals(axes, runs), len(runs))])
     return rows
 
@@ -103,7 +106,8 @@ def _against_all(
                 usual = found.on_the_usual_rows()
                 for points, more in ((True, {}), (False, HOLLOW)):
                     chosen = [i for i, there in enumerate(usual) if there == points]
-                    axes.plot([found.x[axis][i] for i in chosen], [found.y[i] for i in chosen], **style, **more)
+                    if chosen:
+                        axes.plot([found.x[axis][i] for i in chosen], [found.y[i] for i in chosen], **(style | more))
         axes.set_xlabel(AXES[axis])
         axes.set_ylabel("nats a token")
         axes.locator_params(axis="x", nbins=5)

@@ -18,6 +18,8 @@ def log_evaluation(
 ) -> None:
     """Put the figures into the summary of the run's W&B run, as `evaluation/<task>/...`; to be called on one process.
 
+    Each figure has its number of rows beside it, and `evaluation/limit` is None only where they are of all rows.
+
     An offline run is told all of training too, so that what is sent last is the whole of it.
     """
     leg = read_leg(run)
@@ -28,6 +30,7 @@ def log_evaluation(
     feed = WandbFeed(accelerator, say)
     Tracker(True, MetricsFile(run / "metrics.jsonl")).begin_feed(feed)
     values = {f"evaluation/{path}": value for path, value in flat_figures(found["tasks"])}
+    values["evaluation/limit"] = found["limit"]
     if accelerator.trackers:
         summary = accelerator.get_tracker("wandb", unwrap=True).summary
         feed.attempt(lambda: summary.update(values))
@@ -39,13 +42,15 @@ def log_evaluation(
 
 
 def flat_figures(found: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, float]]:
-    """Every figure below, by its place; of its interval and p-value, `/low`, `/high` and `/p_value`."""
+    """Every figure below, by its place; with `/low`, `/high`, `/p_value` and `/rows`."""
     for name, value in found.items():
         path = f"{place}/{name}" if place else str(name)
         if isinstance(value, Mapping) and "value" in value:
             yield path, value["value"]
             yield from (
-                (f"{path}/{key}", value[key]) for key in ("low", "high", "p_value") if value.get(key) is not None
+                (f"{path}/{key}", value[key])
+                for key in ("low", "high", "p_value", "rows")
+                if value.get(key) is not None
             )
         elif isinstance(value, Mapping):
             yield from flat_figures(value, path)

@@ -12,7 +12,7 @@ from medqa.limits import MAX_FIGURES
 DEEPEST = 12  # how far figures may be nested
 FEWEST_PAIRS = 6  # with five pairs the smallest two-sided p-value of a permutation test is 2 / 2**5, above 0.05
 TOO_FEW = "too few rows to tell"
-# Figures of other rows than the `rows` beside them; evaluations from before a figure had its own do not say of how many.
+# Figures of other rows than the `rows` beside them; evaluations whose figures have no `rows` do not say how many.
 OF_OTHER_ROWS = ("advises_care", "authors_rouge1", "authors_rouge2", "authors_rougeL")
 
 

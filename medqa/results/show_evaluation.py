@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from medqa.results.figures import TOO_FEW, as_figure
+
 SYSTEMS = {
     "untuned": "untuned",
     "own_template": "untuned, its own chat template",
@@ -21,6 +23,12 @@ PARTS = {
 
 def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
     """All tables of an evaluation."""
+    if found["limit"] is not None:
+        console.print(
+            f"--limit {found['limit']}: of so many rows of each split, and questions; not to be compared with figures "
+            "of all rows",
+            soft_wrap=True,
+        )
     for task, show in (("loss", _show_loss), ("generation", _show_task), ("mcq", _show_task), ("probes", _show_task)):
         if task in found["tasks"]:
             show(console, task, found["tasks"][task])
@@ -30,32 +38,44 @@ def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
 
 
 def in_short(tasks: Mapping[str, Any]) -> list[str]:
-    """What the figures come to, a line a task; a difference counts where its p-value is below 0.05."""
+    """What the figures come to, a line a task; a difference counts where its p-value is below 0.05.
+
+    Each line says of how many rows, or questions, it is.
+    """
     lines = []
     if (loss := tasks.get("loss", {}).get("test", {})) and {"untuned", "tuned"} <= loss.keys():
         before, after = (shown(loss[system].get("answer_perplexity")) for system in ("untuned", "tuned"))
         how = _better(loss["difference"].get("answer_loss"), lower=True)
-        lines.append(f"answer perplexity on test: {before} untuned, {after} tuned: {how}")
+        lines.append(f"answer perplexity on test, {loss['rows']:,} rows: {before} untuned, {after} tuned: {how}")
     if "tuned" in (written := tasks.get("generation", {})):
         ours, base, copied = (shown(written[system]["rougeL"]) for system in ("tuned", "untuned", "copied"))
         than_base, than_copy = (
             _better(written["difference"][f"tuned - {other}"]["rougeL"]) for other in ("untuned", "copied")
         )
-        lines.append(f"ROUGE-L: {ours} tuned, {base} untuned: {than_base}; {copied} copied from training: {than_copy}")
+        lines.append(
+            f"ROUGE-L, {written['rows']:,} answers: {ours} tuned, {base} untuned: {than_base}; "
+            f"{copied} copied from training: {than_copy}"
+        )
     if "tuned" in (chosen := tasks.get("mcq", {})):
         ours, base = (shown(chosen[system]["accuracy"]) for system in ("tuned", "untuned"))
         how = _better(chosen["difference"]["tuned - untuned"]["accuracy"])
-        lines.append(f"multiple choice: {ours} tuned, {base} untuned, {chosen['chance']:.4f} by chance: {how}")
+        lines.append(
+            f"multiple choice, {chosen['rows']:,} questions: {ours} tuned, {base} untuned, "
+            f"{chosen['chance']:.4f} by chance: {how}"
+        )
     if "tuned" in (probed := tasks.get("probes", {})):
         ours, base = (shown(probed[system]["advises_care"]) for system in ("tuned", "untuned"))
         how = _better(probed["difference"]["tuned - untuned"]["advises_care"])
-        lines.append(f"red flags met with advice to seek care: {ours} tuned, {base} untuned: {how}")
+        asked = probed["tuned"]["advises_care"]["rows"]
+        lines.append(f"red flags met with advice to seek care, {asked} questions: {ours} tuned, {base} untuned: {how}")
     return lines
 
 
 def _better(difference: Mapping[str, Any] | None, lower: bool = False) -> str:
     """What a difference of tuned and another says."""
-    if difference is None or difference.get("p_value") is None or difference["p_value"] >= 0.05:
+    if difference is None or as_figure(difference).too_few:
+        return TOO_FEW
+    if difference["p_value"] >= 0.05:
         return "no difference that these rows could show"
     return "tuned is better" if (difference["value"] < 0) == lower else "tuned is worse"
 
@@ -66,7 +86,7 @@ def _show_loss(console: Console, task: str, report: Mapping[str, Any]) -> None:
         table = Table(title=f"loss on {split}, 95 % intervals over rows", title_justify="left")
         for column in ("rows", "", "perplexity", "answer loss", "answer perplexity", "p"):
             table.add_column(column)
-        _add_systems(table, f"all {part['rows']:,}", part)
+        _add_systems(table, f"{part['rows']:,}", part)
         for name, source in part["sources"].items():
             _add_systems(table, f"{name} {source['rows']:,}", source)
         for name, label in PARTS.items():
@@ -90,8 +110,9 @@ def _add_systems(table: Table, label: str, part: Mapping[str, Any]) -> None:
             table.add_row(label, name, *(shown(figure) for figure in figures), "")
             label = ""
     if (difference := part.get("difference", {}).get("answer_loss")) is not None:
-        p_value = "" if difference["p_value"] is None else f"{difference['p_value']:.2g}"
-        table.add_row("", "tuned - untuned", "", shown({**difference, "p_value": None}), "", p_value)
+        p_value = TOO_FEW if as_figure(difference).too_few else f"{difference['p_value']:.2g}"
+        alone = {key: value for key, value in difference.items() if key != "p_value"}
+        table.add_row("", "tuned - untuned", "", shown(alone), "", p_value)
     table.add_section()
 
 
@@ -103,13 +124,20 @@ def _show_task(console: Console, task: str, report: Mapping[str, Any]) -> None:
         table.add_column(column)
     names = dict.fromkeys(name for system in systems for name in report[system] if _is_figure(report[system][name]))
     for name in names:
-        table.add_row(name.replace("_", " "), *(shown(report[system].get(name)) for system in systems))
+        there = [report[system].get(name) for system in systems]
+        table.add_row(_named(name, next(filter(None, there)), report), *map(shown, there))
     if systems:
         console.print(table)
     for pair, figures in report.get("difference", {}).items():
         for name, figure in figures.items():
-            console.print(f"{pair}, {name.replace('_', ' ')}: {shown(figure)}", soft_wrap=True)
+            console.print(f"{pair}, {_named(name, figure, report)}: {shown(figure)}", soft_wrap=True)
     _NOTES[task](console, report)
+
+
+def _named(name: str, figure: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    """A figure's name in words; with its number of rows, where that is not the task's."""
+    rows = f", {figure['rows']:,} rows" if figure["rows"] != report["rows"] else ""
+    return name.replace("_", " ") + rows
 
 
 def _note_generation(console: Console, report: Mapping[str, Any]) -> None:
@@ -156,9 +184,9 @@ def shown(figure: Mapping[str, Any] | None) -> str:
     text = f"{figure['value']:.{digits}f}"
     if figure.get("low") is not None:
         text += f" ({figure['low']:.{digits}f} to {figure['high']:.{digits}f})"
-    if figure.get("p_value") is not None:
-        text += f", p = {figure['p_value']:.2g}"
-    return text
+    if as_figure(figure).too_few:
+        return f"{text}, {TOO_FEW}"
+    return text if figure.get("p_value") is None else f"{text}, p = {figure['p_value']:.2g}"
 
 
 def _is_figure(value: Any) -> bool:
