@@ -9,8 +9,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+from medqa.limits import (
+    MAX_COUNT,
+    MAX_EPOCHS,
+    MAX_INTEGER,
+    MAX_NAMES,
+    MAX_RANK,
+    MAX_SOURCES,
+    MAX_SOURCES_BYTES,
+    MAX_TEXT,
+)
+
+Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Seed = Annotated[int, Field(ge=0, le=MAX_INTEGER)]  # what torch takes
+Amount = Annotated[float, Field(gt=0, le=MAX_COUNT, allow_inf_nan=False)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 PUBLIC = ("medquad", "afrimedqa")  # the two public datasets; every other source is data of one's own
@@ -27,14 +41,22 @@ def _brackets(value: Any) -> Any:
     return "[PAD]" if value == ["PAD"] else value
 
 
-def _none_word(value: str) -> str:
-    """`None` and `NONE` are `none`."""
+def _source(value: str) -> str:
+    """A file or a hub id; `None` and `NONE` are `none`."""
+    if len(value) > MAX_TEXT:
+        raise ValueError(f"longer than {MAX_TEXT:,} characters, which no path or hub id is")
     return "none" if value.strip().lower() == "none" else value
 
 
 def _own_sources(files: dict[str, str]) -> dict[str, str]:
     """Names can stand in row ids and in names of figures; what is `none` is left out."""
-    wrong = [name for name in files if not OWN_NAME.fullmatch(name) or name.lower() in TAKEN]
+    size = sum(len(source.encode("utf-8", "backslashreplace")) for source in files.values())
+    if len(files) > MAX_SOURCES or size > MAX_SOURCES_BYTES:
+        raise ValueError(
+            f"{len(files):,} sources of {size:,} bytes; at most {MAX_SOURCES:,} of {MAX_SOURCES_BYTES:,} bytes can be "
+            "named: put files together, or give shorter paths"
+        )
+    wrong = [name[:60] for name in files if not OWN_NAME.fullmatch(name) or name.lower() in TAKEN]
     if wrong:
         raise ValueError(
             f"no name for a source: {', '.join(map(repr, wrong))}; a name has up to 40 letters, digits, _ and -, and "
@@ -42,7 +64,7 @@ def _own_sources(files: dict[str, str]) -> dict[str, str]:
         )
     if empty := [name for name, source in files.items() if not source.strip()]:
         raise ValueError(f"no source for {', '.join(empty)}: a file or a hub id is wanted (`none` to leave it out)")
-    return {name: source for name, source in files.items() if source.strip().lower() != "none"}
+    return {name: source for name, source in files.items() if _source(source) != "none"}
 
 
 def _constant(value: Any) -> Any:
@@ -59,7 +81,7 @@ class Section(BaseModel):
 class Model(Section):
     """The frozen base model. `dtype` is the type of its weights and the compute type of 4-bit weights."""
 
-    base: Annotated[str, Field(min_length=1)] = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+    base: Annotated[Text, Field(min_length=1)] = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
     quantization: Literal["none", "4bit"] = "none"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     dequantize: Literal["auto", "never"] = "auto"
@@ -70,10 +92,10 @@ class Model(Section):
 class Lora(Section):
     """The adapter, in PEFT's names. `init_from` is a saved adapter to start from."""
 
-    r: Positive = 8
+    r: Annotated[int, Field(ge=1, le=MAX_RANK)] = 8
     lora_alpha: Positive = 16
     lora_dropout: Fraction = 0.05
-    target_modules: Annotated[list[str], Field(min_length=1)] = [
+    target_modules: Annotated[list[Text], Field(min_length=1, max_length=MAX_NAMES)] = [
         "q_proj",
         "k_proj",
         "v_proj",
@@ -83,7 +105,7 @@ class Lora(Section):
         "down_proj",
     ]
     bias: Literal["none"] = "none"
-    init_from: str | None = None
+    init_from: Text | None = None
 
 
 class Data(Section):
@@ -93,14 +115,14 @@ class Data(Section):
     `mcq_answers: named` puts the right option before the rationale in the answer to a multiple-choice question.
     """
 
-    medquad: Annotated[str, AfterValidator(_none_word)] = (
+    medquad: Annotated[str, AfterValidator(_source)] = (
         "kaggle:pythonafroz/medquad-medical-question-answer-for-ai-research"
     )
-    afrimedqa: Annotated[str, AfterValidator(_none_word)] = "intronhealth/afrimedqa_v2"
+    afrimedqa: Annotated[str, AfterValidator(_source)] = "intronhealth/afrimedqa_v2"
     files: Annotated[dict[str, str], AfterValidator(_own_sources)] = {}
     mcq_answers: Literal["rationale", "named"] = "rationale"
     split: Literal["grouped", "topic", "random"] = "grouped"
-    split_seed: Count = 42
+    split_seed: Seed = 42
     fractions: Annotated[list[Fraction], Field(min_length=3, max_length=3)] = [0.8, 0.1, 0.1]
 
 
@@ -109,7 +131,7 @@ class Tokenization(Section):
 
     padding: Literal["longest", "max_length"] = "longest"
     pad_token: Annotated[Literal["eos", "[PAD]"], BeforeValidator(_brackets)] = "eos"
-    max_length: Annotated[int, Field(ge=8)] = 512
+    max_length: Annotated[int, Field(ge=8, le=MAX_COUNT)] = 512
     append_eos: bool = True
     loss_on: Literal["all", "answer"] = "all"
 
@@ -118,10 +140,10 @@ class Optimizer(Section):
     """`max_grad_norm` bounds the norm of the whole gradient before each update."""
 
     name: Literal["adamw_torch", "paged_adamw_8bit"] = "adamw_torch"
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-5
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    learning_rate: Amount = 5e-5
+    weight_decay: Annotated[float, Field(ge=0, le=MAX_COUNT, allow_inf_nan=False)] = 0.0
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    eps: Amount = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
 
@@ -140,21 +162,21 @@ class Training(Section):
     """
 
     max_steps: Positive | None = None
-    epochs: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=MAX_EPOCHS, allow_inf_nan=False)] | None = None
     early_stopping_patience: Positive | None = None
     keep: Literal["final", "best"] = "final"
     global_batch_size: Positive = 32
     per_device_batch_size: Positive = 4
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42  # what torch takes
+    seed: Seed = 42
     deterministic: bool = True
     padding_free: bool = True
     micro_batch_tokens: Positive | None = None
     log_steps: Positive = 10
     save_steps: Positive = 50
-    save_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    save_minutes: Amount | None = None
     keep_checkpoints: Positive = 3
-    process_timeout_s: Annotated[float, Field(ge=1, le=1e9, allow_inf_nan=False)] = 600.0
+    process_timeout_s: Annotated[float, Field(ge=1, le=MAX_COUNT, allow_inf_nan=False)] = 600.0
 
 
 class Evaluation(Section):
@@ -173,10 +195,10 @@ class Tracking(Section):
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")] = "medqa"
-    entity: str | None = None
-    group: str | None = None
-    run_name: str | None = None
-    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
+    entity: Text | None = None
+    group: Text | None = None
+    run_name: Text | None = None
+    tags: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=MAX_NAMES)] = []
     log_samples: bool | None = None
     log_model: bool = True
 

@@ -15,9 +15,11 @@ from pydantic import ValidationError
 
 from medqa.config import LENGTH, Experiment, flat, may_change_on_resume
 from medqa.errors import UserError
+from medqa.files import Damaged, read_file
 from medqa.key_advice import meant, wanted
+from medqa.limits import MAX_NAME_BYTES, MAX_PROBLEMS, MAX_YAML_BYTES
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
-from medqa.yaml_core import load_yaml
+from medqa.yaml_core import cut, load_yaml, read_yaml, short
 
 EXPERIMENTS_DIR = Path(__file__).resolve().parent.parent / "experiments"
 
@@ -71,11 +73,7 @@ def load_experiment(
         UserError: unknown experiment, unreadable file, or problems with keys and values, all in one message.
     """
     path = find_experiment(name)
-    try:
-        raw = load_yaml(path.read_text(encoding="utf-8-sig"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    values, problems = _sections(raw, str(path))
+    values, problems = _sections(read_yaml(path), str(path))
     origins = dict.fromkeys(values, str(path))
     if tiny:
         warmup = TINY_WARMUP if values.get("scheduler.warmup_steps") else 0
@@ -96,7 +94,8 @@ def load_experiment(
     experiment, bad_values = _validate(values, origins)
     problems += bad_words + bad_values
     if problems:
-        raise UserError(*problems)
+        more = [f"and {len(problems) - MAX_PROBLEMS:,} problems more"] if len(problems) > MAX_PROBLEMS else []
+        raise UserError(*problems[:MAX_PROBLEMS], *more)
     return experiment
 
 
@@ -128,8 +127,8 @@ def find_experiment(name: str) -> Path:
 def is_sweep(path: Path) -> bool:
     """Whether a file is the configuration of a W&B sweep, which no experiment can be taken for."""
     try:
-        return path.is_file() and re.search(r"^parameters:", path.read_text(encoding="utf-8-sig"), re.M) is not None
-    except (OSError, UnicodeDecodeError):
+        return re.search(rb"^(\xef\xbb\xbf)?parameters:", read_file(path, MAX_YAML_BYTES), re.M) is not None
+    except Damaged:
         return False
 
 
@@ -140,10 +139,10 @@ def parse_sets(words: Sequence[str]) -> tuple[dict[str, Override], list[str]]:
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
-            problems.append(f"--set {word}: write section.key=value")
+            problems.append(f"--set {cut(word)}: write section.key=value")
             continue
         try:
-            value = load_yaml(text, f"--set {word}")
+            value = load_yaml(text, f"--set {cut(word)}")
         except UserError as error:
             problems.append(str(error))
             continue
@@ -165,10 +164,13 @@ def default_output_dir(name: str, tiny: bool, sets: Sequence[str], experiment: E
 
     Data of one's own are part of it by their names, however given: a path says who one is, and the directory's name is
     the run's on W&B. A length is where it is given in the other unit than the file's: neither goes on from the other.
+
+    Raises:
+        UserError: the experiment's file has a name that no directory can have.
     """
     overrides, _ = parse_sets(sets)
     path = find_experiment(name)
-    filed, _ = _sections(load_yaml(path.read_text(encoding="utf-8-sig"), str(path)), str(path))
+    filed, _ = _sections(read_yaml(path), str(path))
     filed |= TINY if tiny else {}
     other_unit = {key for key in LENGTH if any(filed.get(other) is not None for other in set(LENGTH) - {key})}
     words = {
@@ -179,10 +181,13 @@ def default_output_dir(name: str, tiny: bool, sets: Sequence[str], experiment: E
     files = filed.get("data.files")
     if own_names(experiment.data.files) != own_names(files if isinstance(files, dict) else {}):
         words["data.files"] = f"data.files={own_names(experiment.data.files)}"
+    own_name = f"{path.stem}{'-tiny' if tiny else ''}"
+    if path.stem.strip(".") == "" or len(os.fsencode(own_name)) > MAX_NAME_BYTES:
+        raise UserError(f"--exp {cut(name)}: its name cannot name a directory; rename it, or give an --output-dir")
     suffix = "".join(f",{word}" for word in sorted(re.sub(r"[^A-Za-z0-9._=+-]", "-", word) for word in words.values()))
     if len(suffix) > 80:
         suffix = "," + hashlib.sha256(suffix.encode()).hexdigest()[:16]
-    return Path("outputs") / f"{path.stem}{'-tiny' if tiny else ''}{suffix}"
+    return Path("outputs") / (own_name + suffix)
 
 
 def own_names(files: Mapping[str, str]) -> str:
@@ -200,9 +205,9 @@ def _sections(raw: Any, where: str) -> tuple[dict[str, Any], list[str]]:
         if is_a_runs and section in WRITTEN_BY_RUNS:
             continue
         if section not in Experiment.model_fields:
-            problems.append(f"{where}: {section}: no such section{meant(str(section))}")
+            problems.append(f"{where}: {cut(str(section))}: no such section{meant(str(section))}")
         elif not isinstance(keys, dict):
-            problems.append(f"{where}: {section} = {keys!r}: a section has keys, one a line, indented")
+            problems.append(f"{where}: {section} = {short(keys)}: a section has keys, one a line, indented")
         else:
             values.update({f"{section}.{key}": value for key, value in keys.items()})
     return values, problems
@@ -214,14 +219,14 @@ def _validate(values: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[Ex
     problems: dict[str, str] = {}
     for key in values:
         if key not in known:
-            shown = f"{key} = {values[key]!r}" if "." in key else key
+            shown = f"{cut(key)} = {short(values[key])}" if "." in key else cut(key)
             problems[key] = f"{origins[key]}: {shown}: no such key{meant(key)}"
     try:
         Experiment.model_validate(_nested({k: v for k, v in values.items() if k in known}))
     except ValidationError as error:
         for detail in error.errors():
             key = ".".join(str(part) for part in detail["loc"][:2])
-            problems.setdefault(key, f"{origins[key]}: {key} = {values[key]!r}: {wanted(key, detail)}")
+            problems.setdefault(key, f"{origins[key]}: {key} = {short(values[key])}: {wanted(key, detail)}")
     experiment = Experiment.model_validate(_nested({k: v for k, v in values.items() if k not in problems}))
     found = list(problems.values())
     for keys, message in _impossible(experiment):

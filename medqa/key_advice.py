@@ -129,5 +129,7 @@ def wanted(key: str, detail: Mapping[str, Any]) -> str:
             return "a word is wanted" + (" (`none` to leave it out)" if key.startswith("data.") else "")
         case "list_type":
             return "a list is wanted"
+        case "string_unicode":
+            return "text is wanted, and this has bytes that are not UTF-8; rename what it names"
         case _:
             return detail["msg"][0].lower() + detail["msg"][1:]

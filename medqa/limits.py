@@ -14,3 +14,26 @@ MAX_INTEGER = 2**63 - 1
 MAX_FIGURES = 20_000
 # Bytes of a metrics.jsonl. A run of a million updates that writes down each one has about 400 MB.
 MAX_METRICS_BYTES = 500_000_000
+
+# Bytes of a YAML text, and of what it stands for once each alias is replaced by what it repeats. Reading a value takes
+# as long as reading so many bytes, so each value counts as that many more.
+MAX_YAML_BYTES = 2_000_000
+YAML_BYTES_OF_A_VALUE = 100
+MAX_YAML_DEPTH = 32
+# Characters of one number in a YAML text. The bounds below are far narrower; a message about those names the key.
+MAX_NUMBER_LENGTH = 1_000
+# Characters of a value in a message.
+MAX_SHOWN = 300
+# Problems of one experiment file in a message.
+MAX_PROBLEMS = 40
+# Bytes of the name of a directory that is named after an experiment; file systems allow 255, overrides are added.
+MAX_NAME_BYTES = 160
+
+# Of an experiment. Each is far above what anyone trains with, and below what a machine cannot count or allocate.
+MAX_COUNT = 10**9  # updates, examples, rows, checkpoints, tokens, seconds, minutes
+MAX_RANK = 65_536
+MAX_EPOCHS = 1e6
+MAX_SOURCES = 2_000
+MAX_SOURCES_BYTES = 1_200_000  # of all their places, so that a run's config.yaml can be read again
+MAX_NAMES = 10_000  # target modules, tags
+MAX_TEXT = 4_096  # characters of a path, a hub id or a name

@@ -1,5 +1,6 @@
 """From YAML, options and `--set` words to an experiment, or to one message with every problem."""
 
+import os
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from medqa.key_advice import OTHER_TOOLS_NAMES, UNLIKE
 from medqa.options import parse_options
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
 from medqa.training.run_dir import write_config
-from medqa.yaml_core import dump_yaml, load_yaml
+from medqa.yaml_core import dump_yaml, load_yaml, read_yaml, short
 
 
 def loaded(*sets: str, exp: str = "exp_001", **more) -> dict:
@@ -78,6 +79,72 @@ def test_scalars_by_the_core_schema(text, value):
 def test_what_is_no_yaml_is_refused_with_its_place(text):
     with pytest.raises(UserError, match=r"^here(, line \d+)?: not valid YAML: ."):
         load_yaml(text, "here")
+
+
+def bomb(levels: int) -> str:
+    """Lists of ten aliases each, so many levels deep: as many values as ten to that power."""
+    text = "&a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]"
+    for level in range(1, levels):
+        text = f"&a{level} [{text}{f', *a{level - 1}' * 9}]"
+    return text
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        (bomb(8), "stands for more than 2,000,000 bytes"),
+        (f"[&a {'x' * 300_000}{', *a' * 9}]", "stands for more than 2,000,000 bytes"),
+        ("x" * 2_000_001, "longer than 2,000,000 bytes"),
+        (f"[{'1, ' * 20_000}]", "stands for more than 2,000,000 bytes"),
+        ("[" * 20_000 + "]" * 20_000, "nested too deeply"),
+        ("- " * 1_000, "nested too deeply"),
+        ("&a [*a]", "stands within what it repeats"),
+        ("&a {b: {c: *a}}", "stands within what it repeats"),
+        ("0x1" + "f" * 5_000, "has 5,003 characters"),
+        ("!!int 0x1" + "f" * 5_000, "has 5,003 characters"),
+        ("1" * 5_000 + ".5", "has 5,002 characters"),
+        ("{!!merge <<: {a: 1}, b: 2}", "the tag .*merge is not one of"),
+        ("!!set {a, b}", "the tag .*set is not one of"),
+    ],
+)
+def test_what_stands_for_too_much_is_refused_before_it_is_made(text, problem):
+    with pytest.raises(UserError, match=rf"^here(, line 1)?: not valid YAML: .*{problem}") as caught:
+        load_yaml(text, "here")
+    assert len(str(caught.value)) < 500
+
+
+def test_aliases_within_reason_are_read():
+    assert load_yaml("{a: &x [1, &y two], b: *x, c: *y}", "here") == {"a": [1, "two"], "b": [1, "two"], "c": "two"}
+    assert len(load_yaml(bomb(3), "here")[0][0]) == 10
+    assert load_yaml("'" + "1" * 5_000 + "'", "here") == "1" * 5_000, "text, not a number"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "device", "nothing", "latin-1"])
+def test_only_a_regular_file_of_text_is_read(kind, tmp_path):
+    path = tmp_path / "mine.yaml"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "latin-1":
+        path.write_bytes(b"caf\xe9: 1")
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize("value", [{"a": [1.5, None, True]}, "x" * 200, [["a"]], 10**18])
+def test_a_short_value_is_shown_whole(value):
+    assert short(value) == repr(value)
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 10_000, list(range(10_000)), {str(i): i for i in range(10_000)}, [["x" * 99]] * 99]
+)
+def test_a_long_value_is_cut(value):
+    assert "..." in short(value)
+    assert len(short(value)) <= 300
 
 
 def test_a_dump_reads_alike_in_yaml_1_1_and_1_2(tmp_path):
@@ -283,6 +350,60 @@ def test_wrong_values_are_refused_with_key_and_value(word):
 
 
 @pytest.mark.parametrize(
+    "key, text",
+    [
+        ("training.max_steps", "1" + "0" * 400), ("training.global_batch_size", "1" + "0" * 400),
+        ("training.epochs", "1e400"), ("training.epochs", "1" + "0" * 400), ("lora.r", "100000000"),
+        ("lora.r", "1" + "0" * 20), ("lora.lora_alpha", "1" + "0" * 400), ("optimizer.learning_rate", "1" + "0" * 400),
+        ("optimizer.eps", "1e300"), ("training.save_minutes", "1e300"), ("tokenization.max_length", "1" + "0" * 30),
+        ("data.medquad", "x" * 5_000), ("tracking.group", "x" * 5_000), ("tracking.run_name", f"[{'x, ' * 5_000}]"),
+        ("data.files", "{" + ", ".join(f"n{i}: x" for i in range(2_001)) + "}"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["file", "--set"])
+def test_a_value_beyond_every_bound_is_refused_with_file_key_and_the_value_cut(key, text, place, tmp_path):
+    file = tmp_path / "mine.yaml"
+    section, name = key.split(".")
+    file.write_text(f"{section}: {{{name}: {text}}}\n" if place == "file" else "training: {max_steps: 3}\n")
+    message = refusal(*([] if place == "file" else [f"{key}={text}"]), exp=str(file))
+    ours = [line for line in message.splitlines() if key in line]
+    assert len(ours) == 1, message
+    assert f"{file if place == 'file' else '--set'}: {key} = " in ours[0]
+    assert len(ours[0]) < 700
+
+
+def test_every_number_of_an_experiment_has_an_upper_bound():
+    numbers = [key for key, value in flat(Experiment()).items() if type(value) in (int, float)]
+    numbers += ["training.max_steps", "training.epochs", "training.save_minutes", "training.micro_batch_tokens"]
+    assert len(numbers) >= 24
+    for key in numbers:
+        assert f"--set: {key} = 1" in refusal(f"{key}=1{'0' * 400}"), key
+
+
+def test_a_number_of_thousands_of_digits_is_refused_by_its_place(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"training:\n  max_steps: 0x1{'f' * 5_000}\n")
+    assert f"{file}, line 2: not valid YAML: the number 0x1fffffffffffffffff... has" in refusal(exp=str(file))
+    message = refusal(f"training.max_steps=0x1{'f' * 5_000}")
+    assert message.startswith("--set training.max_steps=0x1fff")
+    assert len(message) < 700
+
+
+def test_an_alias_bomb_in_a_file_is_one_short_message(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"training: {{max_steps: 3}}\ntracking: {{group: {bomb(8)}}}\n")
+    assert f"{file}, line 2: not valid YAML: stands for more than" in refusal(exp=str(file))
+
+
+def test_of_many_problems_the_first_are_listed(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("".join(f"k{i}: 1\n" for i in range(500)))
+    lines = refusal(exp=str(file)).strip("\n").splitlines()
+    assert len(lines) == 41
+    assert "and 461 problems more" in lines[-1]
+
+
+@pytest.mark.parametrize(
     "words, told",
     [
         (["model.dtype=float16"], "do not go together"),
@@ -339,6 +460,14 @@ def test_the_experiment_at_a_path_gives_its_own_name(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("training: {max_steps: 3}\n")
     assert default_output_dir(str(file), False, [], load_experiment(str(file))) == Path("outputs/mine")
+
+
+@pytest.mark.parametrize("name", ["...yaml", "..yaml", "x" * 245 + ".yaml", "é" * 120 + ".yaml"])
+def test_a_name_that_no_directory_can_have_is_refused(name, tmp_path):
+    file = tmp_path / name
+    file.write_text("training: {max_steps: 3}\n")
+    with pytest.raises(UserError, match=r"--exp .*cannot name a directory; rename it, or give an --output-dir"):
+        default_output_dir(str(file), False, [], load_experiment(str(file)))
 
 
 def test_what_may_change_on_resume():
