@@ -1,13 +1,13 @@
-"""README and CONTRIBUTING say what is: code is the code, commands parse and name what exists, the tree is the tree."""
+"""README, CONTRIBUTING and docs/ say what is: code is code, commands parse, what is named exists, links resolve."""
 
 import importlib.util
 import inspect
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from documents import BEGINNINGS, PAGES, ROOT, TEXTS, all_commands, blocks, commands, prose, slugs
 
 from benchmarks.results import parse_options
 from medqa.__main__ import main
@@ -17,55 +17,83 @@ from medqa.experiment_file import find_experiment, load_experiment
 from medqa.options import locations, option_parser
 from medqa.training.loop import train_step
 
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-BOTH = README + CONTRIBUTING
+README, CONTRIBUTING = TEXTS["README.md"], TEXTS["CONTRIBUTING.md"]
+EVERYTHING = "\n".join(TEXTS.values())
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+COMMANDS = all_commands()
+NOT_OURS = {  # options of accelerate, torchrun, Slurm, W&B and others that documents name
+    "--config_file", "--num_processes", "--machine_rank", "--main_process_ip", "--main_process_port", "--multi_gpu",
+    "--nproc_per_node", "--nodes", "--gpus-per-node", "--signal", "--count", "--record", "--experiments",
+    "--processes", "--outputs", "--table", "--no-deps", "--editable",
+}  # fmt: skip
 
 
-def blocks(text: str) -> list[tuple[str, str]]:
-    """Language and content of each block of code."""
-    return re.findall(r"```(\w*)\n(.*?)```", text, flags=re.DOTALL)
+def train_words(command: str) -> list[str] | None:
+    """The options of `train.py` in a command that starts it, or hands them on to it."""
+    for script in ("train.py", "launch/slurm.sbatch"):
+        if f" {script} " in f"{command} ":
+            words = shlex.split(command)
+            return words[words.index(script) + 1 :]
+    return None
 
 
-def commands(text: str) -> list[str]:
-    """The lines of the blocks without a language, and what stands in backticks and begins as a command does."""
-    lines = [line.split("  #")[0].strip() for kind, block in blocks(text) if not kind for line in block.splitlines()]
-    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    return [*filter(None, lines), *re.findall(r"`((?:make|python|ruff) [^`]+)`", prose)]
+def package_words(command: str) -> list[str] | None:
+    """What follows `medqa`, or `-m medqa`, in a command."""
+    words = shlex.split(command)
+    if words[:1] == ["medqa"]:
+        return words[1:]
+    if words[0] in ("python", "torchrun") and "medqa" in words and words[words.index("medqa") - 1] == "-m":
+        return words[words.index("medqa") + 1 :]
+    return None
 
 
-BLOCKS = blocks(README)
-COMMANDS = [line.split("  #")[0].strip() for kind, block in BLOCKS if not kind for line in block.splitlines()]
-LAUNCHES = [command for command in COMMANDS if command.startswith("accelerate launch")]
+LAUNCHES = [(name, command) for name, command in COMMANDS if train_words(command) is not None]
+OF_PACKAGE = [(name, command) for name, command in COMMANDS if package_words(command) is not None]
+
+
+def test_every_page_is_linked_from_the_readme_or_a_page_that_is():
+    assert len(PAGES) >= 10
+    linked = set(re.findall(r"\]\((?:docs/)?([\w-]+\.md)(?:#[^)]*)?\)", EVERYTHING))
+    assert {path.name for path in PAGES} <= linked
 
 
 def test_the_code_shown_is_the_code():
-    shown = [block for kind, block in BLOCKS if kind == "python"]
+    shown = [block for kind, block in blocks(README) if kind == "python"]
     assert len(shown) == 2  # the other one asks an adapter
     assert shown[0] == inspect.getsource(train_step)
 
 
+def test_commands_are_shell_code():
+    """A line of a shell block that is no command here would be tested by nothing."""
+    for name, text in TEXTS.items():
+        for line in [line for kind, block in blocks(text) if kind == "bash" for line in block.splitlines()]:
+            assert line.startswith(BEGINNINGS), (name, line)
+
+
 def test_there_are_launch_lines():
-    assert len(LAUNCHES) == 16
+    assert len({command for _, command in LAUNCHES}) >= 20
+    assert len({command for _, command in OF_PACKAGE}) >= 10
 
 
-@pytest.mark.parametrize("command", LAUNCHES)
-def test_launch_lines_parse(command):
-    words = shlex.split(command)
-    options = option_parser().parse_args(words[words.index("train.py") + 1 :])
+@pytest.mark.parametrize("name, command", LAUNCHES)
+def test_launch_lines_parse(name, command):
+    options = option_parser().parse_args(train_words(command))
     load_experiment(options.exp, tiny=options.tiny, locations=locations(options), sets=options.set)
 
 
-def test_commands_of_the_package_parse():
-    found = [shlex.split(command)[3:] for command in COMMANDS if command.startswith("python -m medqa ")]
-    assert found
-    for words in found:
-        options, rest = command_parser().parse_known_args(words)
-        assert not rest
-        if "exp" in options:
-            load_experiment(options.exp, tiny=options.tiny, sets=options.set)
+@pytest.mark.parametrize("name, command", OF_PACKAGE)
+def test_commands_of_the_package_parse(name, command):
+    options, rest = command_parser().parse_known_args(package_words(command))
+    assert not rest
+    if "exp" in options:
+        load_experiment(options.exp, tiny=options.tiny, locations=locations(options), sets=options.set)
+
+
+def test_configurations_of_the_launcher_exist():
+    files = re.findall(r"(?:--config_file |MEDQA_LAUNCH_CONFIG=)(\S+)", "\n".join(command for _, command in COMMANDS))
+    assert len(files) >= 4
+    for file in files:
+        assert (ROOT / file).is_file(), file
 
 
 @pytest.mark.parametrize(
@@ -87,76 +115,92 @@ def test_the_certificate_of_the_command_line(tmp_path, capfd):
     assert json.loads((tmp_path / "certificate.json").read_text()) == found
 
 
-def test_inline_launch_lines_name_experiments():
-    named = re.findall(r"--exp (\w+)", README)
-    assert len(named) >= 6
+def test_experiments_named_exist():
+    named = set(re.findall(r"\bexp_\w+\b", EVERYTHING))
+    assert len(named) >= 4
     for name in named:
         find_experiment(name)
 
 
+def test_options_named_are_options():
+    """In prose and tables, where no parser reads them."""
+    commands_of = next(action for action in command_parser()._actions if action.dest == "command").choices
+    parsers = [option_parser(), *commands_of.values()]
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    named = set(re.findall(r"`(--[a-z][a-z_-]*)", prose(EVERYTHING)))
+    assert len(named) >= 12
+    assert named <= known | NOT_OURS
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, flags=re.MULTILINE))
-    wanted = set(re.findall(r"(?:^ *|`)make ([a-z-]+)", BOTH, flags=re.MULTILINE))
+    wanted = set(re.findall(r"(?:^ *|`)make ([a-z-]+)", EVERYTHING, flags=re.MULTILINE))
     assert {"demo", "test", "test-all", "gpu-check", "results", "bench", "chaos", "fuzz", "lint"} <= wanted <= targets
 
 
 def test_what_make_results_is_given_parses():
-    given = re.findall(r'RESULTS_ARGS="([^"]*)"', BOTH)
+    given = re.findall(r'RESULTS_ARGS="([^"]*)"', EVERYTHING)
     assert len(given) >= 6
     assert "benchmarks.results $(RESULTS_ARGS)" in MAKEFILE
     for words in [*given, "--table"]:
         parse_options(shlex.split(words))
 
 
-def test_what_contributing_says_to_run_is_there():
-    found = [shlex.split(command) for command in commands(CONTRIBUTING)]
-    modules = [words[2] for words in found if words[:2] == ["python", "-m"]]
-    assert set(modules) == {"medqa", "benchmarks.results", "tests.test_trajectory"}
-    for module in modules:
+def test_modules_that_are_run_exist():
+    inline = re.findall(r"`(python -m [^`]+)`", prose(EVERYTHING))
+    found = [words[2] for words in map(shlex.split, [*inline, *(c for _, c in COMMANDS)]) if words[1:2] == ["-m"]]
+    assert {"benchmarks.results", "benchmarks.recipes", "tests.test_trajectory"} <= set(found)
+    for module in found:
         assert importlib.util.find_spec(module), module
-    for words in found:
-        if words[:3] == ["python", "-m", "medqa"]:
-            options, rest = command_parser().parse_known_args(words[3:])
+
+
+def test_what_contributing_says_to_run_is_there():
+    inline = re.findall(r"`((?:make|medqa|python|ruff) [^`]+)`", prose(CONTRIBUTING))
+    for words in map(shlex.split, [*commands(CONTRIBUTING), *inline]):
+        if words[0] == "medqa" or words[:3] == ["python", "-m", "medqa"]:
+            options, rest = command_parser().parse_known_args(package_words(shlex.join(words)))
             assert not rest
             load_experiment(options.exp, tiny=options.tiny, sets=options.set)
         if words[:3] == ["python", "-m", "tests.test_trajectory"]:
             assert words[3:] in ([], ["--record"])
-        assert words[0] in ("make", "python", "ruff"), words
         for file in re.findall(r"PYTEST_ARGS=(\S+)", " ".join(words)):
             assert (ROOT / file).is_file()
 
 
-def test_what_contributing_names_exists():
-    places = re.findall(r"`((?:medqa|tests|benchmarks|experiments|results|\.ci)/[^`<]*)`", CONTRIBUTING)
-    assert len(places) >= 25
-    for place in places:
-        assert (ROOT / place).exists(), place
-    for name, place in re.findall(r"`([A-Z]+)`(?: and `[A-Z]+`)?(?: (?:in|of)) `([^`]+)`", CONTRIBUTING):
-        assert re.search(rf"^{name}\b", (ROOT / place).read_text(), flags=re.MULTILINE), (name, place)
+def test_paths_named_exist():
+    folders = r"medqa|tests|benchmarks|experiments|results|launch|notebooks|docs|\.ci"
+    named = {
+        (name, path)
+        for name, text in TEXTS.items()
+        for path in re.findall(rf"`((?:{folders})/(?!NAME)[^`<*=\s]*|requirements[\w-]*\.txt|\w+\.py)`", prose(text))
+    }
+    assert len(named) >= 35
+    for name, path in named:
+        assert (ROOT / path).exists(), (name, path)
+    for name, path in re.findall(r"`([A-Z]+)`(?: and `[A-Z]+`)?(?: (?:in|of)) `([^`]+\.py)`", CONTRIBUTING):
+        assert re.search(rf"^{name}\b", (ROOT / path).read_text(), flags=re.MULTILINE), (name, path)
 
 
 def test_keys_named_are_keys():
     keys = set(flat(Experiment()))
     sections = "|".join(Experiment.model_fields)
-    prose = re.sub(r"```python.*?```", "", README, flags=re.DOTALL)
-    named = set(re.findall(rf"\b((?:{sections})\.[a-z_0-9]+)\b", prose))
+    text = re.sub(r"```python.*?```", "", EVERYTHING, flags=re.DOTALL)
+    named = set(re.findall(rf"(?<![\w./])((?:{sections})\.[a-z_0-9]+)\b(?!\.)", text))
     named = {name for name in named if not name.endswith((".py", ".md", ".csv", ".json"))}
-    assert len(named) >= 12
+    assert len(named) >= 25
     assert not named - keys
 
 
-def test_the_tree_is_the_tree():
-    tree = next(block for kind, block in BLOCKS if not kind and "loop.py" in block)
-    shown = re.findall(r"([a-z_]+\.py)\b", tree)
-    files = [p.name for p in (ROOT / "medqa").rglob("*.py") if p.name != "__init__.py" and p.parent.name != "tiny"]
-    assert len(files) >= 25
-    assert set(shown) == {*files, "train.py"}
-
-
-def test_paths_linked_exist():
-    for path in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", BOTH):
-        assert (ROOT / path).exists(), path
-    headings = {re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in BOTH.splitlines()}
-    anchors = re.findall(r"\]\((?:README\.md)?#([^)]+)\)", BOTH)
-    assert len(anchors) >= 3
-    assert set(anchors) <= headings
+def test_links_resolve():
+    anchors = 0
+    for name, text in TEXTS.items():
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", prose(text)):
+            place, _, anchor = target.partition("#")
+            path = (ROOT / name).parent / place if place else ROOT / name
+            if path.name in ("security.md", "configuration.md") and not path.exists():
+                continue
+            assert path.exists(), (name, target)
+            if anchor:
+                anchors += 1
+                assert anchor in slugs(path.read_text(encoding="utf-8")), (name, target)
+    assert anchors >= 10
