@@ -75,26 +75,49 @@ def _constant(value: Any) -> Any:
 class Section(BaseModel):
     """A frozen section that refuses unknown keys and converts no types (a whole number stands for a float)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class Model(Section):
-    """The frozen base model. `dtype` is the type of its weights and the compute type of 4-bit weights."""
+    """The frozen base model."""
 
     base: Annotated[Text, Field(min_length=1)] = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+    """The base model: an id on the Hugging Face Hub, or a local directory."""
+
     quantization: Literal["none", "4bit"] = "none"
+    """`4bit` loads the weights as NF4 with double quantization (QLoRA). Where bitsandbytes cannot do that, the
+    weights are loaded in `dtype`, and the run says so."""
+
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """The data type of the frozen weights, and the compute type of 4-bit weights. Changes with the hardware, together
+    with `training.mixed_precision`."""
+
     dequantize: Literal["auto", "never"] = "auto"
+    """Whether 4-bit weights are expanded once, with the same values, where memory allows. Only in training without
+    padding."""
+
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """The attention kernel, as in transformers."""
+
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, to save memory. Without padding, the run enables it only where it
+    would not fit otherwise."""
 
 
 class Lora(Section):
-    """The adapter, in PEFT's names. `init_from` is a saved adapter to start from."""
+    """The adapter, in PEFT's names."""
 
     r: Annotated[int, Field(ge=1, le=MAX_RANK)] = 8
+    """The rank of the LoRA matrices."""
+
     lora_alpha: Positive = 16
+    """The scale of the adapter: its product is multiplied by `lora_alpha / r`."""
+
     lora_dropout: Fraction = 0.05
+    """The dropout probability on the adapter's input."""
+
     target_modules: Annotated[list[Text], Field(min_length=1, max_length=MAX_NAMES)] = [
         "q_proj",
         "k_proj",
@@ -104,103 +127,189 @@ class Lora(Section):
         "up_proj",
         "down_proj",
     ]
+    """The linear layers that get an adapter, by the last part of their names."""
+
     bias: Literal["none"] = "none"
+    """Biases are not trained."""
+
     init_from: Text | None = None
+    """A saved adapter to start from: `lora_adapters/` or a checkpoint of a run. `null`: a new adapter."""
 
 
 class Data(Section):
-    """Sources (see `data/sources.py`) and the split into train, validation and test.
-
-    `files` has data of one's own: a name to a file or a hub id.
-    `mcq_answers: named` puts the right option before the rationale in the answer to a multiple-choice question.
-    """
+    """Sources, and the split into train, validation and test."""
 
     medquad: Annotated[str, AfterValidator(_source)] = (
         "kaggle:pythonafroz/medquad-medical-question-answer-for-ai-research"
     )
+    """MedQuAD: a file, the directory of its XML files, a Hub dataset id, `kaggle:OWNER/NAME`, or `none`."""
+
     afrimedqa: Annotated[str, AfterValidator(_source)] = "intronhealth/afrimedqa_v2"
+    """AfriMed-QA: a file, a Hub dataset id, or `none`."""
+
     files: Annotated[dict[str, str], AfterValidator(_own_sources)] = {}
+    """Your own data: a name for each file or Hub dataset id."""
+
     mcq_answers: Literal["rationale", "named"] = "rationale"
+    """What answers to multiple-choice questions contain: the rationale alone, or the correct option before it."""
+
     split: Literal["grouped", "topic", "random"] = "grouped"
+    """Which rows stay together in one split: `grouped` by question and answer, also by `topic`, or none (`random`)."""
+
     split_seed: Seed = 42
+    """The seed of the split."""
+
     fractions: Annotated[list[Fraction], Field(min_length=3, max_length=3)] = [0.8, 0.1, 0.1]
+    """The shares of train, validation and test. Their sum is 1."""
 
 
 class Tokenization(Section):
-    """From text to ids. A row whose ids and EOS exceed `max_length` is cut to it and has no EOS."""
+    """From text to token ids."""
 
     padding: Literal["longest", "max_length"] = "longest"
+    """Where examples are padded: to the longest one in the micro-batch, or to `max_length`. Has no effect without
+    padding."""
+
     pad_token: Annotated[Literal["eos", "[PAD]"], BeforeValidator(_brackets)] = "eos"
+    """The padding token: EOS, masked by position, or `[PAD]`, added to the tokenizer if it is missing."""
+
     max_length: Annotated[int, Field(ge=8, le=MAX_COUNT)] = 512
+    """The maximum number of tokens. A longer row is truncated and has no EOS."""
+
     append_eos: bool = True
+    """Whether the end-of-sequence token is appended, so that the model learns to stop."""
+
     loss_on: Literal["all", "answer"] = "all"
+    """The tokens that count in the loss: prompt and answer, or the answer alone."""
 
 
 class Optimizer(Section):
-    """`max_grad_norm` bounds the norm of the whole gradient before each update."""
+    """AdamW."""
 
     name: Literal["adamw_torch", "paged_adamw_8bit"] = "adamw_torch"
+    """PyTorch's AdamW, or the paged 8-bit AdamW of bitsandbytes."""
+
     learning_rate: Amount = 5e-5
+    """The learning rate after warmup."""
+
     weight_decay: Annotated[float, Field(ge=0, le=MAX_COUNT, allow_inf_nan=False)] = 0.0
+    """The weight decay."""
+
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """The decay rates of Adam's two moments."""
+
     eps: Amount = 1e-8
+    """Adam's epsilon."""
+
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """The norm to which the gradient of an update is clipped."""
 
 
 class Scheduler(Section):
-    """How the rate changes over the updates, after `warmup_steps` of linear warmup. `none` is constant."""
+    """The learning rate over the updates."""
 
     name: Annotated[Literal["none", "linear", "cosine"], BeforeValidator(_constant)] = "none"
+    """The schedule after warmup: constant (`none`), or a linear or cosine decay to 0 at the last update."""
+
     warmup_steps: Count = 0
+    """The number of updates of linear warmup from 0."""
 
 
 class Training(Section):
-    """Updates, batches, precision. `global_batch_size` examples make an update, on however many processes.
-
-    `early_stopping_patience` evaluations in a row without a lower loss on the fixed validation rows end the run.
-    `keep` says which adapter it leaves: that of its last update, or that of the lowest such loss.
-    """
+    """Updates, batches, precision, checkpoints."""
 
     max_steps: Positive | None = None
+    """The number of updates. Give either this or `epochs`."""
+
     epochs: Annotated[float, Field(gt=0, le=MAX_EPOCHS, allow_inf_nan=False)] | None = None
+    """The number of epochs of the training rows; an update may span the end of an epoch."""
+
     early_stopping_patience: Positive | None = None
+    """End the run after so many evaluations in a row without a lower loss on the fixed validation rows. `null`: the
+    run does not stop early."""
+
     keep: Literal["final", "best"] = "final"
+    """Which adapter the run ends with: that of the last update, or that with the lowest loss on the fixed validation
+    rows."""
+
     global_batch_size: Positive = 32
+    """The number of examples in one update, on any number of processes. Gradient accumulation steps follow from it."""
+
     per_device_batch_size: Positive = 4
+    """The number of examples in a micro-batch, on each process. Used in training with padding only."""
+
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
+    """Mixed precision. Changes with the hardware: fp16 with a gradient scaler on GPUs without bfloat16, none on a
+    CPU."""
+
     seed: Seed = 42
+    """The seed of the data order, the initial adapter and dropout."""
+
     deterministic: bool = True
+    """Select deterministic kernels."""
+
     padding_free: bool = True
+    """Train without padding, with the same gradients, where the model family is supported."""
+
     micro_batch_tokens: Positive | None = None
+    """The number of tokens in a micro-batch without padding. `null`: a trial before the first update finds the
+    largest that fits."""
+
     log_steps: Positive = 10
+    """Record training metrics every so many updates."""
+
     save_steps: Positive = 50
+    """Save a checkpoint every so many updates."""
+
     save_minutes: Amount | None = None
+    """Also save a checkpoint after so many minutes. `null`: only every `save_steps` updates."""
+
     keep_checkpoints: Positive = 3
+    """The number of checkpoints to keep; the best one is kept in addition."""
+
     process_timeout_s: Annotated[float, Field(ge=1, le=MAX_COUNT, allow_inf_nan=False)] = 600.0
+    """Seconds after which a process gives up waiting for another one."""
 
 
 class Evaluation(Section):
-    """During training: every `steps` updates, on a fixed seeded subset of `rows` validation rows (null: all)."""
+    """Evaluation during training. Before and after training, all validation rows are used."""
 
     steps: Positive = 100
+    """Evaluate every so many updates."""
+
     rows: Positive | None = 256
+    """The size of the fixed, seeded subset of the validation rows that is used during training. `null`: all."""
+
     samples: Count = 4
+    """The number of sample answers in the W&B table."""
 
 
 class Tracking(Section):
-    """Weights & Biases; `metrics.jsonl` is written whatever stands here. `WANDB_*` variables win.
-
-    `log_samples: null` logs sample answers of the two public datasets, not of data of one's own.
-    """
+    """Weights & Biases. `metrics.jsonl` is always written. `WANDB_*` variables take precedence."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Where W&B records the run. `auto` is online with an API key and a network, else offline."""
+
     project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")] = "medqa"
+    """The W&B project."""
+
     entity: Text | None = None
+    """The W&B user or team. `null`: the default of the account."""
+
     group: Text | None = None
+    """The W&B group."""
+
     run_name: Text | None = None
+    """The name of the W&B run. `null`: the name of the output directory."""
+
     tags: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=MAX_NAMES)] = []
+    """The W&B tags."""
+
     log_samples: bool | None = None
+    """Log sample answers to W&B. `null`: to questions of the two public datasets only, not of your own data."""
+
     log_model: bool = True
+    """Upload the final adapter to W&B as an artifact."""
 
 
 LENGTH = ("training.max_steps", "training.epochs")  # how long a run is: one of the two
