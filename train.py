@@ -12,7 +12,7 @@ from medqa.data.report import write_reports
 from medqa.data.sources import load_sources
 from medqa.data.splits import split_sources
 from medqa.data.tokens import tokenize_splits
-from medqa.errors import StoppedInTime, exit_code, together, writing
+from medqa.errors import StoppedInTime, exit_code, saying_what_is_saved, together, writing
 from medqa.evaluation.inference import sample_answers
 from medqa.evaluation.loss import fixed_subset, summarize
 from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
@@ -38,7 +38,15 @@ from medqa.training.phases import Phases
 from medqa.training.plan import accumulation_steps, in_effect, make_plan
 from medqa.training.probe import choose_micro_batch, make_evaluator
 from medqa.training.processes import build_accelerator, choose_kernels, leave, on_main, prepared, take_shards
-from medqa.training.run_dir import check_run_dir, find_checkpoint, finished, note_saved, start_run, write_config
+from medqa.training.run_dir import (
+    check_run_dir,
+    find_checkpoint,
+    finished,
+    note_saved,
+    start_run,
+    what_is_saved,
+    write_config,
+)
 from medqa.training.same_run import go_on, identify, told_of
 from medqa.training.scheduler import build_scheduler
 from medqa.training.tracking import MetricsFile, Tracker
@@ -68,6 +76,8 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     name = find_experiment(options.exp).stem
     output_dir = options.output_dir or default_output_dir(options.exp, options.tiny, options.set, experiment)
     seed, tokenization, training = experiment.training.seed, experiment.tokenization, experiment.training
+    saved = functools.partial(what_is_saved, output_dir, options.persist_to, options.fresh)
+    leaving.enter_context(saying_what_is_saved(saved))
     leaving.enter_context(writing(output_dir))
     lock = leaving.enter_context(RunLock(output_dir))
     copies = leaving.enter_context(Copies(options.persist_to, output_dir))

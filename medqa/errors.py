@@ -19,14 +19,12 @@ import torch
 
 from medqa.terminal import print_error
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-# Of a place that has gone, or that has never been writable.
-GONE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV)
-GONE += (errno.ELOOP, errno.EISDIR)
-LOST = (
-    "another process of this run has died or has not answered for training.process_timeout_s; stopped, the newest "
-    "checkpoint stands, and the same command goes on from it"
-)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_PERMISSION = (errno.EACCES, errno.EPERM)
+# What a disk, a mount or the system's limits answer, and no mistake of a program can cause.
+OF_THE_SYSTEM = (errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EBUSY)
+OF_THE_SYSTEM += (errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP, errno.EREMOTEIO)
+LOST = "another process of this run has died or has not answered for training.process_timeout_s"
 ENDING = "MEDQA_ENDING"
 LAUNCHER_DIED = signal.SIGUSR1  # asked of the kernel in `training/interrupts.py`
 EXIT_USER_ERROR = 2
@@ -44,6 +42,10 @@ class UserError(Exception):
         return listed(self.args)
 
 
+class NotWritten(UserError):
+    """A file cannot be written, because there is no space or no permission, or because its disk has gone."""
+
+
 class Busy(UserError):
     """Another run is on in the output directory; it may end by itself."""
 
@@ -57,7 +59,7 @@ class ProcessStopped(TrainingStopped):
 
 
 class StoppedInTime(Exception):
-    """`--stop-after` was reached: all is saved, and the run goes on another time."""
+    """`--stop-after` was reached: all is saved, and the run can be resumed."""
 
 
 class Interrupted(BaseException):
@@ -74,56 +76,86 @@ def exit_code(body: Callable[[], None]) -> int:
     try:
         body()
     except UserError as error:
-        return _say(f"error: {error}", EXIT_USER_ERROR, "busy" if isinstance(error, Busy) else "mistake")
+        return _say(error, f"error: {error}", EXIT_USER_ERROR, "busy" if isinstance(error, Busy) else "mistake")
     except OSError as error:
-        if error.errno not in NO_SPACE:
+        if (why := refusal(error)) is None:
             raise
-        where = error.filename or "the output directory"
-        return _say(f"error: {where}: {error.strerror}; free space, then start again", EXIT_USER_ERROR, "mistake")
+        return _say(error, f"error: {why}", EXIT_USER_ERROR, "mistake")
     except torch.OutOfMemoryError as error:
         advice = (
             "lower training.per_device_batch_size (training.micro_batch_tokens without padding) or "
             "tokenization.max_length, or use model.quantization=4bit"
         )
-        return _say(f"training stopped: {str(error).splitlines()[0]}; {advice}", EXIT_TRAINING_STOPPED, "stopped")
+        message = f"training stopped: {str(error).splitlines()[0]}; {advice}"
+        return _say(error, message, EXIT_TRAINING_STOPPED, "stopped")
     except ProcessStopped as error:
-        return _say_alone(f"training stopped: {error}", EXIT_TRAINING_STOPPED, "stopped")
+        return _say_alone(error, f"training stopped: {error}", EXIT_TRAINING_STOPPED, "stopped")
     except RuntimeError as error:
         if not _lost_a_process(error):
             raise
-        return _say_alone(f"{LOST}: {str(error).splitlines()[0]}", EXIT_TRAINING_STOPPED, "lost")
+        return _say_alone(error, f"{LOST}: {str(error).splitlines()[0]}", EXIT_TRAINING_STOPPED, "lost")
     except TrainingStopped as error:
-        return _say(f"training stopped: {error}", EXIT_TRAINING_STOPPED, "stopped")
+        return _say(error, f"training stopped: {error}", EXIT_TRAINING_STOPPED, "stopped")
     except StoppedInTime as error:
-        return _say(f"{error}; the same command goes on from the newest checkpoint", 0, "in-time")
+        return _say(error, str(error), 0, "in-time")
     except Interrupted as error:
-        message = f"stopped by {error}; the same command goes on from the newest checkpoint"
-        return _say(message, 128 + error.signum, "signal")
+        return _say(error, f"stopped by {error}", 128 + error.signum, "signal")
     note("complete")
     return 0
 
 
+def refusal(error: OSError, directory: Path | None = None) -> str | None:
+    """What the user is told of a file that the system refuses to read or write; None where it is a defect of ours.
+
+    Args:
+        directory: what is being written to. Inside it every refusal is the system's, elsewhere those that no program
+            can cause. Where the system does not say which file it was, no file is blamed.
+    """
+    named = None if error.filename is None else Path(str(error.filename))
+    inside = directory is not None and named is not None and named.absolute().is_relative_to(directory.absolute())
+    of_the_system = error.errno in (*NO_SPACE, *OF_THE_SYSTEM) or (named is not None and error.errno in NO_PERMISSION)
+    if not (inside or of_the_system):
+        return None
+    gone = directory is not None and error.errno not in NO_SPACE and not os.path.isdir(directory)
+    if gone and (inside or named is None):
+        return f"{directory}: has been removed, or is not mounted any more; see to it, then start again"
+    advice = "make room there" if error.errno in NO_SPACE else "see to it"
+    if named is not None:
+        return f"{named}: {error.strerror}; {advice}, then start again"
+    places = f"temporary files ({os.environ.get('TMPDIR', '/tmp')})" + (f" and of {directory}" if directory else "")
+    return (
+        f"{error.strerror}; the system does not say which file it was. Look at the disks of {places}; {advice}, then "
+        "start again"
+    )
+
+
 @contextlib.contextmanager
 def writing(directory: Path) -> Iterator[None]:
-    """Turn the system's refusal to write in a directory into what the user is told; what is there stays.
+    """Turn the system's refusal to write in a directory into what the user is told.
 
     Raises:
-        UserError: no space, no permission, or the directory has gone.
+        NotWritten: no space, no permission, or the directory has gone.
     """
     try:
         yield
     except OSError as error:
-        inside = error.filename is not None and Path(str(error.filename)).absolute().is_relative_to(
-            directory.absolute()
-        )
-        if error.errno not in NO_SPACE and not (error.errno in GONE and (inside or not os.path.isdir(directory))):
+        if (why := refusal(error, directory)) is None:
             raise
-        what = "has been removed" if not os.path.isdir(directory) else f"cannot be written: {error.strerror}"
-        where = error.filename if inside else directory
-        raise UserError(
-            f"{where}: {what}; the newest checkpoint stands where it is still there: make room or permission, then "
-            "start again"
-        ) from error
+        raise NotWritten(why) from error
+
+
+@contextlib.contextmanager
+def saying_what_is_saved(saved: Callable[[], str]) -> Iterator[None]:
+    """Add to whatever ends a run early what is left of it, for the message that `exit_code` gives.
+
+    Args:
+        saved: says it, as a sentence about a checkpoint or its absence.
+    """
+    try:
+        yield
+    except (NotWritten, TrainingStopped, StoppedInTime, Interrupted, RuntimeError) as error:
+        error.add_note(saved())
+        raise
 
 
 def _lost_a_process(error: RuntimeError) -> bool:
@@ -132,22 +164,27 @@ def _lost_a_process(error: RuntimeError) -> bool:
     return several and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error))
 
 
-def _say(message: str, code: int, ending: str) -> int:
+def _say(error: BaseException, message: str, code: int, ending: str) -> int:
     """Print once on each host, whatever the number of processes, note the ending, and hand the code through.
 
     Processes of one host see the same files, so that what one has to say all have; another host may lack them.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print_error(message)
+        print_error(_with_notes(error, message))
     note(ending)
     return code
 
 
-def _say_alone(message: str, code: int, ending: str) -> int:
+def _say_alone(error: BaseException, message: str, code: int, ending: str) -> int:
     """Print what this process alone knows, note the ending, and hand the code through."""
-    print_error(f"process {os.environ.get('RANK', '0')}: {message}")
+    print_error(f"process {os.environ.get('RANK', '0')}: {_with_notes(error, message)}")
     note(ending)
     return code
+
+
+def _with_notes(error: BaseException, message: str) -> str:
+    """The message, and what was added to the error on its way."""
+    return "\n".join([message, *getattr(error, "__notes__", ())])
 
 
 def note(word: str) -> None:

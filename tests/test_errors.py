@@ -21,10 +21,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from medqa.errors import Interrupted, TrainingStopped, UserError, exit_code
+from medqa.errors import LAUNCHER_DIED, Interrupted, TrainingStopped, UserError, exit_code
 from medqa.hub import hub_reachable
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
-from medqa.training.interrupts import Interrupts
+from medqa.training.interrupts import TOGETHER_S, Interrupts
 from train import main
 
 ROOT = Path(__file__).parents[1]
@@ -622,7 +622,7 @@ def test_an_answer_that_never_fits_is_the_users_to_mend(capsys):
         (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 3, "CUDA out of memory. Tried; lower"),
         (OSError(28, "No space left on device", "/x/metrics.jsonl"), 2, "/x/metrics.jsonl: No space left on device"),
         (Interrupted(signal.SIGTERM), 143, "SIGTERM"),
-        (Interrupted(signal.SIGINT), 130, "the same command goes on"),
+        (Interrupted(signal.SIGINT), 130, "stopped by SIGINT"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -668,6 +668,77 @@ def test_a_signal_in_training_is_noted_and_a_second_one_ends_it():
         assert interrupts.received == signal.SIGINT
         with pytest.raises(Interrupted):
             signal.raise_signal(signal.SIGINT)
+
+
+TERM, INT, HUP, CONT = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCONT
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        (TERM, HUP),
+        (HUP, TERM),
+        (TERM, CONT, HUP),
+        (HUP, CONT, HUP, CONT, TERM),  # a lost ssh connection: from the shell and from the kernel
+        (TERM, TERM, CONT, CONT),  # `timeout`: to its child, then to its group
+        (INT, TERM),
+        (INT, HUP),
+        (HUP, INT),
+        (INT, LAUNCHER_DIED, LAUNCHER_DIED),
+    ],
+    ids=lambda group: "+".join(number.name.removeprefix("SIG") for number in group),
+)
+def test_signals_that_come_together_are_one_request(group):
+    with Interrupts() as interrupts:
+        interrupts.finish_update = True
+        for number in group:
+            signal.raise_signal(number)
+        assert interrupts.received == group[0]
+
+
+@pytest.mark.parametrize("first", [TERM, HUP, INT])
+@pytest.mark.parametrize("second", [TERM, INT])
+def test_a_signal_that_comes_later_is_impatience(first, second, monkeypatch):
+    with Interrupts() as interrupts:
+        interrupts.finish_update = True
+        signal.raise_signal(first)
+        now = time.monotonic() + 2 * TOGETHER_S
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        signal.raise_signal(HUP)  # that a terminal has gone says nothing of anybody's patience
+        with pytest.raises(Interrupted) as caught:
+            signal.raise_signal(second)
+        assert caught.value.signum == second
+
+
+def test_an_echo_does_not_disturb_a_run_that_is_ending():
+    """Outside training the first signal raises; its echo must not cut off what is cleaned up on the way out."""
+    cleaned = []
+    with Interrupts():
+        try:
+            signal.raise_signal(TERM)
+        except Interrupted:
+            signal.raise_signal(HUP)
+            cleaned.append(True)
+    assert cleaned
+
+
+def test_a_signal_in_the_last_update_is_not_lost():
+    with Interrupts() as interrupts:
+        interrupts.finish_update = True
+        signal.raise_signal(TERM)
+        with pytest.raises(Interrupted):
+            interrupts.training_is_over()
+
+
+def test_nohup_is_respected():
+    before = signal.signal(HUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            signal.raise_signal(HUP)
+            assert interrupts.received is None
+        assert signal.getsignal(HUP) == signal.SIG_IGN
+    finally:
+        signal.signal(HUP, before)
 
 
 def test_a_signal_does_not_end_a_run_that_has_ended_before_it_has_said_how(capsys, monkeypatch, tmp_path):

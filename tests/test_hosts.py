@@ -85,7 +85,7 @@ def test_a_host_that_is_cut_off_ends_the_run_in_time_and_the_other_goes_on_alone
     for rank, log in enumerate(logs.values()):
         told = log.read_text()
         assert f"process {rank}: another process of this run has died or has not answered" in told
-        assert "the same command goes on from it" in told
+        assert "the same command resumes from it" in told
     assert hosts.processes("alpha") == hosts.processes("beta") == []
     assert newest_whole([run]).path.name == f"checkpoint-{max(r['step'] for r in metrics(run)) // 4 * 4}"
     assert not (run / "summary.json").exists()

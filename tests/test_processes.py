@@ -234,7 +234,7 @@ def test_when_one_process_fails_all_stop_in_time_and_the_checkpoint_is_whole(tmp
     for fault in ("dead", "hangs"):
         told = output(tmp_path / fault)
         assert "process 0: another process of this run has died or has not answered" in told, told
-        assert "the same command goes on from it" in told
+        assert "the same command resumes from it" in told
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch, capsys):

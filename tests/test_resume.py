@@ -33,7 +33,7 @@ def interrupted(tmp_path_factory) -> Path:
     assert finish(process, directory) == 128 + signal.SIGTERM, output(directory)
     first = newest_step(directory)
     assert 3 <= first < UPDATES
-    assert "goes on from the newest checkpoint" in output(directory)
+    assert "resumes from it" in output(directory)
 
     process = start(LAUNCH, directory, *WORDS)  # the launcher is killed, and the trainer hears of it
     wait_for_update(process, directory, first + 3)

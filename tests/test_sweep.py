@@ -20,6 +20,7 @@ from medqa.config import flat
 from medqa.errors import Interrupted, UserError
 from medqa.experiment_file import default_output_dir, find_experiment, is_sweep, load_experiment, parse_sets
 from medqa.options import option_parser
+from medqa.training import interrupts
 from medqa.training.interrupts import Interrupts
 from medqa.training.tracking import wandb_names
 
@@ -153,6 +154,7 @@ def test_both_signals_of_a_stopped_trial_are_one_stop(monkeypatch):
     with pytest.raises(Interrupted):
         received(signal.SIGTERM, signal.SIGTERM, signal.SIGTERM)
     monkeypatch.delenv("WANDB_SWEEP_ID")
+    monkeypatch.setattr(interrupts, "TOGETHER_S", 0.0)
     with pytest.raises(Interrupted):
         received(signal.SIGTERM, signal.SIGINT)
 

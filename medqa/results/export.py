@@ -4,7 +4,6 @@ All is built in a directory beside the wanted one, and renamed into place when i
 """
 
 import contextlib
-import errno
 import os
 import shlex
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from medqa.errors import GONE, NO_SPACE, UserError
+from medqa.errors import UserError, refusal
 from medqa.hub import hub_reachable
 from medqa.model.base import check_model
 from medqa.model.precision import usable_gpu
@@ -262,9 +261,9 @@ def _beside(to: Path) -> Iterator[Path]:
         os.rename(directory, to)
         kept = True
     except OSError as error:
-        if error.errno not in (*NO_SPACE, *GONE, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG):
+        if (why := refusal(error, to.parent)) is None:
             raise
-        raise UserError(f"--to {to}: cannot be written: {error}; free space, or give another one") from error
+        raise UserError(f"--to {to}: cannot be written: {why}, or give another --to") from error
     finally:
         if directory is not None and not kept:
             shutil.rmtree(directory, ignore_errors=True)

@@ -1,9 +1,8 @@
 """The adapter merged into the weights that it was trained on, and stored as a plain model without PEFT."""
 
 import json
+import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from medqa.errors import NO_SPACE, UserError
+from medqa.errors import UserError
 from medqa.model.attention import attention_in_effect
 from medqa.model.base import add_lora, check_model, load_adapter_weights, load_base, load_tokenizer
 from medqa.model.execution import Execution
@@ -122,11 +121,9 @@ def _change(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> N
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """The tokenizer's files, for any transformers from 4 on: the template inside, and a class that 4 has as well."""
-    # Written elsewhere first: tokenizers has errors of its own for a full disk.
-    with tempfile.TemporaryDirectory() as elsewhere:
-        tokenizer.save_pretrained(elsewhere, save_jinja_files=False)
-        for path in sorted(Path(elsewhere).iterdir()):
-            shutil.copyfile(path, directory / path.name)
+    # Python writes as much first: tokenizers has errors of its own for a full disk.
+    (directory / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
+    tokenizer.save_pretrained(directory, save_jinja_files=False)
     said = {"TokenizersBackend": "PreTrainedTokenizerFast"}
     left_out = ("backend", "is_local", "local_files_only")
     _change(
@@ -171,8 +168,6 @@ def load_stored(directory: Path, device: torch.device) -> torch.nn.Module:
 
 
 def out_of_space(directory: Path, error: Exception) -> Exception:
-    """What the user is told of an error that a library gives for a full disk; another error as it is."""
+    """The system's error inside the one that a library gives for it, a full disk for example; another as it is."""
     number = re.search(r"os error (\d+)", str(error))
-    if number is None or int(number[1]) not in NO_SPACE:
-        return error
-    return UserError(f"{directory.parent}: cannot be written: {error}; free space, or give another --to")
+    return error if number is None else OSError(int(number[1]), os.strerror(int(number[1])), str(directory))

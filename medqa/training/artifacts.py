@@ -2,7 +2,7 @@
 
 import os
 import re
-import tempfile
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from medqa.config import Data, Experiment, Model
+from medqa.files import UNFINISHED
 from medqa.length import length
 from medqa.prompts import prompt
 from medqa.tiny import BASE_DIR
@@ -157,15 +158,21 @@ def save_final_adapter(
 ) -> Path:
     """Adapter, tokenizer and model card in a directory of their own; its path."""
     directory = output_dir / ADAPTER_DIR
-    # Written elsewhere first: tokenizers has errors of its own for a full disk, and each file is replaced whole.
-    with tempfile.TemporaryDirectory() as temporary:
-        elsewhere = Path(temporary)
-        save_adapter(model, elsewhere)
-        tokenizer.save_pretrained(elsewhere)
-        (elsewhere / "README.md").write_text(model_card(summary, experiment), encoding="utf-8")
+    # Written beside it first, so that each file is replaced whole; on the same disk, because /tmp may be small.
+    beside = output_dir / (ADAPTER_DIR + UNFINISHED)
+    shutil.rmtree(beside, ignore_errors=True)  # left by a killed process
+    try:
+        beside.mkdir()
+        save_adapter(model, beside)
+        # Python writes as much first: tokenizers has errors of its own for a full disk.
+        (beside / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
+        tokenizer.save_pretrained(beside)
+        (beside / "README.md").write_text(model_card(summary, experiment), encoding="utf-8")
         directory.mkdir(exist_ok=True)
-        for path in sorted(elsewhere.iterdir()):
+        for path in sorted(beside.iterdir()):
             copy_whole(path, directory / path.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return directory
 
 

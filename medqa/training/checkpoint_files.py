@@ -34,7 +34,7 @@ def prune(output_dir: Path, keep: int, needed: set[int]) -> None:
     removed: never a link, never one that somebody put something into.
     """
     found = checkpoints(output_dir)
-    whole = [path for path in found if _seems_whole(path)]
+    whole = [path for path in found if seems_whole(path)]
     if not whole:
         return
     for path in found[: found.index(whole[-1])]:
@@ -102,7 +102,7 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _seems_whole(place: Path) -> bool:
+def seems_whole(place: Path) -> bool:
     """Whether manifest and sizes are right; file contents are not read."""
     try:
         files = read_manifest(place)["files"]

@@ -1,7 +1,11 @@
 """Signals: outside training they end the run at once, inside it the update is finished and saved first.
 
-Under `accelerate launch` the trainer is a child that outlives a killed launcher; here it learns of the launcher's death
-by a signal of its own (SIGUSR1), which must not count as the second, impatient one after a Ctrl-C that both received.
+A second signal ends the run at once there too, because somebody is impatient. But signals often come in groups that are
+one request: `timeout` sends SIGTERM twice, a service manager adds SIGHUP to SIGTERM, a lost ssh connection sends SIGHUP
+from the shell and from the kernel, and a launcher hands on what its children have received already.
+
+Under `accelerate launch` the trainer is a child that outlives a killed launcher. It asks the kernel for a signal of its
+own (SIGUSR1) when the launcher dies.
 """
 
 import contextlib
@@ -11,7 +15,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType, TracebackType
 
 import psutil
@@ -19,14 +23,21 @@ import psutil
 from medqa.errors import LAUNCHER_DIED, Interrupted
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, LAUNCHER_DIED)
+GONE = (signal.SIGHUP, LAUNCHER_DIED)  # what they say is that something has gone: nobody is impatient
+TOGETHER_S = 1.0  # signals of several kinds that come within this time are one request
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Interrupts:
-    """Holds the stopping signals while a run is on. `received` is the one to stop for, None while there is none."""
+    """Holds the stopping signals while a run is on. `received` is the one to stop for, None while there is none.
 
-    def __init__(self) -> None:
+    SIGHUP is left alone where it is ignored from the start: that is what `nohup` asks for.
+    """
+
+    def __init__(self, stopping: Sequence[signal.Signals] = STOPPING) -> None:
         self.received: int | None = None
+        self._stopping = stopping
+        self._first_at = 0.0
         self._seen: Counter[int] = Counter()
         self.finish_update = False  # set by the loop: note the signal instead of raising
         self._over = False
@@ -35,7 +46,9 @@ class Interrupts:
     def __enter__(self) -> "Interrupts":
         if os.environ.get("ACCELERATE_MIXED_PRECISION") is not None:  # set by accelerate launch, and by nothing else
             _signal_when_parent_dies()
-        self._previous = {number: signal.signal(number, self._handle) for number in STOPPING}
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        held = [number for number in self._stopping if not (ignored and number == signal.SIGHUP)]
+        self._previous = {number: signal.signal(number, self._handle) for number in held}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -56,16 +69,35 @@ class Interrupts:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._over:
             return
-        # A second signal may be an echo of the first: the launcher has died of it, or torch's hands it on as SIGTERM,
-        # maybe to a process that got it already. A sweep's trial is stopped by W&B's agent (SIGTERM) and by W&B in this
-        # process (SIGINT); no terminal reaches it.
-        handed_on = signum == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ
-        echoes = 1 if handed_on or signum == LAUNCHER_DIED or "WANDB_SWEEP_ID" in os.environ else 0
         self._seen[signum] += 1
-        impatient = self.received is not None and self._seen[signum] > echoes + (self.received == signum)
-        self.received = self.received or signum
-        if impatient or not self.finish_update:
+        if self.received is None:
+            self.received, self._first_at = signum, time.monotonic()
+            if not self.finish_update:
+                raise Interrupted(signum)
+        elif self._impatient(signum):
             raise Interrupted(signum)
+
+    def _impatient(self, signum: int) -> bool:
+        """Whether a signal that is not the first is a request of its own, and not an echo of the first."""
+        if signum in GONE:
+            return False
+        # torch's launcher hands every signal on as SIGTERM, maybe to a process that has received it already. A sweep's
+        # trial is stopped by W&B's agent (SIGTERM) and by W&B in this process (SIGINT); no terminal reaches it.
+        handed_on = signum == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ
+        typed_again = signum == self.received == signal.SIGINT
+        together = not typed_again and time.monotonic() - self._first_at < TOGETHER_S
+        echoes = 1 if handed_on or together or "WANDB_SWEEP_ID" in os.environ else 0
+        return self._seen[signum] > echoes + (self.received == signum)
+
+    def training_is_over(self) -> None:
+        """From here on a signal ends the run at once.
+
+        Raises:
+            Interrupted: a signal came during the last update, after the loop had asked for one.
+        """
+        self.finish_update = False
+        if self.received is not None:
+            raise Interrupted(self.received)
 
 
 def _signal_when_parent_dies() -> None:

@@ -80,7 +80,7 @@ def train(
                     max_grad_norm=experiment.optimizer.max_grad_norm,
                 )
             except TrainingStopped as error:
-                raise TrainingStopped(f"update {state.step + 1}: {error}; the newest checkpoint stands") from error
+                raise TrainingStopped(f"update {state.step + 1}: {error}") from error
             except torch.OutOfMemoryError as error:
                 rows, tokens, smallest = sizes(micro_batches)
                 if accelerator.num_processes > 1:
@@ -149,13 +149,13 @@ def train(
         if stop:
             raise Interrupted(stop)
         if late and not last:
-            raise StoppedInTime(f"stopped in time after update {state.step} of {updates}, and saved")
+            raise StoppedInTime(f"stopped in time after update {state.step} of {updates}")
     if state.stopped_early:
         say(
             f"stopped early after update {state.step} of {updates}: no lower validation loss in "
             f"{state.evaluations_since_best} evaluations, the best was after update {state.best_step}"
         )
-    interrupts.finish_update = False
+    interrupts.training_is_over()
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from medqa.training.checkpoint_files import (
     make_way,
     put_in_place,
     remove,
+    seems_whole,
     unfinished,
 )
 from medqa.training.lock import RunLock
@@ -156,6 +157,24 @@ def find_checkpoint(output_dir: Path, elsewhere: Path | None, experiment: Experi
     return found
 
 
+def what_is_saved(output_dir: Path, elsewhere: Path | None, fresh: bool) -> str:
+    """What the user is told after a run has ended early: the checkpoint that the next start resumes from.
+
+    Args:
+        elsewhere: where the run is copied to; a start looks there where `output_dir` has no checkpoint.
+        fresh: whether the run was started with `--fresh`, which the next start must not be.
+    """
+    again = "the same command without --fresh" if fresh else "the same command"
+    try:
+        for place in (output_dir, elsewhere or output_dir):
+            for path in reversed(checkpoints(place)):
+                if seems_whole(path):
+                    return f"saved: {path}; {again} resumes from it"
+    except OSError as error:
+        return f"what is saved cannot be seen: {error.filename}: {error.strerror}"
+    return f"no checkpoint is saved in {output_dir} yet; the same command starts from the beginning"
+
+
 def bring_back(found: Found, output_dir: Path) -> None:
     """Copy a whole checkpoint, and the files of its run, from where they were persisted to."""
     source = found.path.parent
@@ -250,4 +269,5 @@ def _without_a_run(output_dir: Path) -> list[Path]:
 def _folders(output_dir: Path) -> dict[Path, set[str]]:
     """The folders that a run writes here, and the names of the files it writes into each."""
     found = [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name.removesuffix(".tmp"))]
-    return dict.fromkeys(found, CHECKPOINT_FILES) | {output_dir / ADAPTER_DIR: ADAPTER_DIR_FILES}
+    adapters = (output_dir / ADAPTER_DIR, output_dir / (ADAPTER_DIR + UNFINISHED))
+    return dict.fromkeys(found, CHECKPOINT_FILES) | dict.fromkeys(adapters, ADAPTER_DIR_FILES)
