@@ -37,3 +37,14 @@ MAX_SOURCES = 2_000
 MAX_SOURCES_BYTES = 1_200_000  # of all their places, so that a run's config.yaml can be read again
 MAX_NAMES = 10_000  # target modules, tags
 MAX_TEXT = 4_096  # characters of a path, a hub id or a name
+
+# What is done with a base model's own files before they are believed (building its layers without contents, its
+# tokenizer on a probe, its chat template) is done in a process of its own (`medqa/limited.py`) that may use so much:
+WORK_SECONDS = 30  # of computing time
+WORK_BYTES = 4 << 30  # of memory, beyond what the process has already
+WORK_WAIT_SECONDS = 300  # on the clock, on a machine that is busy with something else
+
+# A base model's tokenizer.json, or another file of its vocabulary; the largest in use have about 35 MB.
+MAX_TOKENIZER_BYTES = 200_000_000
+# Tokens that a tokenizer may make of a text, for each byte of it: byte-level ones make one, some prefix every word.
+MAX_TOKENS_PER_BYTE = 4

@@ -18,6 +18,7 @@ TOP = {
     "__main__",
     "command_options",
     "length",
+    "limited",
     "config",
     "errors",
     "experiment_file",

@@ -1,18 +1,28 @@
-"""What cannot be a base is refused by name from its config.json alone, before a weight is there to be read."""
+"""What cannot be a base is refused by name from its config.json alone, before a weight is there to be read.
+
+Likewise files that must not be read, and those that would take all time or memory: by the file's name.
+"""
 
 import json
+import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from families import SIZES, make_base
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from medqa.config import Model
 from medqa.errors import UserError
 from medqa.experiment_file import load_experiment
-from medqa.model.base import check_model
+from medqa.limits import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES
+from medqa.model.base import check_model, load_tokenizer
+from medqa.model.base_files import base_fingerprint
 from medqa.model.precision import resolve_precision
+from medqa.tiny import BASE_DIR
 from medqa.training.execution import choose_execution
 
 SMALL = {**SIZES, "vocab_size": 64}
@@ -136,3 +146,178 @@ def test_looking_at_a_model_changes_nothing_of_its_configuration(family, tmp_pat
     assert torch.equal(torch.get_rng_state(), state)
     assert found._attn_implementation_internal is None
     assert found.to_diff_dict() == AutoConfig.from_pretrained(made).to_diff_dict()
+
+
+# --- files
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A copy of the embedded base model, to be spoilt."""
+    return Path(shutil.copytree(BASE_DIR, tmp_path / "base"))
+
+
+def changed(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+
+
+def why_not(base: Path | str) -> str:
+    """Why a base model is refused, by everything that looks at one before its weights are loaded."""
+
+    def look() -> None:
+        check_model(Model(base=str(base)), 64)
+        load_tokenizer(str(base), "eos")
+
+    with pytest.raises(UserError) as caught:
+        look()
+    assert str(caught.value).startswith(f"model.base = {base}: ")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class Runs:
+    """What a pickle can do: run a function when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def index_of(base: Path, name: object) -> None:
+    """Have an index say that all weights are in this file, in place of the one that has them."""
+    names = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "pytorch_model-00001-of-00001.bin", "model.pt", "weights", None, 7])
+def test_an_index_may_list_safetensors_only(name, base, tmp_path):
+    index_of(base, name)
+    if isinstance(name, str):
+        (base / name).write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    save_file({"a": torch.zeros(1)}, base / "x.safetensors")
+    message = why_not(base)
+    assert f"model.safetensors.index.json lists '{name}', which can run code when it is read" in message
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/model.safetensors", "a/../../b.safetensors"])
+def test_an_index_may_list_files_of_its_directory_only(name, base):
+    shutil.copytree(BASE_DIR, base.parent / "other")
+    index_of(base, name)
+    assert f"lists '{name}', which is not in the same directory" in why_not(base)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"weight_map": [1, 2]}', '{"weight_map": {"a": {}}}', "[" * 5000])
+def test_a_damaged_index_is_refused_by_name(content, base):
+    index_of(base, "model-00001.safetensors")
+    (base / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json cannot be read" in why_not(base)
+
+
+def test_weights_in_several_files_are_read(base):
+    weights = load_file(base / "model.safetensors")
+    parts = {"a.safetensors": sorted(weights)[:5], "b.safetensors": sorted(weights)[5:]}
+    for name, keys in parts.items():
+        save_file({key: weights[key] for key in keys}, base / name, metadata={"format": "pt"})
+    index_of(base, "a.safetensors")
+    found = {key: name for name, keys in parts.items() for key in keys}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": found}))
+    assert check_model(Model(base=str(base)), 64).model_type == "llama"
+    before = base_fingerprint(str(base))
+    (base / "b.safetensors").write_bytes((base / "b.safetensors").read_bytes()[:-1] + b"\x01")
+    assert base_fingerprint(str(base)) != before
+
+
+def test_pickled_weights_beside_any_safetensors_are_refused(base, tmp_path):
+    (base / "pytorch_model.bin").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    (base / "training_args.bin").write_bytes(b"")
+    check_model(Model(base=str(base)), 64)  # they are not what is read
+    (base / "model.safetensors").rename(base / "x.safetensors")
+    assert "its weights are in pytorch_model.bin, which can run code" in why_not(base)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "other.safetensors"])
+def test_a_configuration_may_not_name_other_weights(name, base):
+    """transformers would read them; the fingerprint of the base would be that of model.safetensors."""
+    changed(base / "config.json", transformers_weights=name)
+    shutil.copy(base / "model.safetensors", base / name)
+    assert f"config.json names its weights, transformers_weights = '{name}'" in why_not(base)
+
+
+def test_an_adapter_in_the_base_is_refused(base):
+    """transformers would load it along, train it and save it, with the fingerprint of the base without it."""
+    (base / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json is there: an adapter beside the model" in why_not(base)
+    (base / "config.json").unlink()
+    assert "adapter_config.json is there: an adapter, and no base model: to start from it, use lora.init_from" in (
+        why_not(base)
+    )
+
+
+def test_files_of_the_hub_are_looked_at_as_well(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    place = tmp_path / "hub" / "models--someone--model"
+    snapshot = place / "snapshots" / ("a" * 40)
+    shutil.copytree(base, snapshot)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("a" * 40)
+    assert check_model(Model(base="someone/model"), 64).model_type == "llama"
+    assert base_fingerprint("someone/model") == base_fingerprint(str(base))
+    (snapshot / "adapter_config.json").write_text("{}")
+    assert "hf download someone/model --local-dir DIR" in why_not("someone/model")
+    (snapshot / "adapter_config.json").unlink()
+    index_of(snapshot, "weights.bin")
+    assert "model.safetensors.index.json lists 'weights.bin'" in why_not("someone/model")
+
+
+# --- what would take all time or memory
+
+
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    """The same limits, reached sooner."""
+    monkeypatch.setattr("medqa.limited.WORK_SECONDS", 2)
+
+
+@pytest.mark.parametrize("values", [{"num_hidden_layers": 200_000}, {"num_labels": 10**10}], ids=str)
+def test_a_configuration_that_takes_all_time_or_memory_is_refused(values, base, impatient):
+    changed(base / "config.json", **values)
+    assert "the model that config.json describes cannot be built: it takes more than" in why_not(base)
+
+
+def test_more_parameters_than_the_weights_can_hold_are_refused(base):
+    changed(base / "config.json", num_hidden_layers=40)
+    message = why_not(base)
+    assert "and all of its weights together have" in message
+    assert "fetch the model again" in message
+
+
+REPLACES = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 50}
+TOKENIZERS = {
+    "one that fills the memory": {"normalizer": {"type": "Sequence", "normalizers": [REPLACES] * 8}},
+    "of letters": {"normalizer": {**REPLACES, "content": "e " * 500}},
+    "of any text": {"normalizer": {**REPLACES, "pattern": {"Regex": "[a-z ]"}, "content": " e " * 20}},
+    "of a rare word": {"normalizer": {**REPLACES, "pattern": {"String": "\u265a"}, "content": " e" * 5000}},
+    "before all": {"normalizer": {"type": "Prepend", "prepend": " a" * 20_000}},
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_tokenizer_that_multiplies_text_is_refused(kind, base, impatient):
+    changed(base / "tokenizer.json", **TOKENIZERS[kind])
+    message = why_not(base)
+    assert "its tokenizer.json makes" in message or "its tokenizer.json cannot be used: it takes more than" in message
+
+
+@pytest.mark.parametrize(
+    "name, limit", [("tokenizer.json", MAX_TOKENIZER_BYTES), ("config.json", MAX_JSON_BYTES)], ids=lambda value: value
+)
+def test_files_of_an_absurd_size_are_not_read(name, limit, base):
+    with (base / name).open("r+b") as file:
+        file.truncate(limit + 1)
+    assert f"{name} has {limit + 1:,} bytes, and at most {limit:,} are read" in why_not(base)

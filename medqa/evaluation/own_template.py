@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from medqa.data.tokens import Example
-from medqa.model.base import location
+from medqa.model.base_files import location
 
 
 def own_template_prompts(base: str) -> Callable[[str], list[int]] | None:

@@ -1,37 +1,60 @@
-"""Tokenizer, frozen base model and LoRA adapters.
+"""Tokenizer, frozen base model and LoRA adapters. Which files of a base are read is `base_files.py`'s."""
 
-Only safetensors are read and no code that comes with a model is ever run.
-"""
-
-import hashlib
+import contextlib
 import json
 import os
+import pickle
+import re
+import string
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from medqa import config
 from medqa.errors import UserError
 from medqa.hub import hub_reachable
+from medqa.limited import Failed, OverLimit, limited
+from medqa.limits import MAX_TOKENS_PER_BYTE
+from medqa.model.base_files import (
+    TOKENIZER,
+    check_files,
+    directory_of,
+    is_directory,
+    location,
+    refuse_other_weights,
+    weight_bytes,
+)
 from medqa.model.execution import Execution
-from medqa.model.families import check_targets, refuse_by_file, refuse_by_kind
+from medqa.model.families import check_targets, refuse_by_file, refuse_by_kind, without_contents
 from medqa.model.fast_lora import use_fast_lora
 from medqa.model.four_bit import expand, four_bit_config, keep_unpacked, quantization_in_effect
 from medqa.model.precision import Kept, Precision
 from medqa.model.sharding import BLANK, blank_base, loading_device
-from medqa.prompts import chat_template
+from medqa.prompts import chat_template, prompt
+
+SCRIPTS = "éßñœ “”–… αβγ жщю אבג عربي हिन्दी 中文 日本語 한국어 😀"
 
 # What loading a damaged, hostile or unknown model directory raises, out-of-memory excepted.
 LOAD_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError, RuntimeError)
-LOAD_ERRORS += (StrictDataclassError, SafetensorError, AssertionError)  # the last: torch, of a padding_idx
+LOAD_ERRORS += (StrictDataclassError, SafetensorError, pickle.UnpicklingError)
+LOAD_ERRORS += (AssertionError,)  # torch, of a padding_idx
 
 
 @dataclass(frozen=True)
@@ -47,18 +70,21 @@ def check_model(model: config.Model, max_length: int) -> Any:
     """The base model's configuration, read before anything large is fetched.
 
     Raises:
-        UserError: not on disk nor reachable, no model of a kind that can be a base (`families.py`), or too short for
-            `max_length`.
+        UserError: not on disk nor reachable, of files that are not to be read (`base_files.py`), no model of a kind
+            that can be a base (`families.py`), or too short for `max_length`.
     """
-    if not _is_directory(model.base):
+    if not is_directory(model.base):
         if model.base.startswith((".", "/", "~")) or model.base.count("/") > 1:
             raise UserError(f"model.base = {model.base}: no such directory; give another with --model, or use --tiny")
         hub_reachable()  # where it is not, what follows fails at once instead of after a minute of retries
     try:
+        check_files(model.base)
         said, _ = PreTrainedConfig.get_config_dict(location(model.base))
         refuse_by_file(location(model.base), said)
+        refuse_other_weights(model.base, said)
+        _try_configuration(model.base, said)
         loaded = AutoConfig.from_pretrained(location(model.base), trust_remote_code=False)
-        refuse_by_kind(model.base, said, loaded)
+        refuse_by_kind(model.base, said, loaded, weight_bytes(model.base))
     except LOAD_ERRORS as error:
         raise _cannot_load(model.base, error) from error
     longest = getattr(loaded, "max_position_embeddings", None)
@@ -77,8 +103,10 @@ def load_tokenizer(base: str, pad_token: str) -> PreTrainedTokenizerBase:
         pad_token: `eos`, or the token to add.
 
     Raises:
-        UserError: it cannot be loaded, has no EOS, is not a fast one, or cannot express the prompt as a chat template.
+        UserError: it cannot be loaded, has no EOS, is not a fast one, cannot express the prompt as a chat template, or
+            makes far more of a text than a tokenizer should.
     """
+    _try_tokenizer(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location(base), trust_remote_code=False)
     except LOAD_ERRORS as error:
@@ -98,6 +126,69 @@ def load_tokenizer(base: str, pad_token: str) -> PreTrainedTokenizerBase:
     # The base's own template (TinyLlama's says `<|user|>`) would have every server send a prompt it was not trained on.
     tokenizer.chat_template = chat_template(tokenizer)
     return tokenizer
+
+
+def _try_configuration(base: str, said: Mapping[str, Any]) -> None:
+    """See that the model of a configuration can be built within the limits, before it is built in this process.
+
+    Args:
+        said: config.json.
+
+    Raises:
+        UserError: it cannot: it has far too many layers, or sizes that no machine has room for.
+    """
+    where = directory_of(base)
+    with contextlib.suppress(LookupError, TypeError, ImportError):  # imported here, it need not be imported twice
+        MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[said.get("model_type")]]
+
+    def build() -> None:
+        torch.set_num_threads(1)
+        with contextlib.suppress(*LOAD_ERRORS):  # what is wrong with it is said when it is built here
+            without_contents(AutoConfig.from_pretrained(where, trust_remote_code=False))
+
+    try:
+        limited(build)
+    except Failed as error:
+        raise UserError(
+            f"model.base = {base}: the model that config.json describes cannot be built: {error}; fetch the model "
+            "again, or give another with --model"
+        ) from error
+
+
+def _try_tokenizer(base: str) -> None:
+    """See that tokenizer.json can be loaded and used within the limits, before this process does.
+
+    A normalizer may put any text in place of another, and a pattern may take for ever to match. What they do is seen on
+    a probe: printable ASCII, a few other scripts, and every string that tokenizer.json itself looks for.
+
+    Raises:
+        UserError: it takes too long or too much memory, or makes far too many tokens.
+    """
+    where = directory_of(base)
+    path = where / TOKENIZER if where else None
+    if path is None or not path.is_file():
+        return
+
+    def probe() -> list[int]:
+        tokenizer = Tokenizer.from_file(str(path))
+        patterns = re.findall(r'"String"\s*:\s*("(?:[^"\\]|\\.)*")', path.read_text(encoding="utf-8"))
+        text = "\n".join((prompt(string.printable + SCRIPTS), *map(json.loads, patterns)))
+        return [len(tokenizer.encode(text, add_special_tokens=False)), len(text.encode())]
+
+    try:
+        tokens, size = limited(probe)
+    except OverLimit as error:
+        raise UserError(
+            f"model.base = {base}: its {TOKENIZER} cannot be used: {error} to make tokens of a short text; fetch the "
+            "model again, or give another with --model"
+        ) from error
+    except Failed:
+        return  # what is wrong with it is said when it is loaded here
+    if tokens > MAX_TOKENS_PER_BYTE * size:
+        raise UserError(
+            f"model.base = {base}: its {TOKENIZER} makes {tokens:,} tokens of {size:,} bytes of text, and at most "
+            f"{MAX_TOKENS_PER_BYTE} for each byte are usable; fetch the model again, or give another with --model"
+        )
 
 
 def load_base(
@@ -139,26 +230,6 @@ def load_base(
         # Its newer name, activation_checkpointing_enable, is not in transformers 5.17 yet.
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Base(loaded, quantization, reason)
-
-
-def base_fingerprint(base: str) -> str:
-    """sha256 over the configuration and the weights of a base model that is on this machine, file by file.
-
-    What its directory or its id is called does not count.
-    """
-    weights = _file(base, "model.safetensors")
-    if weights is not None:
-        files = [weights]
-    else:  # in several files, listed by an index
-        index = _file(base, "model.safetensors.index.json")
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index else ()
-        files = [_file(base, name) for name in sorted(set(names))]
-    digest = hashlib.sha256()
-    for path in (_file(base, "config.json"), *files):
-        if path is not None:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int, fast: bool = False) -> PeftModel:
@@ -264,28 +335,9 @@ def _add_tokens(model: torch.nn.Module, vocabulary: int) -> None:
     model.requires_grad_(False)
 
 
-def _file(base: str, name: str) -> Path | None:
-    """A file of a base model, from its directory or the hub's cache; None where it has no such file."""
-    if _is_directory(base):
-        path = Path(location(base), name)
-        return path if path.is_file() else None
-    found = try_to_load_from_cache(base, name)
-    return Path(found) if isinstance(found, str) else None
-
-
-def location(base: str) -> str:
-    """A local directory with `~` resolved, else the hub id as it is."""
-    return os.path.expanduser(base) if _is_directory(base) else base
-
-
-def _is_directory(base: str) -> bool:
-    """Whether it is a local directory. By `os.path`, which, unlike pathlib, does not raise on odd names."""
-    return os.path.isdir(os.path.expanduser(base))
-
-
 def _cannot_load(base: str, error: Exception) -> UserError:
     """What the user is told when a base model cannot be loaded."""
-    if _is_directory(base):
+    if is_directory(base):
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         return UserError(
             f"model.base = {base}: cannot be loaded from this directory: {reason}; "

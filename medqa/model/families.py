@@ -5,7 +5,6 @@ decoder that nobody has tried here still runs, with padding, and says so (`atten
 """
 
 import copy
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,27 +41,19 @@ def refuse_by_file(base: str, said: Mapping[str, Any]) -> None:
             f"model.base = {base}: a {family} model whose weights are quantized already ({method}): "
             "give the unquantized one with --model; model.quantization=4bit quantizes it when it is loaded"
         )
-    if os.path.isdir(base):
-        names = sorted(os.listdir(base))
-        pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth")) and "model" in name]
-        if pickled and not any(name.endswith(".safetensors") for name in names):
-            raise UserError(
-                f"model.base = {base}: its weights are in {pickled[0]}, which can run code when it is read: only "
-                "safetensors are read; save it with transformers' save_pretrained where you trust it, or give another "
-                "with --model"
-            )
 
 
-def refuse_by_kind(base: str, said: Mapping[str, Any], loaded: Any) -> None:
+def refuse_by_kind(base: str, said: Mapping[str, Any], loaded: Any, weights: int | None = None) -> None:
     """Refuse what is no dense decoder of text. No weight is read.
 
     Args:
         said: config.json.
         loaded: the configuration, as transformers reads it.
+        weights: the size of its weights in bytes, where known.
 
     Raises:
-        UserError: encoder-decoder, encoder-only, of several senses, with experts, recurrent, or of other layers than
-            LoRA has something to add to.
+        UserError: encoder-decoder, encoder-only, of several senses, with experts, recurrent, of other layers than LoRA
+            has something to add to, or of more parameters than its weights can hold.
     """
     family, parts = loaded.model_type, list(loaded.sub_configs)
     if loaded.get_text_config() is not loaded or any(sense in part for part in parts for sense in OTHER_SENSES):
@@ -82,9 +73,17 @@ def refuse_by_kind(base: str, said: Mapping[str, Any], loaded: Any) -> None:
     if made._is_stateful or others:
         layers = f" ({', '.join(others)})" if others else ""
         raise _refused(base, family, f"has recurrent or state-space layers{layers}, in which examples cannot be told")
-    why = _unreached(without_contents(loaded))
+    model = without_contents(loaded)
+    why = _unreached(model)
     if why is not None:
         raise _refused(base, family, why)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if weights is not None and parameters > weights:  # those that are missing would be made up, with all their memory
+        raise UserError(
+            f"model.base = {base}: config.json describes {parameters:,} parameters, and all of its weights together "
+            f"have {weights:,} bytes: they do not belong together, or are not whole; fetch the model again, or give "
+            "another with --model"
+        )
 
 
 def check_targets(model: torch.nn.Module, wanted: Sequence[str]) -> None:

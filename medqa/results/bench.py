@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from medqa.evaluation.inference import end_ids
 from medqa.evaluation.loss import Evaluator
-from medqa.model.base import base_fingerprint
+from medqa.model.base_files import base_fingerprint
 from medqa.model.loss import LossModel
 from medqa.results import baseline
 from medqa.results.adapter import Adapted

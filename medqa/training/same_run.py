@@ -12,7 +12,8 @@ from medqa.config import LENGTH, Experiment, flat, may_change_on_resume
 from medqa.data.splits import Splits
 from medqa.data.tokens import Example, ids_fingerprint
 from medqa.errors import UserError, listed
-from medqa.model.base import Base, base_fingerprint
+from medqa.model.base import Base
+from medqa.model.base_files import base_fingerprint
 from medqa.model.execution import Execution
 from medqa.model.precision import Precision
 from medqa.training.checkpoint import Fingerprints, Found, Identity, Moved, RunState, Trained, load_checkpoint
