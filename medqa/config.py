@@ -236,7 +236,8 @@ class Training(Section):
     """The number of examples in one update, on any number of processes. Gradient accumulation steps follow from it."""
 
     per_device_batch_size: Positive = 4
-    """The number of examples in a micro-batch, on each process. Used in training with padding only."""
+    """The number of examples in a micro-batch with padding, on each process. Together with the number of processes it
+    has to divide `global_batch_size`."""
 
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
     """Mixed precision. Changes with the hardware: fp16 with a gradient scaler on GPUs without bfloat16, none on a
