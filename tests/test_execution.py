@@ -1,5 +1,6 @@
 """How a run computes its updates: what is decided, what the probe finds, what a resume keeps, and what is said."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -340,6 +341,25 @@ def test_where_the_longest_row_alone_does_not_fit_the_run_ends(tmp_path, capsys,
     monkeypatch.setattr("medqa.training.loop.summed_loss", tries)
     assert main(words(tmp_path / "run")) == 3
     assert "with a single row in the micro-batch; lower tokenization.max_length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "planned, room, tries, said",
+    [
+        (10**9, 10**9, [1024], "1,024 tokens: tried with the longest that can come"),
+        (10**9, 300, [1024, 512, 256], "256 tokens: tried; 1,024 did not fit"),
+        (10**9, 0, [1024, 512, 256, 128], "64 tokens: as many as the longest example has; up to 1,024 were tried and"),
+        (10, 10**9, [], "64 tokens: as many as the longest example has, which is not cut; nothing was tried"),
+    ],
+)
+def test_what_is_said_of_the_tokens_is_what_was_done(planned, room, tries, said, parts, monkeypatch):
+    tried, told, chosen = limited(monkeypatch, room), [], RunState()
+    assert max(len(example.input_ids) for example in parts.stream.examples) == 64
+    execution = dataclasses.replace(parts.execution, planned_tokens=planned)
+    choose_micro_batch(chosen, execution, parts.model, parts.stream, parts.experiment, parts.accelerator, told.append)
+    assert tried == tries
+    (line,) = told
+    assert f"micro-batches of at most {said}" in line
 
 
 def test_two_processes_agree_on_the_smaller(parts, monkeypatch):

@@ -5,14 +5,13 @@ file that is damaged, or that cannot be written, is as if it were not there. Sha
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from medqa.data import token_cache
+from medqa.files import Damaged, read_json
+from medqa.limits import MAX_BASELINE_BYTES
 from medqa.training.manifest import checksum
-
-LONGEST = 500_000_000  # bytes; one that is longer is not ours
 
 
 def find(what: Any) -> Any:
@@ -41,10 +40,8 @@ def _path(what: Any) -> Path:
 def _read(path: Path) -> dict[str, Any] | None:
     """A file's content; None where it is not there or not whole."""
     try:
-        if not os.path.isfile(path) or path.stat().st_size > LONGEST:
-            return None
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(path, MAX_BASELINE_BYTES)
+    except Damaged:
         return None
     if not isinstance(found, dict) or found.keys() != {"value", "checksum"}:
         return None

@@ -18,6 +18,7 @@ from medqa.results.compare_tables import Comparison, Table, compare_runs, evalua
 from medqa.results.page import changes, check_place, render, write_page
 from medqa.terminal import make_console, printable
 
+MOST_LINES = 100  # of a table on the console
 # Of an evaluation, what only the page shows.
 LEFT_OUT = {"sources", "unseen_topics", "few_shared_13_grams", "specialties", "validation", "own_template"}
 
@@ -85,7 +86,7 @@ def show(comparison: Comparison, out: Path) -> None:
 
 def _in_short(table: Table) -> Table:
     """An evaluation without what would bury the rest: parts of the rows, validation, the base's own template."""
-    rows = [row for row in table.rows if not LEFT_OUT & set(row[0].split("."))]
+    rows = [row for row in table.rows if not LEFT_OUT & set(row[0].split("."))][:MOST_LINES]
     left_out = "" if len(rows) == len(table.rows) else "validation, sources and more: on the page"
     return replace(table, rows=rows, note=left_out)
 

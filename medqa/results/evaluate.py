@@ -15,6 +15,7 @@ from medqa.files import write_json
 from medqa.model.precision import resolve_precision
 from medqa.results.adapter import Source, load_adapted
 from medqa.results.bench import Bench
+from medqa.results.figures import TASKS
 from medqa.results.held_out import load_held_out
 from medqa.results.tasks import measure_choices, measure_generation, measure_loss, measure_probes
 from medqa.training.environment import versions
@@ -24,7 +25,6 @@ EVALUATION = "evaluation.json"
 SAME_ADAPTER = (
     "step", "final", "data_fingerprint", "experiment", "quantization", "dtype", "mixed_precision",
 )  # fmt: skip
-TASKS = ("loss", "generation", "mcq", "probes")
 
 
 def evaluate(

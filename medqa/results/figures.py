@@ -9,6 +9,7 @@ from typing import Any
 
 from medqa.limits import MAX_FIGURES
 
+TASKS = ("loss", "generation", "mcq", "probes")
 DEEPEST = 12  # how far figures may be nested
 FEWEST_PAIRS = 6  # with five pairs the smallest two-sided p-value of a permutation test is 2 / 2**5, above 0.05
 TOO_FEW = "too few rows to tell"
@@ -49,13 +50,14 @@ def count(value: Any) -> int | None:
 
 
 def figures(tasks: Any) -> dict[tuple[str, ...], Figure]:
-    """Every object with a `value` in the `tasks` of an evaluation, by its path.
+    """Every object with a `value` in the `tasks` of an evaluation, those that there are, by its path.
 
     Raises:
         ValueError: there are more than `MAX_FIGURES`.
     """
     found: dict[tuple[str, ...], Figure] = {}
-    for path, figure in _below(tasks, (), None):
+    known = {task: tasks[task] for task in TASKS if task in tasks} if isinstance(tasks, dict) else {}
+    for path, figure in _below(known, (), None):
         found[path] = figure
         if len(found) > MAX_FIGURES:
             raise ValueError(f"more than {MAX_FIGURES:,} figures")

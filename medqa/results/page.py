@@ -4,12 +4,12 @@ What comes from runs, their names and answers, is escaped by Jinja; only the SVG
 """
 
 import os
-import secrets
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from medqa.errors import UserError
+from medqa.files import write_file
 from medqa.results.compare_figures import samples
 from medqa.results.compare_plots import COLOURS, SVG, of_the_page, plots, styles
 from medqa.results.compare_recipes import Proposal, shown
@@ -97,15 +97,7 @@ def write_page(page: str, out: Path) -> None:
     Raises:
         UserError: no room or permission.
     """
-    unfinished = out.with_name(f".{out.name[:100]}.{secrets.token_hex(4)}.tmp")
     try:
-        try:
-            with unfinished.open("xb") as file:
-                file.write(page.encode("utf-8", "replace"))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, out)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_file(out, page)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror}; make room, or choose another") from error

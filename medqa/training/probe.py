@@ -56,8 +56,27 @@ def choose_micro_batch(
     if state.micro_batch_tokens is None:
         planned = execution.planned_tokens
         state.micro_batch_tokens = find_micro_batch_tokens(model, stream.examples, experiment, accelerator, planned)
-        how = "as planned" if is_sharded(model) else "tried with the longest that can come"
+        how = (
+            "as planned, not tried"
+            if is_sharded(model)
+            else _what_was_tried(state, stream, experiment, accelerator, planned)
+        )
     say(f"without padding, micro-batches of at most {state.micro_batch_tokens:,} tokens: {how}")
+
+
+def _what_was_tried(
+    state: RunState, stream: Stream, experiment: Experiment, accelerator: Accelerator, planned: int | None
+) -> str:
+    """How the tokens of a micro-batch were found, in words."""
+    longest = longest_example(stream.examples)
+    first = first_try(stream.examples, experiment, accelerator.device.type, planned)
+    if first == longest:
+        return "as many as the longest example has, which is not cut; nothing was tried"
+    if state.micro_batch_tokens == first:
+        return "tried with the longest that can come"
+    if state.micro_batch_tokens == longest:
+        return f"as many as the longest example has; up to {first:,} were tried and did not fit"
+    return f"tried; {first:,} did not fit"
 
 
 def make_evaluator(
@@ -93,9 +112,7 @@ def find_micro_batch_tokens(
     device = accelerator.device
     longest = max(examples, key=lambda example: len(example.input_ids))
     shortest_try = len(longest.input_ids)
-    tokens = most_in_an_update(examples, experiment.training.global_batch_size)
-    if device.type == "cpu" and planned is not None:
-        tokens = min(tokens, enough_tokens(experiment, device.type), max(planned, shortest_try))
+    tokens = first_try(examples, experiment, device.type, planned)
     if is_sharded(model):
         return min(tokens, max(int(UNTRIED * planned), shortest_try))
     was_training = model.training
@@ -108,6 +125,19 @@ def find_micro_batch_tokens(
     reset_peak(device)
     found = torch.tensor([tokens], device=device)
     return int(accelerator.gather(found).min()) if accelerator.num_processes > 1 else tokens
+
+
+def first_try(examples: Sequence[Example], experiment: Experiment, device_type: str, planned: int | None) -> int:
+    """Tokens of the first micro-batch to try: the longest that can come, on a CPU no more than planned."""
+    tokens = most_in_an_update(examples, experiment.training.global_batch_size)
+    if device_type == "cpu" and planned is not None:
+        return min(tokens, enough_tokens(experiment, device_type), max(planned, longest_example(examples)))
+    return tokens
+
+
+def longest_example(examples: Sequence[Example]) -> int:
+    """Tokens of the longest example: no micro-batch is smaller."""
+    return max(len(example.input_ids) for example in examples)
 
 
 def most_in_an_update(examples: Sequence[Example], global_batch_size: int) -> int:
