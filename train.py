@@ -93,11 +93,12 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     accelerator = build_accelerator(experiment, precision)
     console = make_console(accelerator.is_main_process)
     say = functools.partial(console.print, soft_wrap=True)
+    say_once = functools.cache(say)
     accumulation = accumulation_steps(training, accelerator.num_processes)
     if not options.fresh and (summary := finished(output_dir, experiment)):
         console.print(f"{output_dir} is complete already")
-        if accelerator.is_main_process:
-            copies.start(training.keep_checkpoints, options.fresh, say)  # what was not copied when it ended
+        # What was not copied when it ended.
+        on_main(accelerator, lambda: copies.start(training.keep_checkpoints, options.fresh, say))
         tell_trial(accelerator, experiment, output_dir, say)
         return show_result(console, summary)
 
@@ -137,7 +138,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     if accelerator.is_main_process:
         write_config(output_dir, experiment, accumulation, changes)
         write_reports(output_dir, sources, splits, examples, stream, experiment, execution.padding_free)
-        copies.start(training.keep_checkpoints, options.fresh, say)
+    on_main(accelerator, lambda: copies.start(training.keep_checkpoints, options.fresh, say))
     about = experiment, updates, stream, splits, examples
     plan = make_plan(*about, adapted, execution, changes, accelerator, tokenizer.decode)
     plan.lines.extend(told_of(found, state, spent.damaged))
@@ -166,7 +167,8 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
 
     def save() -> None:
         tracker.flush()
-        save_checkpoint(output_dir, trained, state, identity, accelerator, training.keep_checkpoints)
+        for line in save_checkpoint(output_dir, trained, state, identity, accelerator, training.keep_checkpoints):
+            say_once(line)
         if accelerator.is_main_process:
             note_saved(output_dir)
             copies.wake({state.step, state.best_step})

@@ -37,6 +37,8 @@ MAX_SOURCES = 2_000
 MAX_SOURCES_BYTES = 1_200_000  # of all their places, so that a run's config.yaml can be read again
 MAX_NAMES = 10_000  # target modules, tags
 MAX_TEXT = 4_096  # characters of a path, a hub id or a name
+# Bytes of one file of a checkpoint. Those of the largest adapters take less; a file with holes can claim any size.
+MAX_CHECKPOINT_FILE_BYTES = 64 * 2**30
 
 # What is done with a base model's own files before they are believed (building its layers without contents, its
 # tokenizer on a probe, its chat template) is done in a process of its own (`medqa/limited.py`) that may use so much:

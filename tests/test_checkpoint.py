@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import pickle
@@ -23,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.chaos import DAMAGES
 from medqa.config import Experiment, Lora
 from medqa.errors import UserError
+from medqa.limits import MAX_JSON_BYTES
 from medqa.model.base import adapter_weights
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
 from medqa.training.checkpoint import newest_whole
@@ -116,7 +118,7 @@ MANIFESTS = {
     "not an object": lambda path: path.write_text("[]"),
     "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe\x00"),
     "nested without end": lambda path: path.write_text("[" * 100_000),
-    "endless": lambda path: path.write_bytes(b" " * 3_000_000 + path.read_bytes()),
+    "endless": lambda path: path.write_bytes(b" " * MAX_JSON_BYTES + path.read_bytes()),
     "another format": lambda path: reseal(path.parent, lambda body: body.update(format=99)),
     "files elsewhere": lambda path: reseal(
         path.parent, lambda body: body.update(files={"../../x": measure(path.parent / "state.json")})
@@ -148,7 +150,7 @@ def test_with_nothing_whole_left_the_run_does_not_start_over(half, capsys):
     said = capsys.readouterr().err
     assert "no whole checkpoint is left" in said
     assert f"{half / 'checkpoint-4'} is damaged: state.json" in said
-    assert f"{half / 'checkpoint-2'} is damaged: manifest.json is torn" in said
+    assert f"{half / 'checkpoint-2'} is damaged: manifest.json: not valid JSON" in said
     assert "--fresh" in said
     assert {path: path.read_bytes() for path in half.rglob("*") if path.is_file() and path.name != LOCK_FILE} == before
 
@@ -293,7 +295,8 @@ def test_made_up_tensors_are_refused(kind, half, capsys):
 def many(straight, tmp_path) -> Path:
     """Checkpoints 1 to 9, all whole."""
     for step in range(1, 10):
-        shutil.copytree(straight / "checkpoint-2", tmp_path / "many" / f"checkpoint-{step}")
+        place = Path(shutil.copytree(straight / "checkpoint-2", tmp_path / "many" / f"checkpoint-{step}"))
+        reseal(place, functools.partial(dict.update, step=step))
     return tmp_path / "many"
 
 

@@ -24,7 +24,7 @@ from medqa.errors import TrainingStopped, UserError
 from medqa.model.base import adapter_weights
 from medqa.model.loss import summed_loss
 from medqa.options import duration
-from medqa.training import persist
+from medqa.training import checkpoint_files, persist
 from medqa.training.checkpoint import RunState, newest_whole, save_checkpoint
 from medqa.training.checkpoint_files import checkpoints
 from medqa.training.interrupts import Deadline
@@ -511,7 +511,7 @@ def test_copies_that_read_back_differently_are_noticed_and_made_again(straight, 
             spoilt.append(path)
             os.truncate(path, 1000)
 
-    monkeypatch.setattr(persist, "_forget_cached", spoil)
+    monkeypatch.setattr(checkpoint_files, "forget_cached", spoil)
     run, there = tmp_path / "run", tmp_path / "there"
     assert main(words(run, options=("--persist-to", str(there)))) == 0
     assert len(spoilt) == 2

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from medqa.config import Data, Experiment, Model
-from medqa.files import UNFINISHED
+from medqa.files import UNFINISHED, copy_file
 from medqa.length import length
 from medqa.prompts import prompt
 from medqa.tiny import BASE_DIR
@@ -23,7 +23,7 @@ from medqa.training.ending import Ending
 from medqa.training.environment import git_commit, versions
 from medqa.training.phases import Phases
 from medqa.training.plan import accumulation_steps, parameter_counts
-from medqa.training.run_dir import ADAPTER_DIR, Leg, copy_whole
+from medqa.training.run_dir import ADAPTER_DIR, Leg
 from medqa.training.tracking import EVAL_NAMES
 from medqa.yaml_core import yaml_text
 
@@ -170,7 +170,7 @@ def save_final_adapter(
         (beside / "README.md").write_text(model_card(summary, experiment), encoding="utf-8")
         directory.mkdir(exist_ok=True)
         for path in sorted(beside.iterdir()):
-            copy_whole(path, directory / path.name)
+            copy_file(path, directory / path.name)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return directory

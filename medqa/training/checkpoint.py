@@ -5,18 +5,16 @@ it is whole, and says of which experiment, data, tokenizer and base model it is.
 noise follow from the step.
 """
 
+import contextlib
 import copy
-import io
 import json
 import os
-import pickle
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pydantic.dataclasses
-import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
@@ -24,26 +22,25 @@ from safetensors.torch import save
 
 from medqa.errors import UserError
 from medqa.evaluation.loss import SplitLoss
+from medqa.files import UNFINISHED, Damaged, flush, parse_json, read_file
+from medqa.limits import MAX_JSON_BYTES
 from medqa.model.base import adapter_weights, load_adapter_weights
 from medqa.training.checkpoint_files import (
     ADAPTER_FILES,
-    CONTENT,
     STATE_FILE,
     TRAINING_FILE,
-    UNFINISHED,
     checkpoints,
-    flush,
     make_way,
     prune,
     put_in_place,
     remove,
+    step_of,
+    verify_checkpoint,
 )
 from medqa.training.environment import Environment, Part
-from medqa.training.manifest import MANIFEST, Damaged, verify, write_manifest
+from medqa.training.manifest import MANIFEST, write_manifest
 from medqa.training.processes import on_main
-
-# What loading a file that somebody made up, checksums included, may raise.
-MADE_UP = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError)
+from medqa.training.training_state import Trained, read_training_state, training_state
 
 
 @dataclass(frozen=True)
@@ -65,16 +62,16 @@ class RunState:
     """
 
     step: NonNegativeInt = 0
-    tokens_seen: int = 0
-    best_step: int = 0
+    tokens_seen: NonNegativeInt = 0
+    best_step: NonNegativeInt = 0
     best_loss: float | None = None
     evaluated_step: NonNegativeInt = 0
     evaluations_since_best: NonNegativeInt = 0
     stopped_early: bool = False
     elapsed_s: float = 0.0
-    peak_memory: int = 0
+    peak_memory: NonNegativeInt = 0
     evaluation_s: float = 0.0
-    overflows: int = 0
+    overflows: NonNegativeInt = 0
     micro_batch_rows: PositiveInt | None = None
     micro_batch_tokens: PositiveInt | None = None
     micro_batch_multiple: PositiveInt = 1
@@ -108,16 +105,6 @@ class RunState:
 STATE = TypeAdapter(RunState)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The things whose state a checkpoint keeps, together because they are always saved and loaded together."""
-
-    model: PeftModel
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler | None
-
-
 class Fingerprints(Part):
     """sha256 of what a run is made of: the rows and their split, their token ids, the base model's files."""
 
@@ -145,28 +132,31 @@ class Found:
 
 def save_checkpoint(
     output_dir: Path, trained: Trained, state: RunState, identity: Identity, accelerator: Accelerator, keep: int
-) -> None:
+) -> list[str]:
     """Write `checkpoint-<step>` from the main process and read it back; then remove what is older than needed.
+
+    Returns:
+        What is to be said of old checkpoints that could not be removed. The save has succeeded nevertheless.
 
     Raises:
         UserError: it cannot be written (no space, no permission). Checkpoints that are there stay.
     """
-    on_main(accelerator, lambda: _save(output_dir / f"checkpoint-{state.step}", trained, state, identity, keep))
+    return on_main(accelerator, lambda: _save(output_dir / f"checkpoint-{state.step}", trained, state, identity, keep))
 
 
-def _save(place: Path, trained: Trained, state: RunState, identity: Identity, keep: int) -> None:
+def _save(place: Path, trained: Trained, state: RunState, identity: Identity, keep: int) -> list[str]:
     """As `save_checkpoint`, on the main process."""
     try:
         if not _is_whole(place):
             _write(place, trained, state, identity)
-            verify(place, CONTENT)
+            verify_checkpoint(place)
     except OSError as error:
         raise UserError(f"{place}: cannot be written: {error}; free space and start again") from error
     except Damaged as error:
         if not os.path.isdir(place.parent):
             raise UserError(f"{place.parent}: has been removed, and the checkpoints in it; start again") from error
         raise UserError(f"{place}: reads back differently from what was written: {error}; check the disk") from error
-    prune(place.parent, keep, {state.step, state.best_step})
+    return prune(place.parent, keep, {state.step, state.best_step})
 
 
 def newest_whole(places: Sequence[Path]) -> Found | None:
@@ -195,7 +185,7 @@ def read_identity(path: Path) -> Identity:
     Raises:
         Damaged: it is not whole, or of another version.
     """
-    body = verify(path, CONTENT)
+    body = verify_checkpoint(path)
     try:
         return Identity.model_validate({key: body.get(key) for key in Identity.model_fields})
     except ValidationError as error:
@@ -210,20 +200,38 @@ def load_checkpoint(found: Found, trained: Trained) -> RunState:
         UserError: its content does not fit, though it is whole.
     """
     try:
-        state = STATE.validate_json((found.path / STATE_FILE).read_bytes())
-        if found.path.name != f"checkpoint-{state.step}":
-            raise ValueError(f"it is of update {state.step}")
-        saved = torch.load(found.path / TRAINING_FILE, map_location="cpu", weights_only=True)
-        load_adapter_weights(trained.model, found.path, "checkpoint")
-        trained.optimizer.load_state_dict(saved["optimizer"])
-        trained.scheduler.load_state_dict(saved["scheduler"])
-        if trained.scaler is not None and saved["scaler"] is not None:
-            trained.scaler.load_state_dict(saved["scaler"])
-    except MADE_UP as error:
+        state = read_state(found.path)
+        saved = read_training_state(found.path / TRAINING_FILE, trained, state.step, state.tokens_seen > 0)
+    except Damaged as error:
         raise UserError(
-            f"{found.path}: whole, but its content does not fit this version ({type(error).__name__}: {error}); "
-            "go on with the version that wrote it, or start over with --fresh"
+            f"{found.path}: whole, but its content does not fit this version ({error}); go on with the version that "
+            "wrote it, or move this checkpoint away to go on from an older one, or start over with --fresh"
         ) from error
+    load_adapter_weights(trained.model, found.path, "checkpoint")
+    trained.optimizer.load_state_dict(saved["optimizer"])
+    trained.scheduler.load_state_dict(saved["scheduler"])
+    if trained.scaler is not None and saved["scaler"] is not None:
+        trained.scaler.load_state_dict(saved["scaler"])
+    return state
+
+
+def read_state(path: Path) -> RunState:
+    """How far the run was when a checkpoint was saved.
+
+    Raises:
+        Damaged: the file cannot be read, is of another version, or is not of the update in the checkpoint's name.
+    """
+    content = read_file(path / STATE_FILE, MAX_JSON_BYTES)
+    try:
+        parse_json(content)  # stricter than what follows: no NaN, no number beyond 64 bits
+        state = STATE.validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Damaged(f"{STATE_FILE}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except ValueError as error:
+        raise Damaged(f"{STATE_FILE}: {error}") from error
+    if state.step != step_of(path) or max(state.best_step, state.evaluated_step) > state.step:
+        raise Damaged(f"{STATE_FILE} is of another update than {path.name}")
     return state
 
 
@@ -244,7 +252,8 @@ def _write(place: Path, trained: Trained, state: RunState, identity: Identity) -
     try:
         _fill(beside, trained, state, identity)
     except OSError:
-        remove(beside)  # half a checkpoint is of no use, and there may be no space
+        with contextlib.suppress(OSError):
+            remove(beside)  # half a checkpoint is of no use, and there may be no space
         raise
     put_in_place(beside, place)
 
@@ -252,16 +261,7 @@ def _write(place: Path, trained: Trained, state: RunState, identity: Identity) -
 def _fill(directory: Path, trained: Trained, state: RunState, identity: Identity) -> None:
     """All files of a checkpoint, flushed."""
     save_adapter(trained.model, directory)
-    content = io.BytesIO()
-    torch.save(
-        {
-            "optimizer": trained.optimizer.state_dict(),
-            "scheduler": trained.scheduler.state_dict(),
-            "scaler": trained.scaler.state_dict() if trained.scaler else None,
-        },
-        content,
-    )
-    (directory / TRAINING_FILE).write_bytes(content.getbuffer())
+    (directory / TRAINING_FILE).write_bytes(training_state(trained))
     (directory / STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
     write_manifest(directory, {"step": state.step, **identity.model_dump()})
     for path in (*directory.iterdir(), directory):
@@ -271,7 +271,7 @@ def _fill(directory: Path, trained: Trained, state: RunState, identity: Identity
 def _is_whole(place: Path) -> bool:
     """Whether a whole checkpoint is there."""
     try:
-        verify(place, CONTENT)
+        verify_checkpoint(place)
     except Damaged:
         return False
     return True

@@ -3,17 +3,23 @@
 Nothing here removes or writes through a link, or removes what a run did not write.
 """
 
+import contextlib
 import errno
 import os
 import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from medqa.training.manifest import MANIFEST, Damaged, read_manifest
+from medqa.files import UNFINISHED, Damaged, copy_file, flush
+from medqa.training.manifest import MANIFEST, read_manifest, verify
 
 NAME = re.compile(r"checkpoint-(\d{1,12})")
-UNFINISHED = ".tmp"
+# A checkpoint that is being written, or what is left of one that was being removed.
+LEFTOVER = re.compile(rf"{NAME.pattern}(\.[0-9a-f]{{8}})?{re.escape(UNFINISHED)}")
+# What a network file system calls a removed file that a process still has open. It removes the file later by itself.
+STILL_OPEN = ".nfs"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 TRAINING_FILE = "training_state.pt"
 STATE_FILE = "state.json"
@@ -23,46 +29,97 @@ CHECKPOINT_FILES = {*CONTENT, MANIFEST}
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Everything called like a checkpoint, by step (numerically: 100 comes after 50), oldest first; links too."""
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if path.is_dir()]
+    return sorted(
+        (path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()), key=step_of
+    )
 
 
-def prune(output_dir: Path, keep: int, needed: set[int]) -> None:
+def step_of(path: Path) -> int:
+    """The update of a checkpoint, by its name."""
+    return int(NAME.fullmatch(path.name)[1])
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint that is whole and under its own name.
+
+    Raises:
+        Damaged: with the reason.
+    """
+    body = verify(path, CONTENT)
+    if body.get("step") != step_of(path):
+        raise Damaged(
+            f"{MANIFEST} says that it is of another update than its name: the directory was renamed or copied"
+        )
+    return body
+
+
+def prune(output_dir: Path, keep: int, needed: set[int]) -> list[str]:
     """Remove all but the newest `keep` whole checkpoints and those at the steps `needed`.
 
     Damaged ones older than the newest go too. Only directories that hold nothing but a checkpoint's own files are
     removed: never a link, never one that somebody put something into.
+
+    Returns:
+        A sentence for each one that could not be removed, and why.
     """
     found = checkpoints(output_dir)
     whole = [path for path in found if seems_whole(path)]
-    if not whole:
-        return
-    for path in found[: found.index(whole[-1])]:
-        if path not in whole[-keep:] and int(NAME.fullmatch(path.name)[1]) not in needed and is_ours(path):
-            remove(path)
+    stay = []
+    for path in found[: found.index(whole[-1])] if whole else ():
+        if path not in whole[-keep:] and step_of(path) not in needed and is_ours(path):
+            try:
+                remove(path)
+            except OSError as error:
+                stay.append(f"{path}: this old checkpoint could not be removed, and stays: {error.strerror}")
+    return stay
 
 
 def is_ours(path: Path) -> bool:
     """Whether it is a directory, not a link to one, that holds regular files of a checkpoint's names alone."""
-    return (
-        path.is_dir()
-        and not path.is_symlink()
-        and all(entry.name in CHECKPOINT_FILES and entry.is_file(follow_symlinks=False) for entry in os.scandir(path))
-    )
+    try:
+        return (
+            path.is_dir()
+            and not path.is_symlink()
+            and all(
+                (entry.name in CHECKPOINT_FILES or entry.name.startswith(STILL_OPEN))
+                and entry.is_file(follow_symlinks=False)
+                for entry in os.scandir(path)
+            )
+        )
+    except OSError:  # it cannot be listed, or has just gone
+        return False
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint's files, the manifest first: what is left of it after a kill is not whole."""
-    for name in (MANIFEST, *CONTENT):
-        (path / name).unlink(missing_ok=True)
-    path.rmdir()
+    """Remove a checkpoint's directory, one for which `is_ours` holds.
+
+    The manifest goes first. What a kill, or an error after that, leaves is a leftover by its name: it is never taken
+    for a checkpoint, and `unfinished` finds it.
+
+    Raises:
+        OSError: it cannot be removed, or not entirely. Where the manifest could not be, all of it is still there.
+    """
+    (path / MANIFEST).unlink(missing_ok=True)
+    if NAME.fullmatch(path.name):
+        path = path.rename(path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}"))
+    for entry in list(os.scandir(path)):
+        with contextlib.suppress(OSError):
+            os.unlink(entry)
+    path.rmdir()  # which says why, where something is left
 
 
 def unfinished(output_dir: Path) -> Iterator[Path]:
-    """What a killed save has left behind."""
+    """What a killed save or removal has left behind."""
     for path in output_dir.glob(f"checkpoint-*{UNFINISHED}"):
-        if NAME.fullmatch(path.name.removesuffix(UNFINISHED)) and is_ours(path):
+        if LEFTOVER.fullmatch(path.name) and is_ours(path):
             yield path
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Remove what killed saves and removals have left behind. What cannot be removed is in nobody's way, and stays."""
+    for path in unfinished(output_dir):
+        with contextlib.suppress(OSError):
+            remove(path)
 
 
 def put_in_place(beside: Path, place: Path) -> None:
@@ -76,8 +133,41 @@ def put_in_place(beside: Path, place: Path) -> None:
     flush(place.parent)
 
 
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy a whole checkpoint, verify what is read back, and put it in place.
+
+    Raises:
+        OSError: it cannot be read or written; what was there stays.
+        Damaged: the copy reads back differently.
+    """
+    beside = target.with_name(target.name + UNFINISHED)
+    make_way(beside)
+    beside.mkdir()
+    try:
+        for name in (*CONTENT, MANIFEST):
+            copy_file(source / name, beside / name)
+            forget_cached(beside / name)
+        if verify(beside, CONTENT) != read_manifest(source):
+            raise Damaged(f"{target.name} reads back differently from what was written")
+        put_in_place(beside, target)
+    except (OSError, Damaged):
+        with contextlib.suppress(OSError):
+            remove(beside)  # half a checkpoint is of no use, and there may be no space
+        raise
+
+
+def forget_cached(path: Path) -> None:
+    """Have the next read come from where the file lies, not from this machine's memory, where the system can."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
 def make_way(place: Path) -> None:
-    """Remove a damaged or unfinished checkpoint; if there is more in it than a checkpoint's own files, move it aside.
+    """Remove a damaged or unfinished checkpoint; where that is impossible, or others' files are in it, move it aside.
 
     Raises:
         OSError: it cannot be, or the place is a link.
@@ -85,27 +175,19 @@ def make_way(place: Path) -> None:
     if place.is_symlink():
         raise OSError(errno.EEXIST, "a link that no run made is in the way; remove it", str(place))
     if is_ours(place):
-        remove(place)
-    elif place.exists():
+        with contextlib.suppress(OSError):
+            remove(place)
+    if place.exists():
         place.rename(place.with_name(f"{place.name}.aside-{secrets.token_hex(4)}"))
 
 
-def flush(path: Path) -> None:
-    """Have the disk hold a file or a directory's entries before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # some mounts cannot
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def seems_whole(place: Path) -> bool:
-    """Whether manifest and sizes are right; file contents are not read."""
+    """Whether manifest, name and sizes are right; file contents are not read."""
     try:
-        files = read_manifest(place)["files"]
-        return all((place / name).stat().st_size == files[name]["size"] for name in CONTENT)
+        body = read_manifest(place)
+        files = body["files"]
+        return body.get("step") == step_of(place) and all(
+            (place / name).stat().st_size == files[name]["size"] for name in CONTENT
+        )
     except (Damaged, OSError, KeyError, TypeError):
         return False

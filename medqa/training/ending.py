@@ -12,10 +12,10 @@ from medqa.config import Experiment
 from medqa.data.tokens import Example
 from medqa.errors import UserError
 from medqa.evaluation.loss import Evaluator, SplitLoss, summarize
+from medqa.files import Damaged
 from medqa.model.base import load_adapter_weights
 from medqa.training.checkpoint import RunState
-from medqa.training.checkpoint_files import CONTENT
-from medqa.training.manifest import Damaged, verify
+from medqa.training.checkpoint_files import verify_checkpoint
 from medqa.training.processes import on_main
 from medqa.training.tracking import Tracker
 
@@ -95,7 +95,7 @@ def _best_checkpoint(places: Sequence[Path], step: int) -> Path:
     problems = []
     for path in (place / f"checkpoint-{step}" for place in places):
         try:
-            verify(path, CONTENT)
+            verify_checkpoint(path)
             return path
         except Damaged as error:
             problems.append(f"{path}: {error}")

@@ -6,18 +6,16 @@ is whole. It is JSON, and the files that it names are fixed by the reader, never
 
 import hashlib
 import json
-import stat
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from medqa.files import Damaged, open_regular, read_json
+from medqa.limits import MAX_CHECKPOINT_FILE_BYTES
+
 MANIFEST = "manifest.json"
 FORMAT = 1
-LONGEST = 1_000_000  # bytes; one that is longer is not ours
-
-
-class Damaged(Exception):
-    """Why a directory is not whole."""
 
 
 def write_manifest(directory: Path, about: Mapping[str, Any]) -> None:
@@ -46,13 +44,16 @@ def verify(directory: Path, expected: Iterable[str]) -> dict[str, Any]:
         raise Damaged(f"{MANIFEST} is of another version: it lists other files")
     for name, said in files.items():
         try:
-            found = measure(directory / name)
+            with open_regular(directory / name) as file:
+                size = os.fstat(file.fileno()).st_size
+                if not isinstance(said, dict) or size != said.get("size"):
+                    raise Damaged(f"{name} has {size:,} bytes, not those of {MANIFEST}")
+                if size > MAX_CHECKPOINT_FILE_BYTES:  # a file with holes can seem to be of any size
+                    raise Damaged(f"{name} has {size:,} bytes, more than any checkpoint's")
+                if hashlib.file_digest(file, "sha256").hexdigest() != said.get("sha256"):
+                    raise Damaged(f"{name}: its sha256 is not that of {MANIFEST}")
         except OSError as error:
             raise Damaged(f"{name}: {error.strerror}") from error
-        if not isinstance(said, dict) or found["size"] != said.get("size"):
-            raise Damaged(f"{name} has {found['size']:,} bytes, not those of {MANIFEST}")
-        if found != said:
-            raise Damaged(f"{name}: its sha256 is not that of {MANIFEST}")
     return body
 
 
@@ -62,21 +63,17 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Raises:
         Damaged: missing, not readable as one, or changed since it was written.
     """
-    path = directory / MANIFEST
     try:
-        require_regular(path)
-        with path.open("rb") as file:
-            body = json.loads(file.read(LONGEST))
-    except OSError as error:
-        raise Damaged(f"{MANIFEST}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{MANIFEST} is torn") from error
+        body = read_json(directory / MANIFEST)
+    except Damaged as error:
+        reason = str(error).removeprefix(f"{directory / MANIFEST}: ")
+        raise Damaged(f"{MANIFEST}: {reason}") from error
     if not isinstance(body, dict) or not {"format", "files", "checksum"} <= body.keys():
         raise Damaged(f"{MANIFEST} is torn")
     if body.pop("checksum") != checksum(body):
         raise Damaged(f"{MANIFEST}: its own checksum is wrong")
     if body["format"] != FORMAT:
-        raise Damaged(f"{MANIFEST} is of another version: format {body['format']!r}")
+        raise Damaged(f"{MANIFEST} is of another version: its format is not {FORMAT}")
     return body
 
 
@@ -86,16 +83,9 @@ def measure(path: Path) -> dict[str, Any]:
     Raises:
         OSError: it cannot be read, or is no regular file (opening a pipe would never end).
     """
-    require_regular(path)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"size": file.tell(), "sha256": digest}
-
-
-def require_regular(path: Path) -> None:
-    """Raise OSError for what is no regular file, or a link to one."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(0, "no regular file", str(path))
 
 
 def checksum(value: Any) -> str:

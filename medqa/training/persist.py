@@ -2,12 +2,18 @@
 
 A thread makes them, so that a slow place does not hold training up; what fails is tried again. Every file is read back
 and compared. The copy has the layout of a run's directory: a run goes on from it where its own directory is empty.
+
+The place can go away while the run is on, and come back empty. What is there is therefore looked at before each copy,
+and never remembered alone. The directory itself is made once, at the start: made again later it would lie on this
+machine's own disk, below the place where something else had been mounted.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -16,27 +22,28 @@ import torch
 
 from medqa.config import Experiment
 from medqa.errors import Interrupted, UserError, writing
-from medqa.training.checkpoint import MANIFEST
+from medqa.files import UNFINISHED, Damaged, flush, replacing
 from medqa.training.checkpoint_files import (
-    CONTENT,
-    UNFINISHED,
+    CHECKPOINT_FILES,
     checkpoints,
-    flush,
+    copy_checkpoint,
+    forget_cached,
     is_ours,
-    make_way,
     prune,
-    put_in_place,
-    remove,
-    unfinished,
+    remove_unfinished,
+    verify_checkpoint,
 )
-from medqa.training.manifest import Damaged, read_manifest, verify
+from medqa.training.manifest import MANIFEST, checksum, measure, read_manifest
 from medqa.training.plan import parameter_counts
-from medqa.training.run_dir import ADAPTER_DIR, FILES, RUN_FILE, check_run_dir, clear, read_leg
+from medqa.training.run_dir import ADAPTER_DIR, ADAPTER_DIR_FILES, FILES, RUN_FILE, check_run_dir, clear, read_leg
 
 RETRY_S = 30.0
 UNSAID_WAIT_S = 2.0
 LAST_WAIT_S = 600.0  # at the end of a run, for what is not copied yet
 SIGNALLED_WAIT_S = 20.0  # what stops a run by a signal does not wait long
+CLAIM_WAIT_S = 1.0  # for another process that is just writing whose the directory is
+
+Seen = tuple[tuple[int, int] | None, ...]  # size and time of change of files; None for one that is not there
 
 
 class Copies:
@@ -46,10 +53,14 @@ class Copies:
         self.directory = directory
         self.places = [output_dir] if directory is None else [output_dir, directory]  # of the run's files
         self._output_dir = output_dir
+        self._run_id: str | None = None
+        self._file_system: tuple[int, Path] | None = None  # of the directory: device, and where that is mounted
         self._thread: threading.Thread | None = None
         self._wanted, self._leaving = threading.Event(), threading.Event()
         self._needed: set[int] = set()
-        self._verified: dict[str, str] = {}  # what was copied: name to sha256, or to the manifest's checksum
+        self._verified: dict[Path, tuple[str, Seen]] = {}  # what was copied where: its checksum, and how it looked
+        self._told: set[str] = set()
+        self._complete = False
 
     def __enter__(self) -> "Copies":
         return self
@@ -65,7 +76,7 @@ class Copies:
         if self._thread.is_alive():
             self._say(f"--persist-to {self.directory}: copying the rest, for at most {seconds:.0f} s")
             self._thread.join(seconds)
-        if self._thread.is_alive():
+        if not self._complete:
             self._say(f"--persist-to {self.directory}: not everything is there yet: {self._output_dir} has all")
 
     def check(self, experiment: Experiment, fresh: bool) -> None:
@@ -78,10 +89,10 @@ class Copies:
         place, output_dir = self.directory, self._output_dir
         if place is None:
             return
-        if not place.absolute().parent.is_dir():
-            raise UserError(f"--persist-to {place}: {place.absolute().parent} does not exist; is it mounted?")
-        if place.absolute() == output_dir.absolute():
-            raise UserError(f"--persist-to {place}: that is the output directory itself; choose another place")
+        above = os.path.dirname(os.path.realpath(place))
+        if not os.path.isdir(above):
+            raise UserError(f"--persist-to {place}: {above} does not exist; is it mounted?")
+        self._require_another_directory()
         check_run_dir(place, experiment, fresh, "--persist-to")
         if fresh:
             return
@@ -95,14 +106,20 @@ class Copies:
         """Begin to copy; the first time what is there is compared with what should be.
 
         Raises:
-            UserError: `fresh`, and the place holds what no run wrote, or cannot be cleared.
+            UserError: `fresh`, and the place holds what no run wrote, or cannot be cleared; or another run has just
+                begun to copy to the same place.
         """
         if self.directory is None:
             return
+        self._require_another_directory()  # again: now the output directory exists
         if fresh and self.directory.is_dir():
             with writing(self.directory):
                 clear(self.directory)
+        leg = read_leg(self._output_dir)
+        self._run_id = None if leg is None else leg.run_id
         self._keep, self._say = keep, say
+        with contextlib.suppress(OSError, Damaged):  # the thread comes to the same, says it, and tries again
+            self._look()
         self._thread = threading.Thread(target=self._work, name="persist", daemon=True)
         self._thread.start()
 
@@ -111,9 +128,15 @@ class Copies:
         self._needed = needed
         self._wanted.set()
 
+    def _require_another_directory(self) -> None:
+        """Raise where the place is the output directory, by whatever name."""
+        place, output_dir = self.directory, self._output_dir
+        same = os.path.realpath(place) == os.path.realpath(output_dir)
+        if same or (os.path.exists(place) and os.path.exists(output_dir) and os.path.samefile(place, output_dir)):
+            raise UserError(f"--persist-to {place}: that is the output directory itself; choose another place")
+
     def _work(self) -> None:
         """Copy whenever there is something new, and again where it failed."""
-        told: set[str] = set()
         failed = False
         while True:
             self._wanted.wait(RETRY_S if failed else None)
@@ -121,22 +144,63 @@ class Copies:
             last_round = self._leaving.is_set()
             try:
                 self._mirror()
-                failed = False
-                if last_round:
-                    return
             except (OSError, Damaged) as error:
                 failed = True
-                reason = str(error)
-                if reason not in told:
-                    told.add(reason)
-                    self._say(f"--persist-to {self.directory}: {reason}; training goes on, it is tried again")
+                self._tell(f"{error}; training goes on, it is tried again")
+                continue
+            except UserError as error:
+                self._say(f"{error}; nothing more is copied")
+                return
+            if failed:
+                failed = False
+                self._told.clear()
+                self._say(f"--persist-to {self.directory}: everything is copied again")
+            if last_round:
+                self._complete = True
+                return
+
+    def _tell(self, reason: str) -> None:
+        """Say something of the place, once."""
+        if reason not in self._told:
+            self._told.add(reason)
+            self._say(f"--persist-to {self.directory}: {reason}")
+
+    def _look(self) -> None:
+        """See that the directory is there, on the file system that it was on at the start, and this run's.
+
+        Raises:
+            OSError, Damaged: it is not there, or not where it was.
+            UserError: it holds another run.
+        """
+        place = self.directory
+        if self._file_system is None:
+            Path(os.path.realpath(place)).mkdir(exist_ok=True)  # not through a link that leads nowhere
+        try:
+            device = place.stat().st_dev
+        except FileNotFoundError as error:
+            raise Damaged("it has gone; mount it, or make it, again") from error
+        mount = _mount_point(place)
+        if self._file_system is None or mount == self._file_system[1]:
+            self._file_system = device, mount
+        elif device != self._file_system[0]:
+            raise Damaged(f"what was mounted at {self._file_system[1]} at the start has gone; mount it again")
+        noted = read_leg(place)
+        if noted is None and self._run_id is not None:
+            try:
+                with (place / RUN_FILE).open("xb") as file:  # of two runs that start at once, one succeeds
+                    file.write((self._output_dir / RUN_FILE).read_bytes())
+                return
+            except FileExistsError:
+                time.sleep(CLAIM_WAIT_S)
+                noted = read_leg(place)
+        if noted is not None and self._run_id is not None and noted.run_id != self._run_id:
+            raise UserError(f"--persist-to {place}: another run copies to it; choose another place")
 
     def _mirror(self) -> None:
         """Bring the copy up to date: the metrics before the checkpoints that they belong to, the summary last."""
         source, target = self._output_dir, self.directory
-        target.mkdir(exist_ok=True)
-        for path in unfinished(target):
-            remove(path)
+        self._look()
+        remove_unfinished(target)
         # Looked for before the metrics are read: one that is saved in between would be there without its lines.
         places = [place for place in checkpoints(source) if is_ours(place)]
         for name in (RUN_FILE, *FILES[:-1]):
@@ -145,72 +209,78 @@ class Copies:
             self._copy_checkpoint(place, target / place.name)
         if (source / ADAPTER_DIR).is_dir():
             (target / ADAPTER_DIR).mkdir(exist_ok=True)
-            for path in sorted((source / ADAPTER_DIR).iterdir()):
-                self._copy(path, target / ADAPTER_DIR / path.name)
+            for name in sorted(ADAPTER_DIR_FILES):
+                self._copy(source / ADAPTER_DIR / name, target / ADAPTER_DIR / name)
         self._copy(source / FILES[-1], target / FILES[-1])
         if self._needed:  # else nothing new was saved, and which one is the best is not known
-            prune(target, self._keep, self._needed)
+            for reason in prune(target, self._keep, self._needed):
+                self._tell(reason)
 
     def _copy(self, source: Path, target: Path) -> None:
-        """Copy a file if it has changed, and compare what is read back."""
-        if not source.is_file() or target.name.endswith(UNFINISHED):
+        """Copy a file if the same is not there already, and compare what is read back."""
+        if not source.is_file():
             return
+        self._look()
         content = source.read_bytes()
         digest = hashlib.sha256(content).hexdigest()
-        if self._verified.get(str(target)) == digest:
+        if self._verified.get(target) == (digest, _seen(target)):
             return
-        beside = target.with_name(target.name + UNFINISHED)
-        beside.write_bytes(content)
-        flush(beside)
-        _forget_cached(beside)
-        if hashlib.sha256(beside.read_bytes()).hexdigest() != digest:
-            raise Damaged(f"{target.name} reads back differently from what was written")
-        os.replace(beside, target)
-        self._verified[str(target)] = digest
+        wanted = {"size": len(content), "sha256": digest}
+        if not target.is_file() or target.stat().st_size != len(content) or measure(target) != wanted:
+            with replacing(target) as file:
+                file.write(content)
+                file.flush()
+                beside = target.with_name(target.name + UNFINISHED)
+                flush(beside)
+                forget_cached(beside)
+                if measure(beside) != wanted:
+                    raise Damaged(f"{target.name} reads back differently from what was written")
+        self._verified[target] = digest, _seen(target)
 
     def _copy_checkpoint(self, source: Path, target: Path) -> None:
         """Copy a checkpoint that is not there yet, and verify what is read back against its manifest."""
+        self._look()
         try:
             wanted = read_manifest(source)
         except Damaged:
             return  # damaged, or just being pruned
-        if self._verified.get(source.name) == str(wanted["files"]):
+        files = [target / name for name in sorted(CHECKPOINT_FILES)]
+        if self._verified.get(target) == (checksum(wanted), _seen(*files)):
             return
         if not _holds(target, wanted):
-            beside = target.with_name(target.name + UNFINISHED)
-            make_way(beside)
-            beside.mkdir()
-            for name in (*CONTENT, MANIFEST):
-                try:
-                    shutil.copyfile(source / name, beside / name)
-                except FileNotFoundError:
-                    if source.exists():
-                        raise
-                    return remove(beside)  # pruned in the meantime: a newer one is there
-                flush(beside / name)
-                _forget_cached(beside / name)
-            if verify(beside, CONTENT) != wanted:
-                raise Damaged(f"{target.name} reads back differently from what was written")
-            put_in_place(beside, target)
-        self._verified[source.name] = str(wanted["files"])
+            try:
+                copy_checkpoint(source, target)
+            except (FileNotFoundError, Damaged):
+                if (source / MANIFEST).exists():
+                    raise
+                return  # pruned in the meantime: a newer one is there
+        self._verified[target] = checksum(wanted), _seen(*files)
+
+
+def _seen(*paths: Path) -> Seen:
+    """How files look without being read."""
+    found: list[tuple[int, int] | None] = []
+    for path in paths:
+        try:
+            status = path.stat()
+            found.append((status.st_size, status.st_mtime_ns))
+        except (FileNotFoundError, NotADirectoryError):
+            found.append(None)
+    return tuple(found)
+
+
+def _mount_point(path: Path) -> Path:
+    """Where the file system that a path is on is mounted."""
+    real = Path(os.path.realpath(path))
+    return next(place for place in (real, *real.parents) if os.path.ismount(place))
 
 
 def _holds(target: Path, wanted: dict) -> bool:
     """Whether the same checkpoint is there already, whole."""
     try:
-        return verify(target, CONTENT) == wanted
+        return verify_checkpoint(target) == wanted
     except Damaged:
         return False
-
-
-def _forget_cached(path: Path) -> None:
-    """Have the next read come from where the file lies, not from this machine's memory, where the system can."""
-    if hasattr(os, "posix_fadvise"):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
 
 
 def space_needed(

@@ -1,10 +1,10 @@
 """A run's directory: is it ours, is it this experiment's, and starting over in it."""
 
+import contextlib
 import json
 import os
 import re
 import secrets
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,20 @@ from accelerate.utils import gather_object
 
 from medqa.config import Experiment
 from medqa.errors import UserError, note
-from medqa.files import write_json
+from medqa.files import UNFINISHED, Damaged, copy_file, read_json, write_json
 from medqa.length import is_complete
 from medqa.training.checkpoint import Found, RunState, newest_whole
 from medqa.training.checkpoint_files import (
     ADAPTER_FILES,
     CHECKPOINT_FILES,
+    LEFTOVER,
     NAME,
-    UNFINISHED,
+    STILL_OPEN,
     checkpoints,
-    flush,
-    make_way,
-    put_in_place,
+    copy_checkpoint,
     remove,
+    remove_unfinished,
     seems_whole,
-    unfinished,
 )
 from medqa.training.lock import RunLock
 from medqa.training.processes import on_main
@@ -106,8 +105,7 @@ def _note_leg(output_dir: Path, fresh: bool, found: Found | None, state: RunStat
     lock.take()
     if fresh:
         clear(output_dir)
-    for path in unfinished(output_dir):
-        remove(path)
+    remove_unfinished(output_dir)
     if found is not None and found.path.parent != output_dir:
         bring_back(found, output_dir)
     before = read_leg(output_dir) or (Leg(state.run_id, state.resumes, saved=True) if found else None)
@@ -125,9 +123,9 @@ def _new_run_id() -> str:
 def read_leg(output_dir: Path) -> Leg | None:
     """What a directory's run noted last; None where none has begun or it is damaged. Checkpoints have it too."""
     try:
-        before = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+        before = read_json(output_dir / RUN_FILE)
         return Leg(str(before["run_id"]), int(before["resumes"]), bool(before["saved"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (Damaged, ValueError, LookupError, TypeError):
         return None
 
 
@@ -180,23 +178,11 @@ def bring_back(found: Found, output_dir: Path) -> None:
     source = found.path.parent
     for name in (RUN_FILE, *FILES):
         if (source / name).is_file():
-            copy_whole(source / name, output_dir / name)
-    place = output_dir / found.path.name
-    beside = place.with_name(place.name + UNFINISHED)
-    make_way(beside)
-    beside.mkdir()
-    for name in CHECKPOINT_FILES:
-        shutil.copyfile(found.path / name, beside / name)
-        flush(beside / name)
-    put_in_place(beside, place)
-
-
-def copy_whole(source: Path, target: Path) -> None:
-    """Copy a file: whole on the disk, or as it was before."""
-    beside = target.with_name(target.name + UNFINISHED)
-    shutil.copyfile(source, beside)
-    flush(beside)
-    os.replace(beside, target)
+            copy_file(source / name, output_dir / name)
+    try:
+        copy_checkpoint(found.path, output_dir / found.path.name)
+    except Damaged as error:
+        raise UserError(f"{output_dir}: {error}; check the disk") from error
 
 
 def finished(output_dir: Path, experiment: Experiment) -> dict[str, Any] | None:
@@ -228,19 +214,25 @@ def clear(output_dir: Path) -> None:
     """Remove a run's files, and nothing that a run did not write.
 
     Raises:
-        UserError: as `check_run_dir` with `fresh`; nothing is removed then.
+        UserError: as `check_run_dir` with `fresh`, and nothing is removed then; or a file cannot be removed.
     """
     _refuse_foreign(output_dir)
-    for folder in _folders(output_dir):
-        if folder.is_dir():
-            shutil.rmtree(folder)
+    folders = [folder for folder in _folders(output_dir) if folder.is_dir()]
+    for folder in folders:
+        with contextlib.suppress(OSError):  # what stays is looked at below
+            remove(folder)
+    if stuck := [folder for folder in folders if _holds_files(folder)]:
+        raise UserError(f"--fresh: {', '.join(map(str, stuck[:5]))} cannot be removed; choose another --output-dir")
     for name in (*FILES, RUN_FILE):  # that one last: it says whose the others are
         (output_dir / (name + UNFINISHED)).unlink(missing_ok=True)
         (output_dir / name).unlink(missing_ok=True)
 
 
 def _refuse_foreign(output_dir: Path) -> None:
-    """Refuse to clear a directory in which a link, or a foreign file in one of the run's folders, would be lost."""
+    """Refuse to clear a directory in which a link, or a foreign file in one of the run's folders, would be lost.
+
+    One whose folders nothing can be removed from is refused as well, before the rest of it is lost.
+    """
     files = [output_dir / name for name in (*FILES, RUN_FILE)]
     foreign = [path for path in files if path.is_symlink() or path.is_dir()] or _without_a_run(output_dir)
     for folder, names in _folders(output_dir).items():
@@ -250,13 +242,26 @@ def _refuse_foreign(output_dir: Path) -> None:
             foreign += [
                 path
                 for path in folder.iterdir()
-                if path.name.removesuffix(UNFINISHED) not in names or path.is_symlink() or path.is_dir()
+                if not (path.name.removesuffix(UNFINISHED) in names or path.name.startswith(STILL_OPEN))
+                or path.is_symlink()
+                or path.is_dir()
             ]
     if foreign:
         raise UserError(
             f"--fresh: {output_dir} holds what no run wrote: {', '.join(map(str, foreign[:5]))}; "
             "move it away, or choose another --output-dir"
         )
+    folders = [folder for folder in (output_dir, *_folders(output_dir)) if folder.is_dir()]
+    if stuck := [folder for folder in folders if not os.access(folder, os.W_OK | os.X_OK)]:
+        raise UserError(
+            f"--fresh: there is no permission to remove what is in {', '.join(map(str, stuck[:5]))}; nothing was "
+            "removed: allow it, or choose another --output-dir"
+        )
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether there is anything in a folder, other than files that a network file system will remove by itself."""
+    return folder.is_dir() and any(not entry.name.startswith(STILL_OPEN) for entry in os.scandir(folder))
 
 
 def _without_a_run(output_dir: Path) -> list[Path]:
@@ -268,6 +273,6 @@ def _without_a_run(output_dir: Path) -> list[Path]:
 
 def _folders(output_dir: Path) -> dict[Path, set[str]]:
     """The folders that a run writes here, and the names of the files it writes into each."""
-    found = [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name.removesuffix(".tmp"))]
+    found = [path for path in output_dir.glob("checkpoint-*") if any(p.fullmatch(path.name) for p in (NAME, LEFTOVER))]
     adapters = (output_dir / ADAPTER_DIR, output_dir / (ADAPTER_DIR + UNFINISHED))
     return dict.fromkeys(found, CHECKPOINT_FILES) | dict.fromkeys(adapters, ADAPTER_DIR_FILES)

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from medqa.errors import UserError
+from medqa.files import UNFINISHED
 from medqa.training.checkpoint import Found, newest_whole
-from medqa.training.checkpoint_files import TRAINING_FILE, UNFINISHED
+from medqa.training.checkpoint_files import NAME, TRAINING_FILE
 from medqa.training.environment import git_commit
 from medqa.training.run_dir import ADAPTER_DIR, clear
 from medqa.training.tracking import Record, read_metrics
@@ -222,8 +223,8 @@ def _modified(path: Path) -> int | None:
 def _saving(run: Path, step: int) -> bool:
     """Whether a checkpoint of this update or a later one is being written."""
     for entry in os.scandir(run):
-        if entry.name.startswith("checkpoint-") and entry.name.endswith(UNFINISHED):
-            return int(entry.name.removeprefix("checkpoint-").removesuffix(UNFINISHED)) >= step
+        if entry.name.endswith(UNFINISHED) and (match := NAME.fullmatch(entry.name.removesuffix(UNFINISHED))):
+            return int(match[1]) >= step
     return False
 
 
