@@ -167,8 +167,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
 
     def save() -> None:
         tracker.flush()
-        for line in save_checkpoint(output_dir, trained, state, identity, accelerator, training.keep_checkpoints):
-            say_once(line)
+        save_checkpoint(output_dir, trained, state, identity, accelerator, training.keep_checkpoints, say_once)
         if accelerator.is_main_process:
             note_saved(output_dir)
             copies.wake({state.step, state.best_step})

@@ -240,7 +240,9 @@ def test_continued_is_uninterrupted_bit_for_bit(tiny, tmp_path, recipe):
             first,
             state,
             place,
-            save=lambda: save_checkpoint(place, first.trained, state, first.identity, first.accelerator, keep=3),
+            save=lambda: save_checkpoint(
+                place, first.trained, state, first.identity, first.accelerator, 3, pytest.fail
+            ),
             interrupts=interrupts,
             progress=signal_in_the_third_update,
         )

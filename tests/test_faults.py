@@ -340,7 +340,7 @@ def test_a_disk_that_became_read_only(mounted, tmp_path, capsys, tiny):
         file.append({"step": 9, "split": "train"})
     assert caught.value.errno == errno.EROFS
     with pytest.raises(UserError, match=r"checkpoint-0: cannot be written: .*Read-only"):
-        save_checkpoint(disk / "run", parts.trained, RunState(), parts.identity, parts.accelerator, 3)
+        save_checkpoint(disk / "run", parts.trained, RunState(), parts.identity, parts.accelerator, 3, pytest.fail)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main(words(disk / "run")) == 2
     assert "not a directory one can write to" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,17 +131,25 @@ class Found:
 
 
 def save_checkpoint(
-    output_dir: Path, trained: Trained, state: RunState, identity: Identity, accelerator: Accelerator, keep: int
-) -> list[str]:
+    output_dir: Path,
+    trained: Trained,
+    state: RunState,
+    identity: Identity,
+    accelerator: Accelerator,
+    keep: int,
+    say: Callable[[str], None],
+) -> None:
     """Write `checkpoint-<step>` from the main process and read it back; then remove what is older than needed.
 
-    Returns:
-        What is to be said of old checkpoints that could not be removed. The save has succeeded nevertheless.
+    Args:
+        say: told of old checkpoints that cannot be removed. The save has succeeded nevertheless.
 
     Raises:
         UserError: it cannot be written (no space, no permission). Checkpoints that are there stay.
     """
-    return on_main(accelerator, lambda: _save(output_dir / f"checkpoint-{state.step}", trained, state, identity, keep))
+    place = output_dir / f"checkpoint-{state.step}"
+    for problem in on_main(accelerator, lambda: _save(place, trained, state, identity, keep)):
+        say(problem)
 
 
 def _save(place: Path, trained: Trained, state: RunState, identity: Identity, keep: int) -> list[str]:
