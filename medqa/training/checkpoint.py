@@ -20,7 +20,7 @@ from peft import PeftModel
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from safetensors.torch import save
 
-from medqa.errors import UserError
+from medqa.errors import NotWritten, UserError
 from medqa.evaluation.loss import SplitLoss
 from medqa.files import UNFINISHED, Damaged, flush, parse_json, read_file
 from medqa.limits import MAX_JSON_BYTES
@@ -159,7 +159,7 @@ def _save(place: Path, trained: Trained, state: RunState, identity: Identity, ke
             _write(place, trained, state, identity)
             verify_checkpoint(place)
     except OSError as error:
-        raise UserError(f"{place}: cannot be written: {error}; free space and start again") from error
+        raise NotWritten(f"{place}: cannot be written: {error}; free space and start again") from error
     except Damaged as error:
         if not os.path.isdir(place.parent):
             raise UserError(f"{place.parent}: has been removed, and the checkpoints in it; start again") from error

@@ -133,10 +133,10 @@ def on_main(accelerator: Accelerator, step: Callable[[], Result]) -> Result:
         try:
             outcome[0] = step()
         except UserError as error:
-            outcome[1] = error.args
+            outcome[1] = error
     broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise UserError(*outcome[1])
+        raise outcome[1]
     return outcome[0]
 
 
