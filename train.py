@@ -53,6 +53,7 @@ from medqa.training.tracking import MetricsFile, Tracker
 from medqa.training.trial import tell_trial
 from medqa.training.wandb_feed import WandbFeed
 from medqa.training.wandb_run import log_adapter, log_samples, sampled_rows, start_wandb
+from medqa.variables import settle_variables
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,6 +73,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     """The run. Nothing is written until all is loaded, so a mistake changes nothing."""
     started, deadline, phases = time.perf_counter(), Deadline(options.stop_after), Phases()
     quiet_libraries()
+    ignored = settle_variables()
     experiment = load_experiment(options.exp, tiny=options.tiny, locations=options.locations, sets=options.set)
     name = find_experiment(options.exp).stem
     output_dir = options.output_dir or default_output_dir(options.exp, options.tiny, options.set, experiment)
@@ -141,7 +143,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     on_main(accelerator, lambda: copies.start(training.keep_checkpoints, options.fresh, say))
     about = experiment, updates, stream, splits, examples
     plan = make_plan(*about, adapted, execution, changes, accelerator, tokenizer.decode)
-    plan.lines.extend(told_of(found, state, spent.damaged))
+    plan.lines.extend([*ignored, *told_of(found, state, spent.damaged)])
     plan.lines.extend(space_needed(options.persist_to, experiment, adapted, state.step, updates))
     show_plan(console, f"{name} in {output_dir}", plan)
     console.print(start_wandb(accelerator, experiment, output_dir, leg.run_id, changes))

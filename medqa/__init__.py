@@ -9,11 +9,14 @@ are the parts they use, in five wings, each of which may import only from those 
     training/    the loop and what drives it: optimizer, scheduler, checkpoints, tracking, console
     results/     what is made of finished runs
 
-Shared by all: `config.py` (the experiment), `prompts.py` (the one prompt), `errors.py`, `hub.py`.
+Shared by all: `config.py` (the experiment), `prompts.py` (the one prompt), `errors.py`, `hub.py`, `variables.py`.
 Libraries that only some runs need (bitsandbytes, wandb, kagglehub) are imported where they are used.
 """
 
 import logging
 
+from medqa.variables import prepare_imports
+
+prepare_imports()
 # At import it tells of a kernel package that nothing here needs.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

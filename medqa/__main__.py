@@ -19,6 +19,7 @@ from medqa.errors import UserError, exit_code, writing
 from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
 from medqa.options import data_locations, locations, run_words
 from medqa.terminal import make_console, print_error, protect
+from medqa.variables import settle_variables
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
@@ -33,9 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return exit_code(lambda: COMMANDS[options.command](options))
+        return exit_code(lambda: run_command(options))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def run_command(options: argparse.Namespace) -> None:
+    """Run the command that the options name, in an environment that decides nothing of it.
+
+    Raises:
+        UserError: as `settle_variables`, and as the command.
+    """
+    ignored = settle_variables()
+    if os.environ.get("RANK", "0") == "0":
+        for label, text in ignored:
+            print_error(f"{label}: {text}")
+    COMMANDS[options.command](options)
 
 
 def plan(options: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from medqa.config import Experiment
 from medqa.errors import UserError
+from medqa.variables import is_on
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KEPT = "as in the checkpoint that the run goes on from"
@@ -64,10 +65,12 @@ def resolve_precision(experiment: Experiment, force_cpu: bool, kept: Kept | None
 def usable_gpu() -> bool:
     """Whether there is a GPU that the installed torch can use; False where there is none or it is hidden on purpose.
 
+    `accelerate launch --cpu`, or its configuration file's `use_cpu`, is as our own `--cpu`.
+
     Raises:
         UserError: there is one but torch cannot use it; says what to install.
     """
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or is_on("ACCELERATE_USE_CPU"):
         return False
     advice = "install a torch that fits the driver and the GPU (https://pytorch.org/get-started), or insist with --cpu"
     if not torch.cuda.is_available():

@@ -1,7 +1,6 @@
 """`python -m medqa evaluate RUN`: how good is a run's adapter really, on held-out rows, beside the untuned base."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from medqa.results.held_out import load_held_out
 from medqa.results.tasks import measure_choices, measure_generation, measure_loss, measure_probes
 from medqa.training.environment import versions
 from medqa.training.processes import build_accelerator
+from medqa.variables import is_on
 
 EVALUATION = "evaluation.json"
 SAME_ADAPTER = (
@@ -44,7 +44,7 @@ def evaluate(
     Raises:
         UserError: model or data cannot be had, or are not the run's.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if is_on("ACCELERATE_USE_FSDP"):
         raise UserError("evaluate needs the base whole on each device: launch it without FSDP (launch/four_gpus.yaml)")
     experiment = source.experiment
     precision = resolve_precision(experiment, cpu, source.settings)

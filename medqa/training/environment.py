@@ -19,6 +19,7 @@ from medqa.model.base import Base
 from medqa.model.execution import Execution
 from medqa.model.precision import Precision
 from medqa.model.sharding import is_sharded
+from medqa.variables import recorded_variables
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "datasets")
 COMPUTING = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")  # of them, those that move numbers
@@ -43,7 +44,10 @@ class Settings(Part):
 
 
 class Environment(Part):
-    """The settings and the machine. `cpu_threads` is None on a GPU; `sharded` is not in older checkpoints."""
+    """The settings and the machine. `cpu_threads` is None on a GPU; those with a default are not in older checkpoints.
+
+    `variables` are those of the environment that choose among kernels (`medqa/variables.py`); None: not recorded.
+    """
 
     settings: Settings
     device: str
@@ -51,6 +55,7 @@ class Environment(Part):
     cpu_threads: int | None
     versions: dict[str, str]
     sharded: bool = False
+    variables: dict[str, str] | None = None
 
 
 def environment(accelerator: Accelerator, precision: Precision, execution: Execution, base: Base) -> Environment:
@@ -72,6 +77,7 @@ def environment(accelerator: Accelerator, precision: Precision, execution: Execu
         cpu_threads=None if on_gpu else torch.get_num_threads(),
         versions=versions(),
         sharded=is_sharded(base.model),
+        variables=recorded_variables(),
     )
 
 
@@ -82,6 +88,8 @@ def _attention(implementation: str) -> str:
 
 def changes(before: Environment, now: Environment) -> list[str]:
     """What differs between two environments so that results may differ in their last digits."""
+    compared = None not in (before.variables, now.variables)
+    names = sorted({*(before.variables or {}), *(now.variables or {})}) if compared else []
     was, is_now = (
         {
             **env.settings.model_dump(),
@@ -90,6 +98,7 @@ def changes(before: Environment, now: Environment) -> list[str]:
             "CPU threads": env.cpu_threads,
             "sharded weights": env.sharded,
             **{name: env.versions.get(name) for name in COMPUTING},
+            **{name: (env.variables or {}).get(name, "not set") for name in names},
         }
         for env in (before, now)
     )

@@ -9,7 +9,14 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 
 from medqa.config import Experiment
 from medqa.errors import UserError
@@ -17,8 +24,10 @@ from medqa.model.loss import LossModel
 from medqa.model.precision import Precision
 from medqa.model.sharding import keep_from_ddp, shard
 from medqa.training.wandb_run import wandb_wanted
+from medqa.variables import is_on, read_by_accelerate, settle_variables
 
 Result = TypeVar("Result")
+DETERMINISTIC_CUBLAS = (":4096:8", ":16:8")  # torch's documentation of use_deterministic_algorithms
 
 # How `accelerate launch` hands over an fsdp_config, the values that say what we do, and what to say of others.
 # What is not here has no meaning in version 2, or only for sharded checkpoints, and ours have nothing sharded in them.
@@ -39,31 +48,77 @@ FSDP_VALUES = {
 def build_accelerator(experiment: Experiment, precision: Precision) -> Accelerator:
     """The accelerator for this experiment: precision is the experiment's, processes and devices the launcher's.
 
+    Raises:
+        UserError: as `make_accelerator`.
+    """
+    tracked = wandb_wanted(experiment.tracking) and importlib.util.find_spec("wandb") is not None
+    on_cpu, timeout_s = precision.device_type == "cpu", experiment.training.process_timeout_s
+    return make_accelerator(on_cpu, precision.mixed_precision, tracked, timeout_s)
+
+
+def make_accelerator(on_cpu: bool, mixed_precision: str, tracked: bool, timeout_s: float) -> Accelerator:
+    """An accelerator that is what is asked, whatever the environment says; the only place where one is made.
+
     Accumulation and schedule are the loop's own business, so Accelerate is told of neither: it would divide the loss
     by the accumulation steps and step a prepared scheduler once per process.
 
+    Args:
+        tracked: whether W&B is told, through the accelerator's tracker.
+
     Raises:
-        UserError: several processes were launched that do not know of each other.
+        UserError: several processes were launched that do not know of each other, or a variable asks for what is not
+            done here.
     """
-    tracked = wandb_wanted(experiment.tracking) and importlib.util.find_spec("wandb") is not None
-    timeout = timedelta(seconds=experiment.training.process_timeout_s)
-    accelerator = Accelerator(
-        cpu=precision.device_type == "cpu",
-        mixed_precision=precision.mixed_precision,
-        log_with="wandb" if tracked else None,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timeout),
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
-    )
+    settle_variables()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    given = read_by_accelerate()
+    try:
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=mixed_precision,
+            log_with="wandb" if tracked else None,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_backend="no",
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
+        )
+    except (ImportError, ValueError, torch.distributed.DistError) as error:
+        if not given or (launched > 1 and isinstance(error, torch.distributed.DistError)):
+            raise  # the latter: another process has not come
+        set_here = ", ".join(f"{name}={os.environ[name]}" for name in given if name in os.environ)
+        raise UserError(
+            f"the processes cannot be set up: {str(error).splitlines()[0]}; the environment has {set_here}: mend what "
+            f"is wrong, or `unset {' '.join(given)}`"
+        ) from error
     if accelerator.num_processes != launched:
         raise UserError(
             f"{launched} processes were launched, but this one knows of {accelerator.num_processes}: each would train "
             "alone in the same directory; launch with `torchrun --nproc_per_node N train.py ...` or "
             "`accelerate launch --multi_gpu --num_processes N train.py ...`"
         )
+    _require(accelerator, "cpu" if on_cpu else "cuda", mixed_precision)
     return accelerator
+
+
+def _require(accelerator: Accelerator, device_type: str, mixed_precision: str) -> None:
+    """See that Accelerate does what it was asked. An accelerator that was made before in this process stays as it is.
+
+    Raises:
+        RuntimeError: something else decided.
+    """
+    plain = (DistributedType.NO, DistributedType.MULTI_CPU if device_type == "cpu" else DistributedType.MULTI_GPU)
+    found = {
+        "gradient accumulation": (accelerator.gradient_accumulation_steps, (1,)),
+        "dynamo": (accelerator.state.dynamo_plugin.backend, (DynamoBackend.NO,)),
+        "distribution": (accelerator.distributed_type, plain),
+        "device": (accelerator.device.type, (device_type,)),
+        "mixed precision": (accelerator.mixed_precision, (mixed_precision,)),
+    }
+    wrong = [f"{what} is {value}" for what, (value, right) in found.items() if value not in right]
+    if wrong:
+        raise RuntimeError(f"Accelerate is not set up as the experiment says: {', '.join(wrong)}")
 
 
 def take_shards(experiment: Experiment) -> int:
@@ -76,7 +131,9 @@ def take_shards(experiment: Experiment) -> int:
         UserError: something is asked of FSDP that is not done here.
     """
     asked = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("FSDP_")}
-    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    sharded = is_on("ACCELERATE_USE_FSDP")
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    if not sharded:
         return 1
     shards = int(os.environ.get("WORLD_SIZE", "1"))
     asked.setdefault("FSDP_VERSION", "1")
@@ -85,8 +142,6 @@ def take_shards(experiment: Experiment) -> int:
         for name, (right, why) in FSDP_VALUES.items()
         if name in asked and asked[name].lower() not in [value.lower() for value in right]
     ]
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
-        problems.append("parallelism_config: leave it out: weights are shared out among all processes")
     if experiment.model.quantization != "none" and shards > 1:
         problems.append(
             f"model.quantization = {experiment.model.quantization}: 4-bit weights cannot be sharded; use "
@@ -146,7 +201,9 @@ def choose_kernels(deterministic: bool) -> None:
     Only warned about, not refused, is an operation that has no deterministic kernel: the run goes on.
     """
     if torch.cuda.is_available():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, before anything is computed there
+        given = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+        if not given or (deterministic and given not in DETERMINISTIC_CUBLAS):
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read once, before anything is computed there
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
