@@ -187,10 +187,8 @@ def recorded_variables() -> dict[str, str]:
 
 def read_by_accelerate() -> list[str]:
     """The names of what is set of processes and of Accelerate's own, for a message about a start that failed."""
-    prefixes = ("ACCELERATE_", *MPI)
-    return [
-        name for name in sorted(os.environ) if name in (*RANKS, *MEETING, "OMP_NUM_THREADS") or name.startswith(prefixes)
-    ]
+    names, prefixes = (*RANKS, *MEETING, "OMP_NUM_THREADS"), ("ACCELERATE_", *MPI)
+    return [name for name in sorted(os.environ) if name in names or name.startswith(prefixes)]
 
 
 def _problems_of_ranks(environment: MutableMapping[str, str]) -> list[str]:

@@ -29,6 +29,7 @@ TOP = {
     "options",
     "prompts",
     "terminal",
+    "variables",
     "yaml_core",
 }
 LAZY = {"gguf", "llama_cpp", "wandb", "bitsandbytes", "kagglehub", "matplotlib", "wandb_workspaces", "defusedxml"}

@@ -244,7 +244,9 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypa
 
     AcceleratorState._reset_state(reset_partial_state=True)
     Accelerator(cpu=True)  # one that stands alone
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher of two would say
+    said = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in said.items():  # as a launcher of two would
+        monkeypatch.setenv(name, value)
     assert main(["--exp", "exp_001", "--tiny", "--cpu", "--output-dir", str(tmp_path / "run")]) == 2
     told = capsys.readouterr().err
     assert "2 processes were launched, but this one knows of 1" in told

@@ -41,6 +41,7 @@ from medqa.model.precision import resolve_precision
 from medqa.training.checkpoint import newest_whole
 from medqa.training.footprint import footprint
 from medqa.training.processes import FSDP_VALUES, take_shards
+from medqa.variables import settle_variables
 
 LAUNCH_FILES = ("one_gpu", "four_gpus", "two_nodes_of_eight", "fsdp2")
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -297,7 +298,6 @@ def test_when_one_process_fails_all_stop_in_time_and_the_checkpoint_is_whole(tmp
         ("FSDP_SHARDING_STRATEGY", "HYBRID_SHARD", "fsdp_sharding_strategy = HYBRID_SHARD"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "true", "model.gradient_checkpointing"),
         ("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "true", "fsdp_activation_checkpointing_offload = true"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "parallelism_config"),
     ],
 )
 def test_what_is_not_done_is_refused_by_name(tiny, monkeypatch, name, value, told):
@@ -310,7 +310,7 @@ def test_what_is_not_done_is_refused_by_name(tiny, monkeypatch, name, value, tol
 def test_every_value_that_is_refused_is_tried():
     marks = test_what_is_not_done_is_refused_by_name.pytestmark
     tried = {case[0] for mark in marks if mark.name == "parametrize" for case in mark.args[1]}
-    assert tried == {*FSDP_VALUES, "ACCELERATE_USE_PARALLELISM_CONFIG"}
+    assert tried == set(FSDP_VALUES)
 
 
 def test_four_bit_weights_are_refused_and_without_a_version_it_is_1(tiny, monkeypatch):
@@ -379,6 +379,7 @@ def test_the_launcher_makes_of_them_what_we_mean(tiny, monkeypatch):
     fsdp, environment = launched("fsdp2", "--num_processes", "2")
     assert (fsdp.multi_gpu, fsdp.use_fsdp, fsdp.nproc_per_node) == (False, True, "2")
     assert environment["ACCELERATE_USE_FSDP"] == "true"
+    assert settle_variables(dict(environment)) == settle_variables({})  # nothing to tell of our own files
     given = {name: value for name, value in environment.items() if name.startswith(("FSDP_", "ACCELERATE_USE"))}
     for name, value in {**given, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)

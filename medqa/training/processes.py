@@ -103,10 +103,10 @@ def make_accelerator(on_cpu: bool, mixed_precision: str, tracked: bool, timeout_
 
 
 def _require(accelerator: Accelerator, device_type: str, mixed_precision: str) -> None:
-    """See that Accelerate does what it was asked. An accelerator that was made before in this process stays as it is.
+    """See that Accelerate does what it was asked: all accelerators of a process share the first one's state.
 
     Raises:
-        RuntimeError: something else decided.
+        UserError: something else decided.
     """
     plain = (DistributedType.NO, DistributedType.MULTI_CPU if device_type == "cpu" else DistributedType.MULTI_GPU)
     found = {
@@ -118,7 +118,10 @@ def _require(accelerator: Accelerator, device_type: str, mixed_precision: str) -
     }
     wrong = [f"{what} is {value}" for what, (value, right) in found.items() if value not in right]
     if wrong:
-        raise RuntimeError(f"Accelerate is not set up as the experiment says: {', '.join(wrong)}")
+        raise UserError(
+            f"Accelerate is not set up as the experiment says: {', '.join(wrong)}; if something else in this process "
+            "made an accelerator before, start a new process (in a notebook: restart the runtime)"
+        )
 
 
 def take_shards(experiment: Experiment) -> int:
