@@ -11,6 +11,7 @@ import pytest
 
 import medqa.__main__
 from medqa.command_options import command_parser
+from medqa.yaml_core import load_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,3 +53,11 @@ def test_python_m_medqa_is_the_same_command():
 
 def test_make_installs_the_command():
     assert "$(PIP) --no-deps --editable ." in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_the_hooks_before_a_commit_use_the_linter_of_the_tests():
+    """Another version would format otherwise than `make lint` checks."""
+    wanted = re.search(r"^ruff==\S+$", (ROOT / "requirements-dev.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    hooks = load_yaml((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"), "the hooks")["repos"][0]["hooks"]
+    assert [hook["entry"].split()[:2] for hook in hooks] == [["ruff", "check"], ["ruff", "format"]]
+    assert [hook["additional_dependencies"] for hook in hooks] == [[wanted[0]]] * 2

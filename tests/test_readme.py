@@ -68,7 +68,7 @@ def test_commands_are_shell_code():
     """A line of a shell block that is no command here would be tested by nothing."""
     for name, text in TEXTS.items():
         for line in [line for kind, block in blocks(text) if kind == "bash" for line in block.splitlines()]:
-            assert line.startswith(BEGINNINGS), (name, line)
+            assert line.strip().startswith(BEGINNINGS), (name, line)
 
 
 def test_there_are_launch_lines():
