@@ -2,10 +2,11 @@
 
 import argparse
 from pathlib import Path
+from typing import TypeAlias
 
 from medqa.options import add_data_option, add_run_options
 
-Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def command_parser() -> argparse.ArgumentParser:

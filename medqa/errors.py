@@ -22,8 +22,10 @@ from medqa.terminal import print_error
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_PERMISSION = (errno.EACCES, errno.EPERM)
 # What a disk, a mount or the system's limits answer, and no mistake of a program can cause.
-OF_THE_SYSTEM = (errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EBUSY)
-OF_THE_SYSTEM += (errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP, errno.EREMOTEIO)
+OF_THE_SYSTEM = (
+    errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EBUSY, errno.EMFILE,
+    errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP, errno.EREMOTEIO,
+)  # fmt: skip
 LOST = "another process of this run has died or has not answered for training.process_timeout_s"
 ENDING = "MEDQA_ENDING"
 LAUNCHER_DIED = signal.SIGUSR1  # asked of the kernel in `training/interrupts.py`
@@ -204,7 +206,8 @@ def together(*steps: Callable[[], Any]) -> list[Any]:
     Raises:
         UserError: with the problems of all that failed, so that they can be mended in one go.
     """
-    results, problems = [], []
+    results: list[Any] = []
+    problems: list[str] = []
     for step in steps:
         try:
             results.append(step())

@@ -50,7 +50,8 @@ class MicroBatch:
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each token, which example it is of and where in it it stands (from 0), both shaped as `labels`."""
         if self.segments is None:
-            return tuple(torch.meshgrid(*map(torch.arange, self.labels.shape), indexing="ij"))
+            example, position = torch.meshgrid(*map(torch.arange, self.labels.shape), indexing="ij")
+            return example, position
         lengths = torch.tensor(self.segments)
         example = torch.arange(len(lengths)).repeat_interleave(lengths)
         first = lengths.cumsum(0) - lengths

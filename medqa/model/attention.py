@@ -178,13 +178,14 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     groups = query.shape[1] // key.shape[1]
-    grouped = {}
+    grouped: dict[str, Any] = {}
     if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:  # not in torch 2.11 yet
         grouped = {"enable_gqa": True}
     elif groups > 1:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    flat = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    return varlen_attn(*flat, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), **grouped)[None]
+    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    packed = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), **grouped)
+    return packed[None]
 
 
 AttentionInterface.register(SEGMENTED, segmented_attention)

@@ -6,6 +6,8 @@ So p is taken to the nearest of 65,536 steps (0.05 becomes 0.0500031). It follow
 but is not that of `torch.nn.Dropout` from the same seed.
 """
 
+from typing import Any
+
 import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 
@@ -40,7 +42,7 @@ class _AddLora(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         result: torch.Tensor,
         x: torch.Tensor,
         a: torch.Tensor,
@@ -61,7 +63,7 @@ class _AddLora(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Of the frozen layer's output, the input, A and B."""
         x, a, b, inner, bits = ctx.saved_tensors
         flat, d_result = x.flatten(0, -2), gradient.flatten(0, -2)

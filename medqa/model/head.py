@@ -4,6 +4,8 @@ The head is frozen, so the gradient of a sum of losses with respect to what goes
 logits are: it is kept in their place, and nothing is computed twice.
 """
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
@@ -29,7 +31,7 @@ class SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
@@ -50,9 +52,7 @@ class SummedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, d_total: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, d_total: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         """The gradient kept, times that of the sum."""
         (gradient,) = ctx.saved_tensors
         return gradient * d_total, None, None, None

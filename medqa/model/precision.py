@@ -25,9 +25,17 @@ BF16_CAPABILITY = (8, 0)  # a T4 (7.5) only emulates bfloat16, slowly, though to
 class Kept(Protocol):
     """Of a checkpoint's settings, those that matter here."""
 
-    mixed_precision: str
-    dtype: str
-    quantization: str
+    @property
+    def mixed_precision(self) -> str:
+        """As in the experiment."""
+
+    @property
+    def dtype(self) -> str:
+        """As in the experiment."""
+
+    @property
+    def quantization(self) -> str:
+        """As in the experiment."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,8 @@ def resolve_precision(experiment: Experiment, force_cpu: bool, kept: Kept | None
         return _adapted(experiment, "cpu", "no", "float32", "on a CPU everything is float32")
     capability = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()
-    mixed_precision, dtype = experiment.training.mixed_precision, experiment.model.dtype
+    mixed_precision: str = experiment.training.mixed_precision
+    dtype: str = experiment.model.dtype
     if kept is not None:
         mixed_precision, dtype = kept.mixed_precision, kept.dtype
     if capability < BF16_CAPABILITY and "bf" in mixed_precision + dtype:

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from types import FrameType, TracebackType
+from typing import Any
 
 import psutil
 
@@ -41,7 +42,7 @@ class Interrupts:
         self._seen: Counter[int] = Counter()
         self.finish_update = False  # set by the loop: note the signal instead of raising
         self._over = False
-        self._previous: dict[int, signal.Handlers | object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
         if os.environ.get("ACCELERATE_MIXED_PRECISION") is not None:  # set by accelerate launch, and by nothing else

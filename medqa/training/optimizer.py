@@ -1,5 +1,7 @@
 """The optimizer over the trainable parameters."""
 
+from typing import Any
+
 import torch
 
 from medqa.config import Optimizer
@@ -13,7 +15,7 @@ def build_optimizer(model: torch.nn.Module, settings: Optimizer) -> torch.optim.
         UserError: the 8-bit optimizer is asked for and bitsandbytes is not installed.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    arguments = {
+    arguments: dict[str, Any] = {
         "lr": settings.learning_rate,
         "betas": (settings.betas[0], settings.betas[1]),
         "eps": settings.eps,
