@@ -4,6 +4,7 @@ Their options are in `command_options.py`.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -15,12 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medqa.command_options import command_parser
-from medqa.errors import UserError, exit_code, writing
+from medqa.errors import LAUNCHER_DIED, UserError, exit_code, writing
 from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
+from medqa.files import write_json
 from medqa.options import data_locations, locations, run_words
 from medqa.terminal import make_console, print_error, protect
+from medqa.training.interrupts import Interrupts
 from medqa.variables import settle_variables
 
+# These end a command as an error would, so that it removes what it has begun to write. Ctrl-C is Python's own.
+STOPPING = (signal.SIGTERM, signal.SIGHUP, LAUNCHER_DIED)
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
@@ -34,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return exit_code(lambda: run_command(options))
+        with Interrupts(STOPPING):
+            return exit_code(lambda: run_command(options))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
@@ -111,10 +117,16 @@ def verify_resume(options: argparse.Namespace) -> None:
     name = default_output_dir(options.exp, options.tiny, options.set, experiment).name
     directory = options.output_dir or Path("outputs") / "verify-resume" / name
     console = make_console()
-    found = verify.verify_resume(
-        run_words(options), directory, options.kills, options.seed, start_train, functools.partial(console.print)
-    )
-    (directory / "certificate.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    say = functools.partial(console.print, soft_wrap=True)
+    with writing(directory), contextlib.ExitStack() as started:
+
+        def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
+            process = start_train(words, log)
+            started.callback(process.kill)  # where this command is stopped, and does nothing to one that has ended
+            return process
+
+        found = verify.verify_resume(run_words(options), directory, options.kills, options.seed, start, say)
+        write_json(found, directory / "certificate.json")
     verify.show_certificate(console, found)
     print(json.dumps(found))
     if not found["bitwise_equal"]:
@@ -179,16 +191,13 @@ def evaluate(options: argparse.Namespace) -> None:
             "directory, outputs/exp_002 say"
         )
     console = make_console(is_first_process())
-    with writing(source.run):
-        keep = functools.partial(evaluation.write_evaluation, run=source.run)
-        found = evaluation.evaluate(source, tasks, options.limit, options.cpu, console, keep)
-        if is_first_process():
-            show_evaluation(console, found)
-            written = keep(found)
-            place = source.run / evaluation.EVALUATION
-            console.print(f"written to {place}" if written else f"not written: {place} is of all rows", soft_wrap=True)
-            if written and source.final:
-                log_evaluation(found, source.run, source.experiment, options.cpu, console.print)
+    say = functools.partial(console.print, soft_wrap=True)
+    keeper = evaluation.Keeper(source.run, say)
+    found = evaluation.evaluate(source, tasks, options.limit, options.cpu, console, keeper.write)
+    if is_first_process():
+        show_evaluation(console, found)
+        if keeper.finish(found) and source.final:
+            log_evaluation(found, source.run, source.experiment, options.cpu, say)
 
 
 def ask(options: argparse.Namespace) -> None:

@@ -92,7 +92,8 @@ def protect() -> None:
             os.set_inheritable(number, True)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        setattr(sys, name, open(os.devnull, "w", encoding="utf-8") if stream is None else _forgiving(stream))  # noqa: SIM115
+        closed = stream is None or stream.closed
+        setattr(sys, name, open(os.devnull, "w", encoding="utf-8") if closed else _forgiving(stream))  # noqa: SIM115
 
 
 def _forgiving(stream: TextIO) -> TextIO:
@@ -104,7 +105,7 @@ def _forgiving(stream: TextIO) -> TextIO:
         stream.flush()
     try:
         lowest = _Forgiving(stream)
-    except (OSError, ValueError):  # closed, or in memory
+    except (OSError, ValueError):  # in memory
         return stream
     return io.TextIOWrapper(
         io.BufferedWriter(lowest),

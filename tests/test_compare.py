@@ -607,7 +607,7 @@ def test_figures_of_some_rows_stand_apart_from_those_of_all(tmp_path, capsys):
     comparison = compared(few, whole)
     ranked = cells_of(comparison, "answer perplexity")
     assert ranked["few"]["test, tuned"] == "40.45", "that of the summary, of all rows"
-    assert ranked["few"]["test, untuned"] == "–"
+    assert ranked["few"]["test, untuned"] == "-"
     assert ranked["whole"]["test, tuned"] == "41.25 (38.50 to 44)"
     assert ranked["few"]["rows of validation and test"] == ranked["whole"]["rows of validation and test"] == "28 and 31"
     apart = cells_of(comparison, "answer perplexity on a part of the rows")
@@ -644,7 +644,7 @@ def test_validation_rows_of_an_unfinished_run_stand_apart(tmp_path):
     text = [line if '"step": 10, "split": "eval"' not in line else json.dumps(eval_record(10, 3.0, 8)) for line in text]
     (going / "metrics.jsonl").write_text("\n".join(text) + "\n")
     comparison = compared(going, make_run(tmp_path / "done", "exp_001"))
-    assert cells_of(comparison, "answer perplexity")["going"]["validation, tuned"] == "–"
+    assert cells_of(comparison, "answer perplexity")["going"]["validation, tuned"] == "-"
     apart = cells_of(comparison, "answer perplexity on a part of the rows")["going"]
     assert (apart["figure of"], apart["rows"], apart["tuned"]) == ("validation, at update 10", "8", "33.12")
     titles = [plot.title for row in plots(comparison.runs) for plot in row]

@@ -1,7 +1,9 @@
 """`python -m medqa evaluate`: the loss of the run's summary, with intervals, however computed; what is refused."""
 
+import errno
 import json
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -270,6 +272,45 @@ def test_what_is_done_is_kept_though_a_later_task_fails(run, monkeypatch):
     monkeypatch.setitem(evaluate.MEASURES, "mcq", fails)
     assert main(["evaluate", str(run), "--tasks", "loss,mcq", "--limit", "3", "--cpu"]) == 130
     assert loss_of(run)["test"]["rows"] == 3
+
+
+def test_a_run_that_cannot_be_written_is_evaluated_and_its_figures_are_shown(run, tmp_path, monkeypatch, capsys):
+    """As root may write anywhere, the run is on a disk that is mounted read-only."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("no permission to mount a disk")
+    try:
+        shutil.copytree(run, place / "run")
+        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        monkeypatch.setenv("COLUMNS", "200")
+        assert main(["evaluate", str(place / "run"), "--tasks", "loss", "--limit", "3", "--cpu"]) == 0
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+    told = capsys.readouterr()
+    said = told.out.splitlines()
+    first = (
+        f"{place / 'run'} cannot be written to (Read-only file system): the figures are shown at the end, and not kept"
+    )
+    assert said[0] == first
+    assert said[-1] == f"not kept: {place / 'run'} cannot be written to"
+    assert any("answer perplexity on test" in line for line in said)
+    assert told.err == ""
+
+
+def test_figures_are_shown_though_the_disk_fills_up(run, monkeypatch, capsys):
+    """And the exit code says that they are not kept, because there was a place for them at the start."""
+
+    def full(found, run) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device", str(run / "evaluation.json.tmp"))
+
+    monkeypatch.setattr(evaluate, "write_evaluation", full)
+    assert main(["evaluate", str(run), "--tasks", "loss", "--limit", "3", "--cpu"]) == 2
+    told = capsys.readouterr()
+    why = f"{run / 'evaluation.json.tmp'}: No space left on device; make room there, then start again"
+    assert told.out.count(f"{why}: the figures are shown at the end, and not kept") == 1
+    assert "answer perplexity on test" in told.out
+    assert told.err == f"error: {why}\n"
 
 
 def test_two_at_once_lose_nothing(evaluated, run):

@@ -9,6 +9,7 @@ import json
 import re
 import resource
 import shutil
+import signal
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -537,6 +538,29 @@ def test_nothing_is_overwritten_and_nothing_left(run, tmp_path, capsys):
     assert "no such directory" in refused(capsys, run, "--to", tmp_path / "x", "--model", "./nowhere")
     assert "cannot be written" in refused(capsys, run, "--to", tmp_path / "file" / "x" / "y")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("form", ["merged", "gguf"])
+def test_a_signal_leaves_nothing(run, tmp_path, capsys, monkeypatch, form, number):
+    """What a service manager or a lost connection ends must not leave a model behind in a hidden directory."""
+    seen = []
+
+    def interrupted(directory: Path, *_: object) -> None:
+        seen.extend(path.name for path in tmp_path.glob("new/.x-*/*"))
+        signal.raise_signal(number)
+        raise AssertionError("the signal did not end it")
+
+    monkeypatch.setattr(export_module, "load_stored" if form == "merged" else "load_gguf", interrupted)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        arguments = ["export", str(run), "--to", str(tmp_path / "new" / "x"), "--format", form, "--cpu"]
+        assert main(arguments) == 128 + number
+    finally:
+        signal.signal(number, before)
+    assert any(name.endswith((".safetensors", ".gguf")) for name in seen), "nothing was there to be left"
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err.endswith(f"stopped by {number.name}\n")
 
 
 @pytest.mark.parametrize("form", ["merged", "gguf"])

@@ -11,7 +11,7 @@ from medqa.results.compare_warnings import warnings
 from medqa.results.figures import TOO_FEW, Figure
 from medqa.terminal import printable
 
-NOT_THERE = "–"
+NOT_THERE = "-"
 SOURCES = "where data and base model lie"
 
 

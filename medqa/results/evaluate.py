@@ -1,6 +1,7 @@
 """`python -m medqa evaluate RUN`: how good is a run's adapter really, on held-out rows, beside the untuned base."""
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from medqa.config import Tracking
 from medqa.data.file_lock import alone_in
-from medqa.errors import UserError
+from medqa.errors import NotWritten, UserError, refusal
 from medqa.files import write_json
 from medqa.model.precision import resolve_precision
 from medqa.results.adapter import Source, load_adapted
@@ -33,7 +34,7 @@ def evaluate(
     limit: int | None,
     cpu: bool,
     console: Console,
-    keep: Callable[[Mapping[str, Any]], None],
+    keep: Callable[[Mapping[str, Any]], object],
 ) -> dict[str, Any]:
     """`evaluation.json`: the figures of the tasks.
 
@@ -75,6 +76,56 @@ def evaluate(
             if accelerator.is_main_process:
                 keep(found)
     return found
+
+
+class Keeper:
+    """Writes `evaluation.json` after each task, as far as it can be written.
+
+    A run of somebody else, or on a read-only disk, can be evaluated too: that its figures are not kept is said before
+    anything is computed. A disk that fills up later does not end the evaluation; `failed` then says why.
+    """
+
+    def __init__(self, run: Path, say: Callable[[str], None]) -> None:
+        self.failed: str | None = None
+        self._run, self._say = run, say
+        self._keeps = True
+        try:
+            with tempfile.TemporaryFile(dir=run):
+                pass
+        except OSError as error:
+            self._keeps = False
+            say(f"{run} cannot be written to ({error.strerror}): the figures are shown at the end, and not kept")
+
+    def write(self, found: Mapping[str, Any]) -> bool:
+        """Keep what is found so far; returns whether it stands in `evaluation.json` now."""
+        if not self._keeps:
+            return False
+        try:
+            return write_evaluation(found, self._run)
+        except OSError as error:
+            self.failed = refusal(error, self._run)
+            if self.failed is None:
+                raise
+            self._keeps = False
+            self._say(f"{self.failed}: the figures are shown at the end, and not kept")
+            return False
+
+    def finish(self, found: Mapping[str, Any]) -> bool:
+        """Keep all of it, and say where it is; returns whether it stands in `evaluation.json` now.
+
+        Raises:
+            NotWritten: it cannot be written, although there was a place for it at the start.
+        """
+        place, written = self._run / EVALUATION, self.write(found)
+        if self.failed is not None:
+            raise NotWritten(self.failed)
+        if written:
+            self._say(f"written to {place}")
+        elif self._keeps:
+            self._say(f"not written: {place} is of all rows")
+        else:
+            self._say(f"not kept: {self._run} cannot be written to")
+        return written
 
 
 def write_evaluation(found: Mapping[str, Any], run: Path) -> bool:
