@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from documents import TEXTS, blocks
 
 from medqa.__main__ import main
 from medqa.config import Data
@@ -15,6 +16,7 @@ from medqa.data.sources import load_sources
 from medqa.data.tokens import tokenize
 from medqa.errors import UserError
 from medqa.evaluation.inference import generate_answers
+from medqa.prompts import prompt
 from medqa.results import ask
 from medqa.results.adapter import Adapted, find_adapter, load_adapted
 from medqa.terminal import printable
@@ -215,3 +217,13 @@ def test_answers_command_no_terminal():
 def test_a_question_that_is_too_long_is_named(adapted):
     with pytest.raises(UserError, match=r"the question has [\d,]+ tokens and the model takes [\d,]+; shorten it"):
         ask.answer(adapted, "asthma " * 5000, 8)
+
+
+def test_the_documented_code_asks_an_adapter_without_this_project(tiny_run, capsys):
+    (code,) = (block for kind, block in blocks(TEXTS["docs/evaluation.md"]) if kind == "python")
+    assert '"outputs/exp_002-tiny/lora_adapters"' in code
+    assert "medqa" not in code
+    exec(code.replace("outputs/exp_002-tiny", str(tiny_run)), {})
+    said = capsys.readouterr().out
+    assert prompt("What are the symptoms of Malaria ?") in said
+    assert len(said) > len(prompt("What are the symptoms of Malaria ?")) + 20
