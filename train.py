@@ -42,6 +42,7 @@ from medqa.training.run_dir import (
     check_run_dir,
     find_checkpoint,
     finished,
+    left_alone,
     note_saved,
     start_run,
     what_is_saved,
@@ -143,7 +144,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     on_main(accelerator, lambda: copies.start(training.keep_checkpoints, options.fresh, say))
     about = experiment, updates, stream, splits, examples
     plan = make_plan(*about, adapted, execution, changes, accelerator, tokenizer.decode)
-    plan.lines.extend([*ignored, *told_of(found, state, spent.damaged)])
+    plan.lines.extend([*ignored, *told_of(found, state, spent.damaged), *left_alone(output_dir)])
     plan.lines.extend(space_needed(options.persist_to, experiment, adapted, state.step, updates))
     show_plan(console, f"{name} in {output_dir}", plan)
     console.print(start_wandb(accelerator, experiment, output_dir, leg.run_id, changes))

@@ -10,6 +10,7 @@ Reading: only regular files are opened (opening a pipe would wait for ever, and 
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -125,11 +126,25 @@ def open_regular(path: Path) -> IO[bytes]:
     Raises:
         OSError: the file cannot be opened, or it is a pipe, a device, a socket or a directory.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    return os.fdopen(_open(path, os.O_RDONLY), "rb")
+
+
+def open_in_place(path: Path) -> io.FileIO:
+    """Open a regular file for reading and writing, without a buffer. Links are not followed.
+
+    Raises:
+        OSError: the file cannot be opened, or it is a link, a pipe, a device, a socket or a directory.
+    """
+    return io.FileIO(_open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)), "r+")
+
+
+def _open(path: Path, flags: int) -> int:
+    """The descriptor of a regular file. `O_NONBLOCK`: opening a pipe would wait for its other end."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return os.fdopen(descriptor, "rb")
+    return descriptor
 
 
 def read_file(path: Path, limit: int) -> bytes:

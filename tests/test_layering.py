@@ -27,6 +27,7 @@ TOP = {
     "key_advice",
     "limits",
     "options",
+    "places",
     "prompts",
     "terminal",
     "variables",

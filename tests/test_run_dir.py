@@ -1,18 +1,39 @@
 """A run's directory: whose it is, what may change when a run goes on, and what starting over removes."""
 
+import errno
 import json
+import os
+import shutil
+import socket
 from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from rich.console import Console
 
 from medqa.errors import UserError
 from medqa.experiment_file import load_experiment
+from medqa.files import write_json
+from medqa.places import check_place
+from medqa.results.evaluate import SAME_ADAPTER, write_evaluation
 from medqa.training.checkpoint import RunState
 from medqa.training.checkpoint_files import checkpoints
-from medqa.training.lock import RunLock
-from medqa.training.run_dir import check_run_dir, clear, finished, start_run, write_config
+from medqa.training.console import show_result
+from medqa.training.lock import RunLock, this_process
+from medqa.training.run_dir import (
+    Leg,
+    check_run_dir,
+    clear,
+    find_checkpoint,
+    finished,
+    left_alone,
+    read_leg,
+    read_summary,
+    start_run,
+    write_config,
+)
+from medqa.training.tracking import MetricsFile
 
 MARK = "a run's"
 
@@ -193,12 +214,253 @@ def test_checkpoints_are_in_numeric_order(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-50", "checkpoint-900", "checkpoint-1000"]
 
 
+FIGURES = {"loss": 4.5, "perplexity": 90.0, "answer_loss": 4.25, "answer_perplexity": None}
+SUMMARY = {
+    "experiment": "e", "baseline": FIGURES, "final": FIGURES, "test": FIGURES, "updates": 4, "best_step": 4,
+    "wall_clock_s": 3.5, "peak_memory_bytes": 5, "memory_device": "cpu", "data_fingerprint": "ab",
+}  # fmt: skip
+
+
 def test_finished_only_with_a_whole_summary_of_as_many_updates(tmp_path):
     run = experiment("training.max_steps=4")
     assert finished(tmp_path, run) is None
-    summary = {"experiment": "e", "baseline": {}, "final": {}, "test": {}, "updates": 4}
-    for content, complete in [(summary, True), (summary | {"updates": 3}, False), ({"updates": 4}, False), ([], False)]:
+    whole = SUMMARY | {"of a later version": [1]}
+    for content, complete in [(whole, True), (whole | {"updates": 3}, False), ({"updates": 4}, False), ([], False)]:
         (tmp_path / "summary.json").write_text(json.dumps(content))
         assert (finished(tmp_path, run) is not None) == complete
-    (tmp_path / "summary.json").write_text(json.dumps(summary)[:-5])
+    (tmp_path / "summary.json").write_text(json.dumps(whole)[:-5])
     assert finished(tmp_path, run) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"baseline": {}}, {"baseline": None}, {"final": {**FIGURES, "loss": "abc"}}, {"test": [1]}, {"experiment": [1]},
+     {"wall_clock_s": "x"}, {"wall_clock_s": None}, {"peak_memory_bytes": None}, {"peak_memory_bytes": True},
+     {"memory_device": 5}, {"final": {**FIGURES, "answer_loss": {}}}, {"final": {**FIGURES, "loss": None}},
+     {"adapter_step": "4\n# x"}, {"adapter_step": {}}, {"best_step": -1}, {"data_fingerprint": None},
+     {"wall_clock_s": float("nan")}, {"final": {**FIGURES, "loss": float("inf")}}, {"peak_memory_bytes": 10**400},
+     {"wall_clock_s": 10**400}],
+)  # fmt: skip
+def test_a_summary_with_a_part_of_another_kind_is_not_believed(change, tmp_path):
+    run = experiment("training.max_steps=4")
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+    show_result(Console(quiet=True), finished(tmp_path, run))
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY | change))
+    assert finished(tmp_path, run) is None
+
+
+@pytest.mark.parametrize(
+    "content", ['{"a":' * 5000 + "1" + "}" * 5000, "[" * 5000, "\x00", b"\xff\xfe", " " * 20_000_000]
+)
+def test_nor_is_one_that_is_too_deep_or_too_long(content, tmp_path):
+    (tmp_path / "summary.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert read_summary(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 5000, '{"run_id": "a", "resumes": 1e400, "saved": true}', '{"run_id": "a", "resumes": NaN, "saved": true}',
+     '{"run_id": "../a", "resumes": 1, "saved": true}', '{"run_id": 5, "resumes": 1, "saved": true}',
+     '{"run_id": "a\\n", "resumes": 1, "saved": true}', '{"run_id": "a", "resumes": -1, "saved": true}',
+     '{"run_id": "a", "resumes": "1", "saved": true}', '{"run_id": "a", "resumes": 1, "saved": "no"}',
+     '{"run_id": "a", "resumes": 1}', "[1]", "null", ""],
+)  # fmt: skip
+def test_a_damaged_run_file_does_not_start_the_run_over(content, tmp_path):
+    (tmp_path / "run.json").write_text('{"run_id": "a", "resumes": 1, "saved": true, "later": 1}')
+    assert read_leg(tmp_path) == Leg(run_id="a", resumes=1, saved=True)
+    (tmp_path / "run.json").write_text(content)
+    assert read_leg(tmp_path) is None
+    with pytest.raises(UserError, match="its checkpoints have gone"):
+        find_checkpoint(tmp_path, None, experiment())
+
+
+# --- what is no regular file, and links
+
+
+def odd_file(path: Path, kind: str) -> None:
+    """Something that no run writes, at this path."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "socket":
+        here = Path.cwd()
+        os.chdir(path.parent)  # a socket's address has at most 107 bytes
+        socket.socket(socket.AF_UNIX).bind(path.name)
+        os.chdir(here)
+
+
+NAMES = (
+    "config.yaml",
+    "data_report.json",
+    "splits.csv",
+    "metrics.jsonl",
+    "evaluation.json",
+    "summary.json",
+    "run.json",
+)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "device", "socket"])
+@pytest.mark.parametrize("name", [*NAMES, "run.lock", "lora_adapters/README.md"])
+def test_what_is_no_regular_file_is_refused_by_name_at_the_start(name, kind, accelerator, tmp_path):
+    run = run_dir(tmp_path / "run", accelerator)
+    (run / name).unlink(missing_ok=True)
+    odd_file(run / name, kind)
+    with pytest.raises(UserError, match=rf"--output-dir .*{name}.*(not the kind of file|no run wrote)"):
+        check_run_dir(run, experiment(), False)
+    assert finished(run, experiment()) is None
+    read_leg(run)
+    read_summary(run)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "device", "socket"])
+def test_a_lock_file_that_is_none_is_refused(kind, tmp_path):
+    odd_file(tmp_path / "run.lock", kind)
+    for attempt in ("take_if_there", "take"):
+        with RunLock(tmp_path) as lock, pytest.raises(UserError, match=r"run.lock is not a regular file; remove it"):
+            getattr(lock, attempt)()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "lora_adapters", "run.lock"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_link_that_would_be_written_through_is_refused_at_the_start(name, fresh, accelerator, tmp_path):
+    run = run_dir(tmp_path / "run", accelerator)
+    (run / name).rename(tmp_path / "victim")
+    (run / name).symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match=rf"{name}.*a link"):
+        check_run_dir(run, experiment(), fresh)
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link", "link in a circle"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_lora_adapters_that_is_no_directory_is_found_at_the_start(kind, fresh, accelerator, tmp_path):
+    run = run_dir(tmp_path / "run", accelerator)
+    place = run / "lora_adapters"
+    shutil.rmtree(place)
+    if kind == "file":
+        place.write_text("mine")
+    else:
+        place.symlink_to(place if kind == "link in a circle" else tmp_path / "nowhere")
+    with pytest.raises(UserError, match="lora_adapters") as caught:
+        check_run_dir(run, experiment(), fresh)
+    assert (f"{place} is a link to {tmp_path}/nowhere, which is not there" in str(caught.value)) == ("dang" in kind)
+
+
+@pytest.mark.parametrize("suffix", ["", ".tmp"])
+def test_what_links_lead_to_stays_as_it_is(suffix, accelerator, tmp_path):
+    """All that a run writes whole, with a link at its name or at its temporary name."""
+    run = run_dir(tmp_path / "run", accelerator)
+    (run / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n')
+    (run / "evaluation.json").write_text(MARK)
+    victims = {}
+    for name in sorted(
+        {*NAMES} - {"splits.csv", "" if suffix else "metrics.jsonl"}
+    ):  # the link metrics.jsonl is refused
+        victims[name] = tmp_path / f"victim of {name}"
+        victims[name].write_bytes((run / name).read_bytes())
+        if not suffix:
+            (run / name).unlink()
+        (run / (name + suffix)).symlink_to(victims[name])
+    before = {name: path.read_bytes() for name, path in victims.items()}
+    check_run_dir(run, experiment(), False)
+    begin(run, accelerator)
+    write_config(run, experiment(), 8, {})
+    MetricsFile(run / "metrics.jsonl").resume(4, 8)
+    for name in ("data_report.json", "summary.json"):
+        write_json({}, run / name)
+    write_evaluation({"limit": None, "tasks": {}} | dict.fromkeys(SAME_ADAPTER), run)
+    assert {name: path.read_bytes() for name, path in victims.items()} == before
+    assert not [name for name in victims if (run / name).is_symlink()]
+    assert not list(run.glob("*.json.tmp"))
+
+
+# --- places
+
+
+@pytest.mark.parametrize(
+    "place, problem",
+    [
+        ("gone", "is a link to /scratch/not/mounted, which is not there"),
+        ("gone/a/b", "gone is a link to /scratch/not/mounted, which is not there"),
+        ("circle", "is a link that leads back to itself"),
+        ("circle/a", "is a link that leads back to itself"),
+        ("file", "is not a directory one can write to"),
+        ("file/a", "is not a directory one can write to"),
+        ("linked file/a", "is not a directory one can write to"),
+        ("x" * 256, "name too long"),
+        ("a/" + "x" * 256 + "/b", "name too long"),
+        ("/".join(["x" * 200] * 21), "name too long"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused_before_anything_is_made(place, problem, tmp_path):
+    (tmp_path / "gone").symlink_to("/scratch/not/mounted")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "linked file").symlink_to(tmp_path / "file")
+    before = names(tmp_path)
+    for option in ("--output-dir", "--persist-to", "--to"):
+        with pytest.raises(UserError, match=rf"(?i)^{option} .*{problem}.*; choose "):
+            check_place(tmp_path / place, option)
+    with pytest.raises(UserError, match=rf"(?i)^--output-dir .*{problem}"):
+        check_run_dir(tmp_path / place, experiment(), False)
+    assert names(tmp_path) == before
+
+
+def test_a_place_may_be_a_link_to_a_directory_and_have_any_name(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for place in ("link", "link/a/b", "caf\udce9/a", "é" * 100, "x" * 255, "a\nb"):
+        check_place(tmp_path / place, "--output-dir")
+    assert names(tmp_path) == {"real", "link"}
+
+
+def test_what_is_no_runs_is_named_and_left_alone(accelerator, tmp_path):
+    run = run_dir(tmp_path / "run", accelerator)
+    (run / "wandb").mkdir()
+    (run / "summary.json.tmp").write_text("a killed write")
+    assert left_alone(run) == []
+    (run / "thesis.txt").write_text("mine")
+    ((_, line),) = left_alone(run)
+    assert line.startswith("thesis.txt: no run's")
+    for name in ("b", "c", "a", "checkpoint-2.aside-00000000"):
+        (run / name).write_text("mine")
+    ((_, line),) = left_alone(run)
+    assert line.startswith("a, b, c and 2 more: no run's")
+    assert left_alone(tmp_path / "another host's") == []
+
+
+# --- the lock
+
+
+def holders() -> dict[str, bytes]:
+    """Lock files of nobody's."""
+    mine = this_process()
+    changes = {
+        "pid null": {"pid": None}, "pid in a list": {"pid": [1]}, "pid of text": {"pid": "1"}, "pid 0": {"pid": 0},
+        "pid below 0": {"pid": -5}, "pid true": {"pid": True}, "pid huge": {"pid": 2**62}, "host": {"host": {}},
+        "boot": {"boot": None}, "started": {"started": "x"}, "started true": {"started": True},
+    }  # fmt: skip
+    texts = {"empty": "", "deep": "[" * 4000, "list": "[1]", "infinite": json.dumps({**mine, "started": float("inf")})}
+    texts |= {"digits": json.dumps({**mine, "pid": 10**400}), "long": json.dumps({**mine, "more": "x" * 10_000})}
+    return {name: text.encode() for name, text in texts.items()} | {
+        name: json.dumps({**mine, **change}).encode() for name, change in changes.items()
+    }
+
+
+@pytest.mark.parametrize("name", holders())
+@pytest.mark.parametrize("flock", [True, False])
+def test_a_lock_file_that_names_nobody_holds_nobody_up(name, flock, tmp_path, monkeypatch):
+    def no_locks(*_: int) -> None:
+        raise OSError(errno.ENOSYS, "no locks")
+
+    if not flock:
+        monkeypatch.setattr("medqa.training.lock.fcntl.flock", no_locks)  # as some network mounts
+    (tmp_path / "run.lock").write_bytes(holders()[name])
+    with RunLock(tmp_path) as lock:
+        lock.take_if_there()
+        lock.take()
+        lock.check()
+    assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()

@@ -18,7 +18,7 @@ from medqa.length import is_complete, planned_updates
 from medqa.limits import MAX_METRICS_BYTES
 from medqa.results.figures import Figure, figures, number
 from medqa.terminal import printable
-from medqa.yaml_core import load_yaml
+from medqa.yaml_core import read_yaml
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 EVALUATION, DATA_REPORT = "evaluation.json", "data_report.json"
@@ -160,7 +160,7 @@ def _one_line(text: str) -> str:
 
 def _in_effect(config: Path) -> dict[str, Any]:
     """What was used instead of what was asked for, by `section.key`."""
-    said = part(load_yaml(config.read_text(encoding="utf-8-sig"), str(config)), "in_effect")
+    said = part(read_yaml(config), "in_effect")
     changes = said if isinstance(said, dict) else {}
     return {key: used for key, change in changes.items() if isinstance(used := part(change, "used"), str | int | float)}
 

@@ -1,6 +1,5 @@
 """`python -m medqa evaluate RUN`: how good is a run's adapter really, on held-out rows, beside the untuned base."""
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from rich.console import Console
 from medqa.config import Tracking
 from medqa.data.file_lock import alone_in
 from medqa.errors import NotWritten, UserError, refusal
-from medqa.files import write_json
+from medqa.files import Damaged, Missing, read_json, write_json
 from medqa.model.precision import resolve_precision
 from medqa.results.adapter import Source, load_adapted
 from medqa.results.bench import Bench
@@ -95,6 +94,12 @@ class Keeper:
         except OSError as error:
             self._keeps = False
             say(f"{run} cannot be written to ({error.strerror}): the figures are shown at the end, and not kept")
+        try:
+            read_evaluation(run)
+        except Missing:
+            pass
+        except Damaged as error:
+            say(f"{error}: this evaluation takes its place")
 
     def write(self, found: Mapping[str, Any]) -> bool:
         """Keep what is found so far; returns whether it stands in `evaluation.json` now."""
@@ -136,19 +141,32 @@ def write_evaluation(found: Mapping[str, Any], run: Path) -> bool:
     Raises:
         OSError: it cannot be written.
     """
-    path = run / EVALUATION
     with alone_in(run):
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            same = all(before[key] == found[key] for key in SAME_ADAPTER)
-            if same and before["limit"] is None and found["limit"] is not None:
+            before = read_evaluation(run)
+        except Damaged:
+            before = {}
+        tasks = found["tasks"]
+        if "limit" in before and all(before.get(key) == found[key] for key in SAME_ADAPTER):
+            if before["limit"] is None and found["limit"] is not None:
                 return False
-            same = same and before["limit"] == found["limit"]
-            tasks = {**before["tasks"], **found["tasks"]} if same else found["tasks"]
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            tasks = found["tasks"]
-        write_json({**found, "tasks": tasks}, path)
+            if before["limit"] == found["limit"]:
+                tasks = {**before["tasks"], **tasks}
+        write_json({**found, "tasks": tasks}, run / EVALUATION)
     return True
+
+
+def read_evaluation(run: Path) -> dict[str, Any]:
+    """A run's `evaluation.json`.
+
+    Raises:
+        Missing: the run has none.
+        Damaged: it is not what `write_evaluation` writes.
+    """
+    found = read_json(run / EVALUATION)
+    if not isinstance(found, dict) or not isinstance(found.get("tasks"), dict):
+        raise Damaged(f"{run / EVALUATION}: it holds no evaluation")
+    return found
 
 
 def chosen_tasks(words: str) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medqa.files import Damaged, read_json
 from medqa.prompts import prompt
 from medqa.results.adapter import Source
 from medqa.results.fidelity import KL_LIMITS, Fidelity
@@ -150,7 +151,7 @@ def _with_interval(found: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object of the run; an empty one where it has none that can be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(path)
+    except Damaged:
         return {}
     return found if isinstance(found, dict) else {}

@@ -12,22 +12,38 @@ run; where the lock holds on all hosts, it is not even that, for the newer one i
 (a process of several that gets no answer does, within `training.process_timeout_s`).
 """
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import stat
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
+from pydantic import BaseModel, ConfigDict, Field
 
 from medqa.data.file_lock import NO_FLOCK
 from medqa.errors import Busy, UserError
+from medqa.files import parse_json
 from medqa.training.processes import is_first_process
 
 LOCK_FILE = "run.lock"
+LONGEST = 4096  # bytes of it that are read
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Holder(BaseModel):
+    """What a lock file says of who has it: host, that host's boot, process number, its start in seconds since 1970."""
+
+    model_config = ConfigDict(strict=True)
+
+    host: str
+    boot: str
+    pid: Annotated[int, Field(gt=0)]
+    started: float
 
 
 class RunLock:
@@ -52,7 +68,7 @@ class RunLock:
         Raises:
             UserError: another process holds it.
         """
-        if is_first_process() and (self._output_dir / LOCK_FILE).is_file():
+        if is_first_process() and os.path.lexists(self._output_dir / LOCK_FILE):
             self._take()
 
     def take(self) -> None:
@@ -79,7 +95,7 @@ class RunLock:
         if self._mine is None:
             return
         try:  # by its name: a network mount then asks the server who is in it now
-            descriptor = os.open(self._output_dir / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = self._open(os.O_RDONLY)
         except FileNotFoundError:
             return  # removed by hand: nobody has taken it
         try:
@@ -94,8 +110,7 @@ class RunLock:
 
     def _take(self) -> None:
         """Open and lock the file."""
-        path = self._output_dir / LOCK_FILE
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        descriptor = self._open(os.O_RDWR | os.O_CREAT)
         holder = _holder(descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,11 +124,32 @@ class RunLock:
                 ) from error
         self._file = descriptor
 
+    def _open(self, flags: int) -> int:
+        """A descriptor of the lock file.
+
+        Raises:
+            UserError: something else than a regular file is there.
+            OSError: it cannot be opened.
+        """
+        path = self._output_dir / LOCK_FILE
+        problem = f"--output-dir {self._output_dir}: {LOCK_FILE} is not a regular file; remove it, or choose another"
+        try:
+            descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, a directory, a socket or a pipe
+                raise UserError(problem) from error
+            raise
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise UserError(problem)
+        return descriptor
+
 
 def this_process() -> dict[str, Any]:
     """Host, boot and process, so that no other process is taken for this one."""
     process = psutil.Process()
-    return {"host": socket.gethostname(), "boot": _boot(), "pid": process.pid, "started": process.create_time()}
+    found = Holder(host=socket.gethostname(), boot=_boot(), pid=process.pid, started=process.create_time())
+    return found.model_dump()
 
 
 def lives(holder: dict[str, Any] | None) -> bool:
@@ -122,7 +158,7 @@ def lives(holder: dict[str, Any] | None) -> bool:
         return False
     try:
         started = psutil.Process(holder["pid"]).create_time()
-    except (psutil.NoSuchProcess, ValueError, TypeError, OverflowError):
+    except (psutil.NoSuchProcess, OverflowError):
         return False
     return holder["pid"] != os.getpid() and abs(started - holder["started"]) < 1
 
@@ -130,11 +166,9 @@ def lives(holder: dict[str, Any] | None) -> bool:
 def _holder(descriptor: int) -> dict[str, Any] | None:
     """Who wrote the lock file, None where it does not say."""
     try:
-        found = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:
+        return Holder.model_validate(parse_json(os.pread(descriptor, LONGEST, 0))).model_dump()
+    except ValueError:  # pydantic's is one, too
         return None
-    whole = isinstance(found, dict) and {"host", "boot", "pid", "started"} <= found.keys()
-    return found if whole and isinstance(found["started"], int | float) else None
 
 
 def _boot() -> str:

@@ -1,21 +1,23 @@
 """A run's directory: is it ours, is it this experiment's, and starting over in it."""
 
 import contextlib
-import json
 import os
 import re
 import secrets
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medqa.config import Experiment
 from medqa.errors import UserError, note
 from medqa.files import UNFINISHED, Damaged, copy_file, read_json, write_json
 from medqa.length import is_complete
+from medqa.limits import MAX_COUNT
+from medqa.places import check_place
 from medqa.training.checkpoint import Found, RunState, newest_whole
 from medqa.training.checkpoint_files import (
     ADAPTER_FILES,
@@ -29,15 +31,17 @@ from medqa.training.checkpoint_files import (
     remove_unfinished,
     seems_whole,
 )
-from medqa.training.lock import RunLock
+from medqa.training.lock import LOCK_FILE, RunLock
 from medqa.training.processes import on_main
 from medqa.training.same_run import check_config, reads_elsewhere, require_same_experiment
 from medqa.yaml_core import dump_yaml
 
-CONFIG = "config.yaml"
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 RUN_FILE = "run.json"
+RUN_ID = r"^[A-Za-z0-9_.-]{1,64}$"
 ADAPTER_DIR = "lora_adapters"
-FILES = (CONFIG, "data_report.json", "splits.csv", "metrics.jsonl", "evaluation.json", "summary.json")
+WANDB_DIR = "wandb"
+FILES = (CONFIG, "data_report.json", "splits.csv", METRICS, "evaluation.json", SUMMARY)
 # Files of a tokenizer and a model card, beside those of the adapter.
 ADAPTER_DIR_FILES = {*ADAPTER_FILES, "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
@@ -48,12 +52,13 @@ def check_run_dir(output_dir: Path, experiment: Experiment, fresh: bool, option:
     Raises:
         UserError: not writable, or holding another experiment's run, with the differences, or files that no run wrote.
     """
-    try:
-        existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    except OSError as error:
-        raise UserError(f"{option} {output_dir}: {error.strerror}; choose another") from error
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{option} {output_dir}: {existing} is not a directory one can write to; choose another")
+    for place in (output_dir, output_dir / ADAPTER_DIR):
+        check_place(place, option)
+    if odd := list(_not_a_runs(output_dir)):
+        raise UserError(
+            f"{option} {output_dir}: {', '.join(odd)}: a link, or not the kind of file that a run writes there; remove "
+            "it, or choose another"
+        )
     if fresh:
         return _refuse_foreign(output_dir)
     if (output_dir / CONFIG).is_file():
@@ -65,16 +70,72 @@ def check_run_dir(output_dir: Path, experiment: Experiment, fresh: bool, option:
         )
 
 
-@dataclass(frozen=True)
-class Leg:
+def _not_a_runs(output_dir: Path) -> Iterator[str]:
+    """The names of what a run would write through a link, or cannot replace by a file of its own.
+
+    A file that is replaced whole may be a link: the link goes, and what it leads to stays as it is.
+    """
+    inside = [f"{ADAPTER_DIR}/{name}" for name in sorted(ADAPTER_DIR_FILES)]
+    for name in (*FILES, RUN_FILE, LOCK_FILE, *inside):
+        path = output_dir / name
+        if os.path.exists(path) and not os.path.isfile(path):
+            yield name
+    yield from (name for name in (METRICS, LOCK_FILE, ADAPTER_DIR) if os.path.islink(output_dir / name))
+
+
+def left_alone(output_dir: Path) -> list[tuple[str, str]]:
+    """The plan's line on what lies in the directory and is no run's; none where there is nothing."""
+    names = {*FILES, RUN_FILE, LOCK_FILE, ADAPTER_DIR, WANDB_DIR}
+    ours = names | {name + UNFINISHED for name in names} | {folder.name for folder in _folders(output_dir)}
+    there = os.listdir(output_dir) if os.path.isdir(output_dir) else []  # another host may not see it
+    others = sorted(name for name in there if name not in ours and not name.startswith(STILL_OPEN))
+    if not others:
+        return []
+    more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
+    return [("left alone", f"{', '.join(others[:3])}{more}: no run's, and nothing that this run reads or changes")]
+
+
+class Figures(BaseModel):
+    """The figures of one split."""
+
+    model_config = ConfigDict(strict=True)
+
+    loss: float
+    perplexity: float | None
+    answer_loss: float | None
+    answer_perplexity: float | None
+
+
+class Summary(BaseModel):
+    """What is used of a `summary.json`, which anyone may have edited; the first versions had no `adapter_step`."""
+
+    model_config = ConfigDict(strict=True)
+
+    experiment: str
+    baseline: Figures
+    final: Figures
+    test: Figures
+    updates: Annotated[int, Field(ge=0, le=MAX_COUNT)]
+    best_step: Annotated[int, Field(ge=0, le=MAX_COUNT)]
+    adapter_step: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
+    wall_clock_s: Annotated[float, Field(ge=0)]
+    peak_memory_bytes: Annotated[int, Field(ge=0)]
+    memory_device: str
+    data_fingerprint: str
+    base_fingerprint: str = ""
+
+
+class Leg(BaseModel):
     """One start of a run: the id that the run keeps over all of them, and how many came before.
 
     `saved` says that there was a checkpoint once: where there is none now, it was lost.
     """
 
-    run_id: str
-    resumes: int
-    saved: bool = False
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    run_id: Annotated[str, Field(pattern=RUN_ID)]
+    resumes: Annotated[int, Field(ge=0, le=MAX_COUNT)]
+    saved: bool
 
 
 def start_run(
@@ -108,24 +169,29 @@ def _note_leg(output_dir: Path, fresh: bool, found: Found | None, state: RunStat
     remove_unfinished(output_dir)
     if found is not None and found.path.parent != output_dir:
         bring_back(found, output_dir)
-    before = read_leg(output_dir) or (Leg(state.run_id, state.resumes, saved=True) if found else None)
-    leg = Leg(_new_run_id(), 0) if before is None else replace(before, resumes=before.resumes + 1)
-    write_json(asdict(leg), output_dir / RUN_FILE)
+    leg = read_leg(output_dir)
+    if leg is None and found is not None:
+        known = re.fullmatch(RUN_ID, state.run_id) is not None
+        leg = Leg(run_id=state.run_id if known else _new_run_id(), resumes=min(state.resumes, MAX_COUNT), saved=True)
+    if leg is None:
+        leg = Leg(run_id=_new_run_id(), resumes=0, saved=False)
+    else:
+        leg = leg.model_copy(update={"resumes": leg.resumes + 1})
+    write_json(leg.model_dump(), output_dir / RUN_FILE)
     return leg
 
 
 def _new_run_id() -> str:
     """An id for a run: the one that W&B's agent or the user has chosen, so that the run keeps it when it goes on."""
     chosen = os.environ.get("WANDB_RUN_ID", "")
-    return chosen if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", chosen) else secrets.token_hex(4)
+    return chosen if re.fullmatch(RUN_ID, chosen) else secrets.token_hex(4)
 
 
 def read_leg(output_dir: Path) -> Leg | None:
     """What a directory's run noted last; None where none has begun or it is damaged. Checkpoints have it too."""
     try:
-        before = read_json(output_dir / RUN_FILE)
-        return Leg(str(before["run_id"]), int(before["resumes"]), bool(before["saved"]))
-    except (Damaged, ValueError, LookupError, TypeError):
+        return Leg.model_validate(read_json(output_dir / RUN_FILE))
+    except (Damaged, ValidationError):
         return None
 
 
@@ -134,7 +200,7 @@ def note_saved(output_dir: Path) -> None:
     note("saved")
     leg = read_leg(output_dir)
     if leg is not None and not leg.saved:
-        write_json(asdict(replace(leg, saved=True)), output_dir / RUN_FILE)
+        write_json(leg.model_copy(update={"saved": True}).model_dump(), output_dir / RUN_FILE)
 
 
 def find_checkpoint(output_dir: Path, elsewhere: Path | None, experiment: Experiment) -> Found | None:
@@ -191,14 +257,20 @@ def finished(output_dir: Path, experiment: Experiment) -> dict[str, Any] | None:
     Where data are read from another place than before, nothing is said to be complete: whether they are the same data
     shows when they are read.
     """
-    path = output_dir / "summary.json"
     if reads_elsewhere(output_dir / CONFIG, experiment):
         return None
+    summary = read_summary(output_dir)
+    return summary if summary is not None and is_complete(summary, experiment) else None
+
+
+def read_summary(output_dir: Path) -> dict[str, Any] | None:
+    """A run's `summary.json`; None where it is not there, is damaged, or lacks what every version has written."""
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        summary = read_json(output_dir / SUMMARY)
+        Summary.model_validate(summary)
+    except (Damaged, ValidationError):
         return None
-    return summary if isinstance(summary, dict) and is_complete(summary, experiment) else None
+    return summary
 
 
 def write_config(output_dir: Path, experiment: Experiment, accumulation: int, changes: dict[str, Any]) -> None:
@@ -234,7 +306,8 @@ def _refuse_foreign(output_dir: Path) -> None:
     One whose folders nothing can be removed from is refused as well, before the rest of it is lost.
     """
     files = [output_dir / name for name in (*FILES, RUN_FILE)]
-    foreign = [path for path in files if path.is_symlink() or path.is_dir()] or _without_a_run(output_dir)
+    foreign = [path for path in files if path.is_symlink() or (path.exists() and not path.is_file())]
+    foreign = foreign or _without_a_run(output_dir)
     for folder, names in _folders(output_dir).items():
         if folder.is_symlink() or folder.is_file():
             foreign.append(folder)

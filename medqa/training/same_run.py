@@ -20,7 +20,7 @@ from medqa.training.checkpoint import Fingerprints, Found, Identity, Moved, RunS
 from medqa.training.checkpoint_files import checkpoints
 from medqa.training.environment import changes, environment
 from medqa.training.processes import on_main
-from medqa.yaml_core import load_yaml
+from medqa.yaml_core import cut, read_yaml, short
 
 # These may lie elsewhere than before: their fingerprints say whether they are the same.
 LOCATIONS = {"data.medquad", "data.afrimedqa", "data.files", "model.base"}
@@ -76,9 +76,10 @@ def differences(before: Mapping[str, Any], experiment: Experiment) -> list[str]:
     before = _with_later_keys(before)
     files = before["data.files"]
     there, now = sorted(map(str, files)) if isinstance(files, Mapping) else [], sorted(experiment.data.files)
-    names = [] if there == now else [f"data.files: {', '.join(there) or 'none'} there, {', '.join(now) or 'none'} now"]
+    names = [f"data.files: {cut(', '.join(there)) or 'none'} there, {cut(', '.join(now)) or 'none'} now"]
+    names = [] if there == now else names
     return names + [
-        f"{key}: {before.get(key)!r} there, {value!r} now"
+        f"{key}: {short(before.get(key))} there, {short(value)} now"
         for key, value in flat(experiment).items()
         if before.get(key) != value
         and key not in LOCATIONS
@@ -135,8 +136,8 @@ def check_config(config: Path, experiment: Experiment, option: str) -> None:
         UserError: lists the differences.
     """
     try:
-        saved = load_yaml(config.read_text(encoding="utf-8", errors="replace"), str(config))
-    except (OSError, UserError) as error:
+        saved = read_yaml(config)
+    except UserError as error:
         if checkpoints(config.parent):
             return  # their manifests say whose the run is
         raise UserError(f"{error}; --fresh starts over, or choose another {option}") from error
@@ -155,11 +156,13 @@ def reads_elsewhere(config: Path, experiment: Experiment) -> bool:
     if not config.is_file():
         return False
     try:
-        saved = load_yaml(config.read_text(encoding="utf-8", errors="replace"), str(config))
-        before, now = _with_later_keys(_flat(saved)), flat(experiment)
-        return any(before.get(key) != now[key] for key in LOCATIONS)
-    except (UserError, AttributeError):
+        saved = read_yaml(config)
+    except UserError:
         return True  # damaged: who knows
+    if not isinstance(saved, dict):
+        return True
+    before, now = _with_later_keys(_flat(saved)), flat(experiment)
+    return any(before.get(key) != now[key] for key in LOCATIONS)
 
 
 def _refuse(what: str, found: list[str]) -> None:

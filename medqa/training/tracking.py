@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medqa.errors import UserError
+from medqa.files import Damaged, flush, open_in_place, parse_json, read_file, write_file
+from medqa.limits import MAX_COUNT, MAX_METRICS_BYTES
 from medqa.training.wandb_feed import WandbFeed
 
 Record = dict[str, Any]
@@ -22,6 +25,7 @@ PERFORMANCE_NAMES = {
 MEMORY_NAMES = {"peak_memory_bytes": "perf/peak_allocated_gb", "peak_reserved_bytes": "perf/peak_reserved_gb"}
 TRAIN_NAMES = ("loss", "learning_rate", "grad_norm", "epoch", "examples_seen", "tokens_seen")
 EVAL_NAMES = ("loss", "perplexity", "answer_loss", "answer_perplexity")
+FIGURES = {"elapsed_s", "tokens", "rows", *TRAIN_NAMES, *EVAL_NAMES, *PERFORMANCE_NAMES, *MEMORY_NAMES}
 GLOBAL_STEP = "train/global_step"
 
 
@@ -38,18 +42,16 @@ class MetricsFile:
         What was recorded at `step` came before its checkpoint and stays; but a run's closing evaluation comes after the
         last one. With no checkpoint, `step` is -1.
         """
-        records = list(read_metrics(self.path)) if self.path.exists() else []
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        torn = bool(lines) and not lines[-1].endswith(b"\n")
-        damaged = len(lines) - torn - len(records)
-        kept = [
-            r
-            for r in records
-            if r["step"] < step or (r["step"] == step and (r["split"] == "train" or step < max_steps))
-        ]
-        unfinished = self.path.with_name(self.path.name + ".tmp")
-        unfinished.write_text("".join(_line(record) for record in kept), encoding="utf-8")
-        os.replace(unfinished, self.path)
+        records, kept, damaged = [], [], 0
+        for line, record in _lines(self.path) if os.path.lexists(self.path) else ():
+            if record is not None:
+                records.append(record)
+                before_it = record["step"] < step or (record["step"] == step and step < max_steps)
+                if before_it or (record["step"] == step and record["split"] == "train"):
+                    kept.append(line)
+            elif line.endswith(b"\n"):  # else a last one that a kill cut short
+                damaged += 1
+        write_file(self.path, b"".join(kept))
         return Spent(
             max((_number(record, "elapsed_s") for record in records), default=0.0),
             int(max((_number(record, "peak_memory_bytes") for record in records), default=0)),
@@ -58,8 +60,7 @@ class MetricsFile:
 
     def flush(self) -> None:
         """Have the disk hold all lines, before a checkpoint says that they need not be computed again."""
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(self.path)
 
     def append(self, record: Record) -> None:
         """Add a line and hand it to the system at once; where there is no room for all of it, add none of it.
@@ -67,7 +68,7 @@ class MetricsFile:
         Raises:
             OSError: no room, or the file has gone.
         """
-        with self.path.open("r+b", buffering=0) as file:
+        with open_in_place(self.path) as file:
             end = file.seek(0, os.SEEK_END)
             _write_all(file, end, _line(record).encode(), b"")
         if record["split"] == "train":
@@ -82,7 +83,7 @@ class MetricsFile:
         if self._last_train is None or self._last_train[1]["step"] != step:
             return False
         start, record = self._last_train
-        with self.path.open("r+b", buffering=0) as file:
+        with open_in_place(self.path) as file:
             file.seek(start)
             before = file.read()
             after = before.split(b"\n", 1)[1]
@@ -103,15 +104,43 @@ class Spent:
 
 
 def read_metrics(path: Path) -> Iterator[Record]:
-    """The records of a metrics file; a line that is not whole is passed over."""
-    for line in path.read_bytes().splitlines(keepends=True):
+    """The records of a metrics file; a line that is not whole, or not a record, is passed over.
+
+    Raises:
+        UserError: the file is not there, is not a regular file, or is too long.
+    """
+    return (record for _, record in _lines(path) if record is not None)
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, Record | None]]:
+    """The lines of a metrics file, each with its record; None where it is damaged.
+
+    Raises:
+        UserError: as `read_metrics`.
+    """
+    try:
+        content = read_file(path, MAX_METRICS_BYTES)
+    except Damaged as error:
+        raise UserError(f"{error}; put back the run's own, or start over with --fresh") from error
+    for line in io.BytesIO(content):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        whole = line.endswith(b"\n") and isinstance(record, dict)
-        if whole and isinstance(record.get("step"), int) and isinstance(record.get("split"), str):
-            yield record
+            found = parse_json(line) if line.endswith(b"\n") else None
+        except ValueError:
+            found = None
+        yield line, found if _is_record(found) else None
+
+
+def _is_record(found: Any) -> bool:
+    """Whether a value has what every record has, and figures where records have figures."""
+    if not isinstance(found, dict) or not isinstance(sources := found.get("sources", {}), dict):
+        return False
+    step, figures = found.get("step"), [found[key] for key in FIGURES if key in found]
+    return (
+        type(step) is int
+        and 0 <= step <= MAX_COUNT
+        and isinstance(found.get("split"), str)
+        and all(value is None or type(value) in (int, float) for value in (*figures, *sources.values()))
+    )
 
 
 class Tracker:
@@ -198,8 +227,8 @@ def _write_all(file: io.FileIO, start: int, content: bytes, before: bytes) -> No
 
 def _number(record: Record, key: str) -> float:
     """A figure of a record that anyone may have edited."""
-    value = record.get(key)
-    return float(value) if isinstance(value, int | float) and 0 <= value < 1e18 else 0.0
+    value = record.get(key) or 0
+    return float(value) if 0 <= value < 1e18 else 0.0
 
 
 def _line(record: Record) -> str:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medqa.errors import UserError
-from medqa.files import UNFINISHED
+from medqa.files import UNFINISHED, read_json
 from medqa.training.checkpoint import Found, newest_whole
 from medqa.training.checkpoint_files import NAME, TRAINING_FILE
 from medqa.training.environment import git_commit
@@ -152,7 +152,7 @@ def contents(run: Path) -> dict[str, str]:
     last = _last(run).path
     state = torch.load(last / TRAINING_FILE, map_location="cpu", weights_only=True)
     records = list(read_metrics(run / "metrics.jsonl"))
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    summary = read_json(run / "summary.json")
     lines = [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
     order = [record["order"] for record in records if record["split"] == "train"]
     parts = {
