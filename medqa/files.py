@@ -180,24 +180,25 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
         raise Damaged(f"{path}: not valid JSON: {error}") from error
 
 
-def parse_json(text: str | bytes, *, unique_keys: bool = False) -> Any:
+def parse_json(text: str | bytes, *, unique_keys: bool = False, any_number: bool = False) -> Any:
     """The value of a JSON text, by RFC 8259, within the limits of `medqa/limits.py`.
 
     Args:
         unique_keys: refuse an object that has a key twice. Without it the last value counts, as in Python's `json`.
+        any_number: accept NaN, Infinity and numbers beyond 64 bits, as pandas writes them for missing cells.
 
     Raises:
-        ValueError: the text is not JSON in UTF-8, holds NaN, Infinity, or a number beyond 64 bits, is nested too
-            deeply, or (with `unique_keys`) repeats a key.
+        ValueError: the text is not JSON in UTF-8, holds NaN, Infinity, or a number beyond 64 bits (but with
+            `any_number`), is nested too deeply, or (with `unique_keys`) repeats a key.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         value = json.loads(
             text,
-            parse_constant=_refuse_constant,
-            parse_int=_integer,
-            parse_float=_float,
+            parse_constant=None if any_number else _refuse_constant,
+            parse_int=None if any_number else _integer,
+            parse_float=None if any_number else _float,
             object_pairs_hook=_unique if unique_keys else None,
         )
     except RecursionError as error:

@@ -6,6 +6,10 @@ the package takes its limits from here, so that this table is the complete answe
 
 # Bytes of a JSON file that a run or a checkpoint holds (manifest.json, summary.json, evaluation.json, ...).
 MAX_JSON_BYTES = 16_000_000
+# Bytes of a file of questions and answers, and of the text that a compressed one holds.
+MAX_DATA_BYTES = 2**31
+# Records of a source: a million of them take about a gigabyte of memory.
+MAX_RECORDS = 2_000_000
 # Nested lists and objects in a JSON document.
 MAX_JSON_DEPTH = 64
 # Integers in JSON stay within what a 64-bit signed integer holds, so that they always convert to float.

@@ -4,9 +4,11 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.numpy import load, save
 from transformers import AutoTokenizer, OlmoConfig, OlmoForCausalLM
 
 from benchmarks.hf_trainer import Parts, build
@@ -441,6 +443,46 @@ def test_a_second_start_does_not_tokenize_again(kept, tmp_path):
     assert len(files(tmp_path)) == 1
 
 
+WRONG = {
+    "short lengths": lambda ids, lengths, in_prompt: {"lengths": lengths[:-1]},
+    "no ids": lambda ids, lengths, in_prompt: {"ids": None},
+    "another array": lambda ids, lengths, in_prompt: {"more": lengths},
+    "beyond the vocabulary": lambda ids, lengths, in_prompt: {"ids": ids + 10**6},
+    "negative ids": lambda ids, lengths, in_prompt: {"ids": -ids},
+    "other ids": lambda ids, lengths, in_prompt: {"ids": ids[::-1].copy()},
+    "negative lengths": lambda ids, lengths, in_prompt: {"lengths": -lengths},
+    "lengths that cancel": lambda ids, lengths, in_prompt: {"lengths": lengths + np.array([-99, 99] * 4, np.int32)},
+    "lengths in two dimensions": lambda ids, lengths, in_prompt: {"lengths": lengths.reshape(2, -1)},
+    "ids as fractions": lambda ids, lengths, in_prompt: {"ids": ids.astype(np.float32)},
+    "no ids at all": lambda ids, lengths, in_prompt: {"ids": ids[:0]},
+    "negative prompts": lambda ids, lengths, in_prompt: {"in_prompt": in_prompt * 0 - 5},
+    "prompts longer than rows": lambda ids, lengths, in_prompt: {"in_prompt": lengths + 1},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_whole_file_of_other_content_is_made_again(kept, tmp_path, name):
+    """Its checksum is right; what it says cannot be, or is not, the ids of these texts."""
+    first, _ = kept()
+    (path,) = files(tmp_path)
+    good = load(path.read_bytes())
+    changed = {key: array for key, array in {**good, **WRONG[name](**good)}.items() if array is not None}
+    path.write_bytes(save(changed, metadata={token_cache.CHECKSUM: token_cache._checksum(changed)}))
+    assert kept() == (first, 2)
+    assert load(path.read_bytes()).keys() == good.keys()
+    assert kept() == (first, 2)
+
+
+@pytest.mark.parametrize("metadata", [b"null", b"[]", b'{"sha256": "x"}'])
+def test_a_file_with_an_odd_header_is_made_again(kept, tmp_path, metadata):
+    first, _ = kept()
+    (path,) = files(tmp_path)
+    header = b'{"__metadata__":%b,"ids":{"dtype":"I32","shape":[0],"data_offsets":[0,0]}}' % metadata
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert kept() == (first, 2)
+    assert kept() == (first, 2)
+
+
 def test_other_texts_are_other_ids(kept, rows, tmp_path):
     kept()
     changed = [*rows[:-1], Row("medquad:7", "medquad", "What?", "Another answer.", None)]
@@ -467,7 +509,6 @@ def test_where_nothing_can_be_kept_it_works_all_the_same(kept, tmp_path):
 
 
 def test_no_more_than_so_many_files_are_kept(tmp_path, monkeypatch):
-    import numpy as np
 
     monkeypatch.setenv("MEDQA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(token_cache, "KEPT_FILES", 3)

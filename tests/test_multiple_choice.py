@@ -90,6 +90,22 @@ def test_what_cannot_be_measured_is_dropped_and_counted(source):
     }
 
 
+def test_signs_tell_questions_apart(source):
+    texts = [
+        "Blood group A+ ?",
+        "blood group A-?",
+        "Blood group A+.",
+        "Dose 1.5",
+        "Dose < 5",
+        "Dose > 5",
+        "Na+",
+        "Na\u207a !",
+    ]
+    found = load_questions(source(*(("mcq", text, FOUR, "option1", "", "") for text in texts)), [])
+    assert [question.id for question in found.questions] == [f"afrimedqa:{n}" for n in (0, 1, 3, 4, 5, 6)]
+    assert found.dropped == {"duplicate": 2}
+
+
 @pytest.mark.parametrize(
     "trained, shared",
     [

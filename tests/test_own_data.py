@@ -293,9 +293,20 @@ def test_no_path_is_in_the_name_of_the_directory():
     given = {"data.files": {"notes": "/home/somebody/n.csv"}}
     plain = load_experiment("exp_002", tiny=True, locations=given)
     assert default_output_dir("exp_002", True, [], plain).name == "exp_002-tiny,data.files=notes"
-    assert [is_hub_id(place) for place in ("x/y", "x/y.csv", "/x/y", "./y", "~/y", "y", "x/y/z")] == [True] + [
-        False
-    ] * 6
+    places = (
+        "x/y",
+        "x/y:z",
+        "x/y-v1.5:pqa_labeled",
+        "x/y.csv",
+        "x/y.json",
+        "/x/y",
+        "./y",
+        "~/y",
+        "y",
+        "x/y/z",
+        "a:b/c/d",
+    )
+    assert [is_hub_id(place) for place in places] == [True] * 3 + [False] * 8
 
 
 def test_w_and_b_is_told_no_place_on_this_machine(tmp_path):

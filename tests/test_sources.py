@@ -1,8 +1,12 @@
 """From every place and format to the same rows; every broken input named with its file and the way out."""
 
+import bz2
 import csv
+import gzip
+import hashlib
 import http.server
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -215,7 +219,7 @@ BROKEN_FILES = [
     ("header.csv", b"question,answer\n", "no usable rows among 0 read (it holds no records)"),
     ("columns.csv", b"query,response\nx,y\n", "no column question and answer; columns found: query, response."),
     ("column.csv", b"question,reply\nx,y\n", "no column answer; columns found: question, reply."),
-    ("semicolon.csv", b"question;answer\nx;y\n", "columns found: question;answer."),
+    ("semicolon.csv", b"question;answer\nx;y\n", "the fields are separated by semicolons"),
     ("bom.csv", b"\xef\xbb\xbf", "columns found: none"),
     ("twice.csv", b"question,answer,Question\nx,y,z\n", "two columns are called 'question'"),
     ("long.csv", GOOD.encode() + b"Q, ?,A.\n", "long.csv, line 3: 3 fields where the header has 2"),
@@ -239,6 +243,38 @@ BROKEN_FILES = [
     ("short.parquet", b"PAR1", "short.parquet"),
     ("table.xlsx", b"PK", "table.xlsx: unknown kind of file; convert it to one of .csv, .jsonl, .parquet"),
     ("one.xml", b"<Document/>", "one.xml: unknown kind of file"),
+    ("tabs.csv", b"question\tanswer\nx, y\tz\n", "the fields are separated by tabs; save the file with commas"),
+    ("bars.csv", b"id|Question|ANSWER,x\n1|x|y\n", "the fields are separated by vertical bars"),
+    ("quoted.csv", b'"question";"answer"\r\n"x";"y"\r\n', "the fields are separated by semicolons"),
+    ("bom_semicolon.csv", "\ufeffquestion;answer\nx, y, z;w\n".encode(), "the fields are separated by semicolons"),
+    ("sep.csv", b"sep=;\r\nquestion;answer\r\nx;y\r\n", 
+     "line 1: 'sep=;' is Excel's note of the separator, not the header; remove the line, and save the file with"),
+    ("sep_comma.csv", b"SEP=,\nquestion,answer\nx,y\n", "not the header; remove the line"),
+    ("space.csv", GOOD.encode() + b'Q, "A"\n', "space.csv, line 3: white space before a double quote"),
+    ("space_comma.csv", GOOD.encode() + b'"Q",\t"A, B"\n', "line 3: white space before a double quote"),
+    ("space_line.csv", GOOD.encode() + b'"Q",  "A\n B"\n', "space_line.csv, line 3: white space before a double quote"),
+    ("space_text.csv", GOOD.encode() + b'Q, "A" is a letter\n', "line 3: white space before a double quote"),
+    ("space_first.csv", GOOD.encode() + b' "Q",A\n', "line 3: white space before a double quote"),
+    ("space_header.csv", b'question, "answer"\nQ,A\n', "line 1: white space before a double quote"),
+    ("ctrlz.csv", GOOD.encode() + b"\x1a", "line 3: ends with Ctrl-Z, DOS's end-of-file character; remove it"),
+    ("ctrlz.jsonl", b'{"question": "Q", "answer": "A"}\r\n\x1a\r\n', "ctrlz.jsonl, line 2: ends with Ctrl-Z"),
+    ("lines.csv", GOOD.encode() + b"Q\nQ,A\n", "line 3: 1 fields where the header has 2; a field is missing"),
+    ("pointer.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "this is a Git LFS pointer"),
+    ("pointer.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run `git lfs pull`"),
+    ("pointer.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "this is a Git LFS pointer"),
+    ("page.csv", b"\n <!DOCTYPE html>\n<html><title>a, b</title>", "this is a web page, not the data"),
+    ("page.parquet", b"<HTML><body>Not found", "this is a web page, not the data"),
+    ("gzip.csv", gzip.compress(GOOD.encode()), "this is compressed by gzip; unpack it"),
+    ("gzip.jsonl", gzip.compress(b"{}"), "this is compressed by gzip; unpack it"),
+    ("bzip2.csv", bz2.compress(GOOD.encode()), "this is compressed by bzip2; unpack it"),
+    ("xz.csv", lzma.compress(GOOD.encode()), "this is compressed by xz; unpack it"),
+    ("workbook.csv", b"PK\x03\x04\x14\0", "a ZIP archive or an Excel workbook"),
+    ("parquet.csv", b"PAR1\x15\x04", "this is a parquet file; give it the suffix .parquet"),
+    ("keys.jsonl", b'{"question": "Q", "answer": "A"}\n{"question": "Q", "answer": "A", "x": 1, "answer": "v7"}\n',
+     "keys.jsonl, line 2: broken JSON (the key 'answer' stands twice in one object)"),
+    ("inner.jsonl", b'{"question": "Q", "answer": "A", "x": {"a": 1, "a": 2}}', "the key 'a' stands twice"),
+    ("case.jsonl", b'{"question": "Q", "answer": "A", "Answer": "B"}', "line 1: two columns are called 'answer'"),
+    ("spaces.csv", b"question,answer, ANSWER\nx,y,z\n", "two columns are called 'answer'"),
 ]  # fmt: skip
 
 
@@ -249,6 +285,107 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, messa
         medquad(tmp_path / name)
     assert name in str(raised.value)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (' " ""quoted"" at once"', '"quoted" at once'),  # the white space is within the quotes
+        ('"yes, ""no"", \t""maybe"""', 'yes, "no", \t"maybe"'),
+        ('"a\n ""b"""', 'a\n "b"'),
+        (" no quote", "no quote"),
+        ('5 "feet" long', '5 "feet" long'),
+    ],
+)
+def test_quotes_within_a_field_are_text(tmp_path: Path, text: str, answer: str) -> None:
+    text = text.removeprefix(" ") if text.startswith(' "') else text
+    (tmp_path / "m.csv").write_text(f'question,answer,x\n"Q, ""x""",{text},\n')
+    assert [row.answer for row in medquad(tmp_path / "m.csv").rows] == [answer]
+    (tmp_path / "m.csv").write_text(f'question,answer,x\nQ,{text}, "not read"\n')  # a column that is not wanted
+    assert [row.answer for row in medquad(tmp_path / "m.csv").rows] == [answer]
+
+
+def test_other_separators_within_text_are_text(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("question,answer;x,a|b\nQ; ?,A\tB;C,\n".replace("answer;x", "answer"))
+    assert [(row.question, row.answer) for row in medquad(tmp_path / "m.csv").rows] == [("Q; ?", "A\tB;C")]
+
+
+def test_what_cannot_be_seen_is_no_answer(tmp_path: Path) -> None:
+    unseen = [*"\u200b\ufeff\u00a0\u2060\u200e\u00ad\u3000\u180e\0\x7f\u3164\u2800\u115f\ufe0f\u0301\u034f\U000e0041"]
+    unseen += ["\u200b\n\u200c", "\ufeff "]
+    seen = ["0", "-", "\u2713", "\u0915\u093e", "\u200b.", "\U0001f600", "\ue000"]
+    records = [{"question": f"Q {n}", "answer": answer} for n, answer in enumerate([*unseen, *seen])]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, records)))
+    source = medquad(tmp_path / "m.jsonl")
+    assert [row.answer for row in source.rows] == seen
+    assert source.dropped == {"empty answer": len(unseen)}
+
+
+@pytest.mark.parametrize("spelling", ['{"option1": "x", "option1": "y"}', "{'option1': 'x', 'option1': 'y'}"])
+def test_options_of_which_one_stands_twice_are_unreadable(tmp_path: Path, spelling: str) -> None:
+    record = {"question": "Q ?", "answer_rationale": "R.", "answer_options": spelling, "question_type": "mcq"}
+    records = [record, record | {"question_type": "saq"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    source = afrimedqa(tmp_path / "a.jsonl")
+    assert (len(source.rows), source.dropped) == (1, {"unreadable options": 1})
+
+
+def test_limits_are_asked_before_a_file_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        write(tmp_path / f"m{suffix}", MEDQUAD)
+    (tmp_path / "empty.parquet").write_bytes(b"")
+    monkeypatch.setattr("medqa.data.readers.MAX_RECORDS", 6)
+    assert [len(medquad(tmp_path / f"m{suffix}").rows) for suffix in (".csv", ".jsonl", ".parquet")] == [3, 3, 3]
+    monkeypatch.setattr("medqa.data.readers.MAX_RECORDS", 5)
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        with pytest.raises(UserError, match=rf"m{suffix}: more than 5 records; give fewer"):
+            medquad(tmp_path / f"m{suffix}")
+    monkeypatch.setattr("medqa.data.readers.MAX_RECORDS", 100)
+    monkeypatch.setattr("medqa.data.readers.MAX_DATA_BYTES", 100)
+    for suffix, message in ((".csv", "longer than 100 bytes"), (".parquet", "more than 100 bytes of text")):
+        with pytest.raises(UserError, match=rf"m{suffix}: .*{message}"):
+            medquad(tmp_path / f"m{suffix}")
+
+
+def test_a_parquet_file_that_claims_millions_of_rows_is_refused_at_once(tmp_path: Path) -> None:
+    """A file of a few kilobytes, whose rows would take gigabytes."""
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 3_000_000, pa.int8()), pa.array(["x"]))
+    parquet.write_table(pa.table({"question": column, "answer": column}), tmp_path / "m.parquet", compression="zstd")
+    assert (tmp_path / "m.parquet").stat().st_size < 100_000
+    with pytest.raises(UserError, match=r"m\.parquet: more than 2,000,000 records"):
+        medquad(tmp_path / "m.parquet")
+
+
+def test_what_memory_cannot_hold_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "m.parquet", MEDQUAD)
+
+    def full(*_: object) -> None:
+        raise pa.ArrowMemoryError("malloc of size 9 failed")
+
+    monkeypatch.setattr("medqa.data.readers.add_record", full)
+    with pytest.raises(UserError, match=r"m\.parquet: too large for the memory of this machine; give fewer records"):
+        medquad(tmp_path / "m.parquet")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_pipe_in_place_of_a_file_is_refused(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"m{suffix}")
+    with pytest.raises(UserError, match=rf"m{suffix}: cannot be read \(not a regular file\)"):
+        medquad(tmp_path / f"m{suffix}")
+
+
+def test_a_field_twice_in_a_parquet_cell_is_refused(tmp_path: Path) -> None:
+    options = pa.StructArray.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["option1", "option1"])
+    table = pa.table({"question": ["Q"], "answer_rationale": ["R"], "answer_options": options})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: broken parquet file \(.*duplicate field names"):
+        afrimedqa(tmp_path / "a.parquet")
+
+
+def test_many_columns_are_not_all_listed(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text(",".join(f"c{n}" for n in range(5000)) + "\n")
+    with pytest.raises(UserError, match=r"columns found: c0, .*, c19 and 4,980 more\. Rename"):
+        medquad(tmp_path / "m.csv")
 
 
 def test_parquet_cells_that_are_not_text_are_refused(tmp_path: Path) -> None:
@@ -275,6 +412,21 @@ def test_broken_xml_is_named(tmp_path: Path, content: bytes, message: str) -> No
         medquad(tmp_path)
     assert "bad.xml" in str(raised.value)
     assert message in str(raised.value)
+
+
+def test_an_answer_twice_in_xml_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "b.xml").write_text(
+        "<Document><QAPair><Question>Q</Question><Answer>A</Answer><Answer>B</Answer></QAPair></Document>"
+    )
+    with pytest.raises(UserError, match=r"b\.xml: a <QAPair> has more than one <Answer>"):
+        medquad(tmp_path)
+
+
+def test_a_pointer_among_xml_files_is_said(tmp_path: Path) -> None:
+    write_xml(tmp_path, MEDQUAD)
+    (tmp_path / "1_Collection" / "bad.xml").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=r"bad\.xml: this is a Git LFS pointer"):
+        medquad(tmp_path)
 
 
 def test_a_directory_without_xml_and_a_document_without_pairs(tmp_path: Path) -> None:
@@ -306,6 +458,19 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
         (("medquad", ""), ["'medquad' is no existing path and no hub id (owner/name)", "'' is no existing path"]),
         (("x" * 5000, "/" + "x" * 5000), ["is no existing path", "no such file"]),
         (("kaggle:medquad", "kaggle:a/b"), ["not of the form kaggle:owner/name", "AfriMed-QA is not on Kaggle"]),
+        (("data/train.json", "data/all.TSV"), ["data/train.json: no such file", "data/all.TSV: no such file"]),
+        (("data/m.csv.gz", "x/y.xlsx"), ["data/m.csv.gz: no such file", "x/y.xlsx: no such file"]),
+        (
+            ("https://me:S3CRET@x.org/m.csv?key=S3CRET", "http:/S3CRET@x/y"),
+            [
+                "https://x.org/m.csv: a web address; download the file, and give its path with --medquad",
+                "http://x/y: a web",
+            ],
+        ),
+        (
+            ("https://huggingface.co/datasets/x/y", "hf.co/datasets/x/y"),
+            ["give the dataset's id: --medquad x/y", "hf.co/datasets/x/y: no such file"],
+        ),
         (("none", str(ROOT)), ["a directory; give --afrimedqa a file (.csv, .parquet, .jsonl)"]),
     ],
 )
@@ -313,6 +478,7 @@ def test_wrong_locations_are_refused_together(given: tuple[str, str], messages: 
     with pytest.raises(UserError) as raised:
         load_sources(Data(medquad=given[0], afrimedqa=given[1]))
     assert [message for message in messages if message not in str(raised.value)] == []
+    assert "S3CRET" not in str(raised.value)
 
 
 def test_afrimedqa_columns_wanted_are_named(tmp_path: Path) -> None:
@@ -378,30 +544,72 @@ def test_unreachable_hubs_are_said_within_seconds(tmp_path: Path) -> None:
         assert part in message
 
 
+JSONL = "".join(json.dumps({"question": f"Q {n} ?", "answer": f"A {n}"}) + "\n" for n in range(3)).encode()
+TWO = b"---\nconfigs:\n- config_name: easy\n  data_files: easy.%b\n- config_name: hard\n  data_files: hard.%b\n---\n"
+REPOSITORIES = {
+    "open/data": {"m.csv": b"question,answer,Focus\nWhat ?,NA,Flu\nWho ?,,Flu\nWhen ?,None,\n"},
+    "two/csv": {
+        "README.md": TWO.replace(b"%b", b"csv"),
+        "easy.csv": b"question,answer\nQ ?,easy\n",
+        "hard.csv": b"question,answer\nQ ?,NA\nP ?,007\n",
+    },
+    "two/jsonl": {
+        "README.md": TWO.replace(b"%b", b"jsonl"),
+        "easy.jsonl": JSONL,
+        "hard.jsonl": JSONL.replace(b"A", b"B"),
+    },
+    "one/named": {  # one configuration, of another separator, beside a file that is not part of it
+        "README.md": b"---\nconfigs:\n- config_name: main\n  data_files: a.csv\n  sep: ';'\n---\n",
+        "a.csv": b"question;answer\nQ ?;A, B\n",
+        "other.csv": b"question,answer\nP ?,B\n",
+    },
+    "text/numbers": {
+        "train.csv": b"question,answer,group\nQ ?,007,1\nP ?,0.50,\n",
+        "test.csv": b"question,answer,group\nR ?,true,2\n",
+    },
+    "bad/latin": {"m.csv": "question,answer\nQ ?,caf\u00e9\n".encode("latin-1")},
+    "bad/columns": {"train.csv": b"question,answer\nQ,A\n", "test.csv": b"question,answer,more\nQ,A,x\n"},
+    "bad/twice": {"m.csv": b"question,answer,answer\nQ,A,B\n"},
+    "bad/semicolons": {"m.csv": b"question;answer\nQ;A\n"},
+    "bad/readme": {"README.md": b"---\nconfigs:\n- config_name: x\n  data_files: 7\n---\n", "a.jsonl": JSONL},
+    "bad/script": {"script.py": b"print('x')\n"},
+}
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the Hugging Face Hub's interface as the real client asks for."""
 
     protocol_version = "HTTP/1.1"
     commit = "a" * 40
-    data = b"question,answer,Focus\nWhat ?,NA,Flu\nWho ?,,Flu\nWhen ?,None,\n"
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
-        gated, entry = {"X-Error-Code": "GatedRepo"}, {"type": "file", "path": "m.csv", "size": len(self.data)}
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        name = next((name for name in REPOSITORIES if f"/{name}" in path), None)
         if "/intronhealth/" in path or "/gated/" in path:
-            self.reply(403 if "intronhealth" in path else 401, b"", gated)
-        elif "/open/data" not in path:
+            self.reply(403 if "intronhealth" in path else 401, b"", {"X-Error-Code": "GatedRepo"})
+        elif name is None:
             self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
-        elif path.endswith("/m.csv"):
-            self.reply(200, self.data, {"ETag": '"1"', "X-Repo-Commit": self.commit})
-        elif "/tree/" in path:
-            self.reply(200, json.dumps([entry | {"oid": "b" * 40}]).encode(), {})
-        elif path.startswith("/api/datasets/open/data"):
-            self.reply(200, json.dumps({"id": "open/data", "sha": self.commit, "siblings": []}).encode(), {})
         else:
-            self.reply(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.commit})
+            self.answer(path, name, REPOSITORIES[name])
 
-    do_HEAD = do_GET
+    def answer(self, path: str, name: str, files: dict[str, bytes]) -> None:
+        commit, file = {"X-Repo-Commit": self.commit}, path.rsplit("/", 1)[-1]
+        tree = [
+            {"type": "file", "path": f, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for f, content in files.items()
+        ]
+        if "/resolve/" in path and file in files:
+            self.reply(200, files[file], {"ETag": f'"{hashlib.sha1(files[file]).hexdigest()}"', **commit})
+        elif "/tree/" in path or "/paths-info/" in path:
+            self.reply(200, json.dumps(tree).encode(), {})
+        elif path.startswith(f"/api/datasets/{name}"):
+            siblings = [{"rfilename": f} for f in files]
+            self.reply(200, json.dumps({"id": name, "sha": self.commit, "siblings": siblings}).encode(), {})
+        else:
+            self.reply(404, b"", {"X-Error-Code": "EntryNotFound", **commit})
+
+    do_HEAD = do_POST = do_GET
 
     def reply(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -440,6 +648,37 @@ def test_the_real_client_against_a_hub(tmp_path: Path, hub: str) -> None:
     assert seconds < 15
     offline = load_in_a_fresh_process([cases[0]], HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert offline[0][0] == rows  # from the cache
+
+
+def test_hub_datasets_of_every_form(tmp_path: Path, hub: str) -> None:
+    """In one process, for the sake of time: configurations, text as it stands, and what is wrong said to the end."""
+    none = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"), "")
+    names = ["two/csv:hard", "two/jsonl:hard", "one/named", "text/numbers"]
+    wrong = ["two/csv", "two/jsonl", "two/csv:none", *(name for name in REPOSITORIES if name.startswith("bad/"))]
+    cases = [(name, "none") for name in names + wrong]
+    results = load_in_a_fresh_process(cases, HF_ENDPOINT=hub, HF_HOME=str(tmp_path), **none)
+    found = {name: result for (name, _), (result, _) in zip(cases, results, strict=True)}
+    assert found["two/csv:hard"] == [["Q ?", "NA"], ["P ?", "007"]]
+    assert found["two/jsonl:hard"] == [[f"Q {n} ?", f"B {n}"] for n in range(3)]
+    assert found["one/named"] == [["Q ?", "A, B"]]
+    assert sorted(found["text/numbers"]) == [["P ?", "0.50"], ["Q ?", "007"], ["R ?", "true"]]
+    for name in ("two/csv", "two/jsonl"):
+        assert found[name].endswith(
+            f"hub dataset {name}: several configurations, and none is named; give --medquad {name}:easy or "
+            f"--medquad {name}:hard"
+        )
+    assert "no configuration 'none'; give --medquad two/csv:easy or" in found["two/csv:none"]
+    assert "byte 0xe9" in found["bad/latin"]
+    assert "more: large_string" in found["bad/columns"]
+    assert "two columns are called 'answer'" in found["bad/twice"]
+    assert "The fields are separated by semicolons" in found["bad/semicolons"]
+    assert found["bad/readme"].startswith("medquad: hub dataset bad/readme: ")
+    assert "script.py" in found["bad/script"]
+    assert all("--medquad" in found[name] for name in wrong)
+    cached = load_in_a_fresh_process([*cases[:2], cases[3]], HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert [result for result, _ in cached] == [found[name] for name in (names[0], names[1], names[3])]
+    ((message, _),) = load_in_a_fresh_process([("two/csv", "none")], HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert "A configuration in the cache is named so: --medquad two/csv:NAME" in message
 
 
 @needs_shared

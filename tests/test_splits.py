@@ -52,12 +52,43 @@ def test_rows_hang_together_by_questions_and_answers_over_other_rows() -> None:
         ("a_b", "ab", True),
         ("what is flu 2", "what is flu 3", False),
         ("caf\u00e9", "cafe", False),
+        ("cafe\u0301", "caf\u00c9", True),
+        ("\u0915\u093f", "\u0915\u0940", False),  # Hindi: the vowel signs i and ii
+        ("\u0e01\u0e48", "\u0e01\u0e49", False),  # Thai: tones
+        ("\u05d1\u05b0", "\u05d1\u05b1", False),  # Hebrew: points
+        ("\U00011103\U00011127", "\U00011103\U00011128", False),  # Chakma, beyond the first 65,536 characters
+        ("pain \u2764\ufe0f", "pain \u2764", True),  # the sign in colour
         ("?", "!", False),  # nothing left: compared as they stand
         ("?", "?", True),
     ],
 )
 def test_what_is_compared(one: str, other: str, same: bool) -> None:
     assert (letters_and_digits(one) == letters_and_digits(other)) is same
+
+
+def test_words_that_differ_in_vowel_signs_are_told_apart() -> None:
+    signs = "\u093e\u093f\u0940\u0941\u0942\u0947\u0948\u094b\u094c\u0902"
+    pairs = [(f"\u0915{one}\u0932{other}", f"\u092e{one}\u0930{other}") for one in signs for other in signs]
+    splits = split_rows(rows_of(*pairs), "grouped", 0, FRACTIONS)
+    assert len(set(splits.groups.values())) == 100
+    assert [len(getattr(splits, name)) for name in SPLITS] == [80, 10, 10]
+
+
+def test_a_split_of_many_sources_looks_at_each_row_a_few_times() -> None:
+    asked = [0]
+
+    class Watched:
+        def __init__(self, row: Row) -> None:
+            self.row = row
+
+        def __getattr__(self, name: str) -> object:
+            asked[0] += name == "source"
+            return getattr(self.row, name)
+
+    rows = [Watched(row) for n in range(300) for row in distinct(10, f"s{n}")]
+    splits = split_rows(rows, "grouped", 42, FRACTIONS)
+    assert [len(getattr(splits, name)) for name in SPLITS] == [2400, 300, 300]
+    assert asked[0] <= 10 * len(rows)
 
 
 def test_signs_alone_do_not_glue_rows_together() -> None:
@@ -182,7 +213,11 @@ def test_the_fingerprint_stands_for_all_that_is_trained_on() -> None:
     [
         ([], FRACTIONS, ["0 rows", "train and validation and test"]),
         (distinct(3), FRACTIONS, ["3 rows", "validation and test", "[0.8, 0.1, 0.1]", "give more data"]),
-        (rows_of(*((f"q{n}", "same") for n in range(90))), FRACTIONS, ["90 rows, 1 of which can be told apart"]),
+        (
+            rows_of(*((f"q{n}", "same") for n in range(90))),
+            FRACTIONS,
+            ["90 rows, 1 of which can be told apart", "because their questions or answers repeat", "data.split=random"],
+        ),
         (distinct(100), (0.9, 0.1, 0.0), ["leave nothing for test"]),
     ],
 )

@@ -1,4 +1,8 @@
-"""One process at a time, where the file system has locks: the kernel's, which no dead process holds."""
+"""One process at a time, where the file system has locks: the kernel's, which no dead process holds.
+
+The library `filelock` does not replace it: it locks no directory, asks again and again instead of waiting, and fails
+where the file cannot be opened or its file system has no locks, where here nobody waits.
+"""
 
 import contextlib
 import errno

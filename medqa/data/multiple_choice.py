@@ -4,6 +4,7 @@ More than the rows that are trained on: a question needs no rationale to be chos
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from medqa.data.splits import letters_and_digits
 from medqa.errors import UserError
 
 NAME = "afrimedqa"
+SIGNS = "-%/'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ def load_questions(location: str, train: Sequence[Row]) -> QuestionSet:
 
     Dropped, and counted by reason: "empty question", "unreadable options", "fewer than two options", "options alike",
     "no right option", "several right options", "shared with training" (a training row has the same question by
-    `letters_and_digits`, with its options or, whatever the options, without), "duplicate" (of an earlier question).
+    `letters_and_digits`, with its options or, whatever the options, without), "duplicate" (an earlier question is the
+    same but for case, white space and punctuation; "blood group A+" and "blood group A-" are two).
 
     Args:
         location: as of `load_sources`: a path or a hub id.
@@ -60,12 +63,12 @@ def load_questions(location: str, train: Sequence[Row]) -> QuestionSet:
             names = {letters_and_digits(found.text), _without_options(found.text)}
             if names & trained:
                 found = "shared with training"
-            elif letters_and_digits(found.text) in seen:
+            elif _with_signs(found.text) in seen:
                 found = "duplicate"
         if isinstance(found, str):
             dropped[found] += 1
         else:
-            seen.add(letters_and_digits(found.text))
+            seen.add(_with_signs(found.text))
             questions.append(found)
     return QuestionSet(tuple(questions), dict(dropped))
 
@@ -104,3 +107,12 @@ def _specialty(cells: Cells) -> str | None:
 def _without_options(question: str) -> str:
     """A question as it is compared, the lettered options below it cut off."""
     return letters_and_digits(re.split(r"\n[A-Z]\. ", question, maxsplit=1)[0])
+
+
+def _with_signs(question: str) -> str:
+    """A question as it is compared with others that are asked: NFKC, lower case, letters, digits and signs alone.
+
+    Signs are symbols (+, <, =, degrees), and of punctuation what stands in quantities and names of substances.
+    """
+    text = unicodedata.normalize("NFKC", question).casefold()
+    return "".join(c for c in text if c.isalnum() or unicodedata.category(c)[0] in "MS" or c in SIGNS)

@@ -1,19 +1,29 @@
 """One record of a source: its cells as text, and the options of a multiple-choice question among them."""
 
 import ast
-import json
 import math
 import re
 import string
+import unicodedata
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from medqa.data.readers import Record
 from medqa.errors import UserError
+from medqa.files import parse_json
 
 REQUIRED = ("question", "answer")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one; it can be neither written to a file nor tokenized
+# What no reader of a text sees: control and format characters (zero-width ones among them), white space, marks without
+# a letter; and what counts as a letter or a symbol, yet is drawn as a blank (Hangul's fillers, Braille's, ...).
+UNSEEN = {"Cc", "Cf", "Cs", "Zs", "Zl", "Zp", "Mn", "Me"}
+BLANKS = "\u115f\u1160\u3164\uffa0\u2800\ufffc\U00013441\U00013442\U0001d159"
+
+
+def is_seen(text: str) -> bool:
+    """Whether a text has anything that a reader sees."""
+    return any(unicodedata.category(c) not in UNSEEN and c not in BLANKS for c in text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +35,7 @@ class Cells:
     where: str
 
     def text(self, part: str, numbers: bool = False) -> str:
-        """The first text for `part` that is not empty, outer whitespace removed, else ""; UserError if not text.
+        """The first text for `part` that shows anything, outer whitespace removed, else ""; UserError if not text.
 
         `numbers`: whole ones will do, also as floats: pandas makes these of them where one is missing.
         """
@@ -43,8 +53,8 @@ class Cells:
                 raise UserError(
                     f"{self.where}, column {column!r}: half a character (a lone surrogate); mend the record"
                 )
-            if text := cell.strip():
-                return text
+            if is_seen(cell):
+                return cell.strip()
         return ""
 
     def raw(self, part: str) -> object:
@@ -97,12 +107,16 @@ def _parsed(text: str) -> object:
     if text.strip().lower() in ("", "null", "nan", "none"):
         return None
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass  # not JSON: the Python spelling is tried next
+        return parse_json(text, unique_keys=True, any_number=True)
+    except ValueError:
+        pass  # not JSON, or a key twice: the Python spelling, in which that is refused as well, is tried next
     try:
         with warnings.catch_warnings(action="ignore", category=SyntaxWarning):  # "\d" in an option is no one's mistake
-            return ast.literal_eval(text.strip())
+            literal = ast.parse(text.strip(), mode="eval")
+        for found in ast.walk(literal):
+            if isinstance(found, ast.Dict) and len({ast.dump(key) for key in found.keys if key}) < len(found.keys):
+                raise ValueError("a key stands twice")
+        return ast.literal_eval(literal)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError("neither JSON nor a Python literal") from error
 
@@ -112,4 +126,4 @@ def _option(value: object) -> str:
         return ""
     if not isinstance(value, str | int | float) or (isinstance(value, str) and LONE_SURROGATE.search(value)):
         raise ValueError(f"an option is {value!r:.60}")
-    return str(value).strip()
+    return str(value).strip() if is_seen(str(value)) else ""

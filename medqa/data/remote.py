@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medqa.data.file_lock import alone_in
-from medqa.data.readers import Record, Table, first_line, matching_columns, read_file
+from medqa.data.readers import Record, Table, add_record, matching_columns, read_file
 from medqa.errors import UserError
 from medqa.hub import CONNECT_SECONDS, connects, hub_reachable
+from medqa.limits import MAX_RECORDS
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
 KAGGLE_HOST = "api.kaggle.com"
+MOST_CAUSES = 6  # errors in a chain that are shown
+LONGEST_CAUSE = 600  # characters of each
 OPEN_COPIES = {"intronhealth/afrimedqa_v2": "afrimedqa/afrimedqa_v2"}  # gated dataset -> the same rows, ungated
 
 
@@ -35,8 +38,7 @@ def read_kaggle(handle: str, wanted: frozenset[str], option: str) -> Table:
     try:
         folder = Path(kagglehub.dataset_download(pinned) if pinned else _download(handle))
     except (OSError, ValueError, *refusals) as error:  # requests' errors are OSErrors; ValueError: handle or archive
-        why = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"kaggle:{handle}: {why}. {_elsewhere(option)}") from error
+        raise UserError(f"kaggle:{handle}: {causes(error)}. {_elsewhere(option)}") from error
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".csv")
     if len(files) != 1:
         found = ", ".join(path.name for path in files) or "none"
@@ -70,39 +72,101 @@ def _cached_version(handle: str) -> str | None:
     return f"{handle}/versions/{max(complete)}" if complete else None
 
 
-def read_hub(dataset_id: str, wanted: frozenset[str], option: str) -> Table:
-    """All splits, one after the other, of the dataset "owner/name" on the Hugging Face Hub, or in its local cache.
+def read_hub(location: str, wanted: frozenset[str], option: str) -> Table:
+    """All splits, one after the other, of a dataset on the Hugging Face Hub, or in its local cache.
 
-    No code of the dataset is executed. `option` is the command-line option that an error should point to.
-    Raises UserError: at once if the Hub cannot be reached, with the way to get access if it refuses.
+    No code of the dataset is executed.
+
+    Args:
+        location: "owner/name", or "owner/name:config" where the dataset has several configurations.
+        option: the command-line option that an error should point to.
+
+    Raises:
+        UserError: at once if the Hub cannot be reached, with the way to get access if it refuses.
     """
+    dataset_id, _, config = location.partition(":")
     reachable = hub_reachable()  # first: it decides whether `datasets` is imported in offline mode
     import datasets
+    import yaml
     from huggingface_hub.errors import HTTPError  # of the HTTP library that the hub client uses, httpx or its successor
 
     denied = (datasets.exceptions.DatasetNotFoundError, HTTPError)
-    # ValueError: a malformed id, or several configurations to choose from; RuntimeError: the dataset is a script.
+    # ValueError: a malformed id, or several configurations to choose from; RuntimeError: the dataset is a script; the
+    # others: a README whose configurations are not what `datasets` expects.
     refusals = (*denied, datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError)
+    refusals += (TypeError, LookupError, AttributeError, yaml.YAMLError)
     try:
-        return _hub_table(_load_hub_splits(dataset_id), wanted, dataset_id)
+        splits = _load_hub_splits(dataset_id, config or None, reachable)
     except refusals as error:
-        why = f"{type(error).__name__}: {first_line(error)}. "
+        configurations = _configurations(dataset_id) if reachable and isinstance(error, ValueError) else []
+        if configurations and (config or len(configurations) > 1) and config not in configurations:
+            what = f"no configuration {config!r}" if config else "several configurations, and none is named"
+            named = " or ".join(with_value(option, f"{dataset_id}:{name}") for name in configurations)
+            raise UserError(f"hub dataset {dataset_id}: {what}; give {named}") from error
+        why = f"{causes(error)}. "
         if not reachable:
-            why = "not in the local cache, and the Hugging Face Hub cannot be reached. "
+            why = f"not in the local cache, and the Hugging Face Hub cannot be reached ({causes(error)}). "
+            if not config and isinstance(error, ValueError):
+                why += f"A configuration in the cache is named so: {with_value(option, dataset_id + ':NAME')}. "
         elif isinstance(error, denied):
             why += _access(dataset_id, option)
-        raise UserError(f"hub dataset {dataset_id}: {why}{_elsewhere(option)}") from error
+        raise UserError(f"hub dataset {location}: {why}{_elsewhere(option)}") from error
+    return _hub_table(splits, wanted, location)
 
 
-def _load_hub_splits(dataset_id: str) -> "DatasetDict":
-    from datasets import load_dataset
+class _AsText(dict):
+    """What pandas asks how to convert the cells of a column: for every column, as the text that they are.
 
-    try:  # of a CSV file the words "NA" and "None" would otherwise become missing values; other formats refuse this
-        return load_dataset(dataset_id, keep_default_na=False)
-    except ValueError as error:
-        if "keep_default_na" not in str(error):
-            raise
-    return load_dataset(dataset_id)
+    Without it pandas makes numbers of 007 and truth values of true, whatever the other files of the dataset hold.
+    """
+
+    def __contains__(self, column: object) -> bool:
+        return True
+
+    def __getitem__(self, column: object) -> type[str]:
+        return str
+
+    def get(self, column: object, default: object = None) -> type[str]:
+        """The conversion for a column, by its name or its place."""
+        return str
+
+
+def _load_hub_splits(dataset_id: str, config: str | None, reachable: bool) -> "DatasetDict":
+    """The splits of one configuration; cells of CSV files as text, without words that stand for missing values."""
+    from datasets import load_dataset, load_dataset_builder
+    from datasets.packaged_modules.csv.csv import Csv
+
+    as_text = {"keep_default_na": False, "converters": _AsText()}
+    if not reachable:  # then only the cache knows what kind of files they were, and with which options they were read
+        for options in (as_text, {"keep_default_na": False}):
+            with contextlib.suppress(ValueError):
+                return load_dataset(dataset_id, config, **options)
+        return load_dataset(dataset_id, config)
+    builder = load_dataset_builder(dataset_id, config)
+    if isinstance(builder, Csv):
+        return load_dataset(dataset_id, builder.config.name, **as_text)
+    return load_dataset(dataset_id, config)
+
+
+def _configurations(dataset_id: str) -> list[str]:
+    """The names of the dataset's configurations; none where the Hub does not say."""
+    from datasets import exceptions, get_dataset_config_names
+
+    try:
+        return get_dataset_config_names(dataset_id)
+    except (exceptions.DatasetsError, OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError):
+        return []
+
+
+def causes(error: BaseException) -> str:
+    """An error's whole message, and those of all errors that led to it, the last cause at the end; on one line."""
+    told: list[str] = []
+    current: BaseException | None = error
+    while current is not None and len(told) < MOST_CAUSES:
+        text = " ".join(str(current).split()).rstrip(".")
+        told.append(f"{type(current).__name__}: {text[:LONGEST_CAUSE]}" if text else type(current).__name__)
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+    return "; because of ".join(dict.fromkeys(told))
 
 
 def _access(dataset_id: str, option: str) -> str:
@@ -116,10 +180,17 @@ def _hub_table(splits: "DatasetDict", wanted: frozenset[str], where: str) -> Tab
     columns: dict[str, None] = {}
     records: list[Record] = []
     for split in splits.values():
+        if split.num_rows > MAX_RECORDS:
+            raise UserError(f"hub dataset {where}: more than {MAX_RECORDS:,} records; give a file with fewer")
         columns |= dict.fromkeys(split.column_names)
+        if twice := [
+            name for name in split.column_names if name.endswith(".1") and name[:-2].strip().lower() in wanted
+        ]:
+            # pandas renames the second of two columns of one name
+            raise UserError(f"hub dataset {where}: two columns are called {twice[0][:-2]!r}; give a file with one")
         spelled = matching_columns(split.column_names, wanted, where)
         for record in split.select_columns(list(spelled.values())):  # the others may be images: not to be decoded
-            records.append({name: record[column] for name, column in spelled.items()})
+            add_record(records, {name: record[column] for name, column in spelled.items()}, where)
     return Table(tuple(columns), records)
 
 

@@ -1,13 +1,14 @@
 """The two datasets and data of one's own as rows of one shape; what is unusable is dropped and counted."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from medqa.config import PUBLIC, Data
-from medqa.data.readers import Table, read_file, read_medquad_xml
+from medqa.data.readers import OTHER_SEPARATORS, Table, read_file, read_medquad_xml
 from medqa.data.records import REQUIRED, Cells, right_letters, shown_options, shown_question
 from medqa.data.remote import read_hub, read_kaggle, with_value
 from medqa.errors import UserError
@@ -15,6 +16,15 @@ from medqa.errors import UserError
 NONE = "none"
 KAGGLE = "kaggle:"
 SUFFIXES = (".csv", ".parquet", ".jsonl")
+# Of files that people have data in; no hub id is taken to end so.
+FILE_SUFFIXES = (
+    *SUFFIXES, ".7z", ".arrow", ".bz2", ".db", ".doc", ".docx", ".feather", ".gz", ".htm", ".html", ".json", ".md",
+    ".ndjson", ".ods", ".pdf", ".pickle", ".pkl", ".rar", ".sqlite", ".tab", ".tar", ".tgz", ".tsv", ".txt", ".xls",
+    ".xlsx", ".xml", ".xz", ".yaml", ".yml", ".zip", ".zst",
+)  # fmt: skip
+WEB_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+HUB_ADDRESS = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([^/?#]+/[^/?#]+)/?$")
+SHOWN_COLUMNS = 20
 
 # What each part of a row is called in the copies that are about, in lower case; the first one that is not empty counts.
 COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -58,7 +68,7 @@ class Source:
     """What one source gave: the rows kept, in its order, and how many of the records read were dropped and why."""
 
     name: str
-    location: str  # a path, a hub id, or "kaggle:" and a Kaggle handle
+    location: str  # a path, a hub id ("owner/name", "owner/name:config"), or "kaggle:" and a Kaggle handle
     rows: tuple[Row, ...]
     read: int
     dropped: dict[str, int]
@@ -67,6 +77,8 @@ class Source:
 
 def load_sources(data: Data) -> list[Source]:
     """Read and clean all sources, each given as a path, a hub id, `kaggle:owner/name` (MedQuAD only) or `none`.
+
+    A hub id is `owner/name`, or `owner/name:config` to name one of the dataset's configurations.
 
     Data of one's own come after the two datasets, by name. With `data.mcq_answers` "named" the answer to a
     multiple-choice question begins with the right option, as the question shows it; with "rationale" it is the
@@ -100,7 +112,19 @@ def used_sources(data: Data) -> dict[str, str]:
 
 
 def read_source(name: str, location: str) -> Table:
-    """Find out what `location` is, and read it."""
+    """Find out what `location` is, and read it.
+
+    Raises:
+        UserError: it is not there, cannot be read, or does not fit into memory.
+    """
+    try:
+        return _read_source(name, location)
+    except MemoryError as error:
+        raise UserError(f"{location}: too large for the memory of this machine; give fewer records") from error
+
+
+def _read_source(name: str, location: str) -> Table:
+    """As `read_source`."""
     option = _asked_with(name)
     none = with_value(option, NONE)
     wanted = frozenset(column for columns in _columns(name).values() for column in columns)
@@ -114,6 +138,11 @@ def read_source(name: str, location: str) -> Table:
         if location.count("/") != 1:
             raise UserError(f"{location}: not of the form {KAGGLE}owner/name; mend {option}, or give {none}")
         return read_kaggle(location.removeprefix(KAGGLE), wanted, option)
+    if WEB_ADDRESS.match(location):
+        address = _without_password(location)
+        if of_hub := HUB_ADDRESS.match(location):
+            raise UserError(f"{address}: give the dataset's id: {with_value(option, of_hub[1])}")
+        raise UserError(f"{address}: a web address; download the file, and give its path with {option}")
     if _looks_like_a_path(location):
         raise UserError(f"{location}: no such file or directory; mend {option}, or give {none}")
     if location.count("/") != 1:
@@ -147,11 +176,16 @@ def is_hub_id(location: str) -> bool:
 
 def _looks_like_a_path(location: str) -> bool:
     return (
-        location.lower().endswith((*SUFFIXES, ".xml"))
+        location.partition(":")[0].lower().endswith(FILE_SUFFIXES)
         or location.startswith((".", "/", "~"))
         or location.count("/") > 1
         or "\\" in location
     )
+
+
+def _without_password(address: str) -> str:
+    """A web address without user, password and query, which may hold a secret."""
+    return re.sub(r":/.*@", "://", re.split(r"[?#]", address, maxsplit=1)[0])
 
 
 def _cleaned(name: str, location: str, table: Table, named: bool, seen: set[tuple[str, str]]) -> Source:
@@ -181,10 +215,14 @@ def _require_columns(name: str, location: str, table: Table) -> None:
     missing = [_columns(name)[part] for part in REQUIRED if present.isdisjoint(_columns(name)[part])]
     if missing:
         wanted = " and ".join(" or ".join(columns) for columns in missing)
-        found = ", ".join(table.columns) or "none"
-        raise UserError(
-            f"{location}: no column {wanted}; columns found: {found}. Rename them, or mend {_asked_with(name)}"
-        )
+        found = ", ".join(f"{column:.200}" for column in table.columns[:SHOWN_COLUMNS]) or "none"
+        if len(table.columns) > SHOWN_COLUMNS:
+            found += f" and {len(table.columns) - SHOWN_COLUMNS:,} more"
+        advice = f"Rename them, or mend {_asked_with(name)}"
+        for separator, what in OTHER_SEPARATORS.items():
+            if len(table.columns) == 1 and separator in table.columns[0]:
+                advice = f"The fields are separated by {what}: save the file with commas between them"
+        raise UserError(f"{location}: no column {wanted}; columns found: {found}. {advice}")
 
 
 def _rows(name: str, location: str, table: Table, named: bool) -> Iterator[Row | str]:

@@ -4,13 +4,10 @@ Medical question-answer sets repeat themselves: a random split puts about a fift
 answers into training as well, and then measures memory. `grouped` never does; `topic` keeps topics apart too.
 """
 
-import contextlib
 import csv
 import hashlib
 import io
 import json
-import os
-import re
 import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -21,11 +18,15 @@ import numpy as np
 from medqa.config import Data
 from medqa.data.sources import Row, Source
 from medqa.errors import UserError
+from medqa.files import write_file
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT = ("validation", "test")
 NGRAM = 13  # words; the length that is customary for this question since GPT-3's contamination study
 POWERS = np.uint64(0x9E3779B97F4A7C15) ** np.arange(NGRAM, dtype=np.uint64)  # of an odd number, modulo 2^64
+
+# Marks that select the drawing of the character before them: they tell no two texts apart.
+SELECTORS = frozenset(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
 
 # A group that would make up more than this share of a held-out split stays in training: the split would measure little
 # but one templated answer (377 rows of MedQuAD hang together by "inherited in an autosomal recessive manner"). Where a
@@ -90,10 +91,12 @@ def split_rows(
     for row in rows:
         members.setdefault(units[row.id], []).append(row)
 
+    sizes: dict[str, dict[str, int]] = {}  # source -> unit -> rows
+    for unit, found in members.items():
+        sizes.setdefault(found[0].source, {})[unit] = len(found)
     split_of: dict[str, str] = {}  # unit -> split
-    for source in sorted({row.source for row in rows}):
-        sizes = {unit: len(found) for unit, found in members.items() if found[0].source == source}
-        split_of |= _assign(sizes, seed, fractions)
+    for of_source in sizes.values():
+        split_of |= _assign(of_source, seed, fractions)
     parts = {name: tuple(row for row in rows if split_of[units[row.id]] == name) for name in SPLITS}
     _refuse_empty(parts, members, fractions)
     return Splits(**parts, groups=groups, fingerprint=_fingerprint(parts))
@@ -138,9 +141,24 @@ def _groups(rows: Sequence[Row], duplicates: Sequence[Row], topics: bool) -> dic
 
 
 def letters_and_digits(text: str) -> str:
-    """`text` as it is compared: NFKC, lower case, all but letters and digits removed; as it is if none are left."""
-    # \w is what str.isalnum() accepts, and the underscore. Without the fallback all texts of mere signs would be equal.
-    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold()) or text
+    """`text` as it is compared: NFKC, lower case, letters with their marks and digits alone; as it is if none are left.
+
+    Without the last rule all texts of mere signs would be equal.
+    """
+    return "".join(_words(text)) or text
+
+
+def _words(text: str) -> list[str]:
+    """The runs of letters, their marks, and digits in a text, in NFKC and lower case.
+
+    Marks belong to words: without Hindi's vowel signs, for example, many words are the same.
+    """
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(c if c.isalnum() or (c > "\u02ff" and _is_mark(c)) else " " for c in text).split()
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character)[0] == "M" and character not in SELECTORS
 
 
 def _refuse_empty(
@@ -150,10 +168,13 @@ def _refuse_empty(
     if empty:
         rows = sum(map(len, parts.values()))
         largest = max(map(len, members.values()), default=0)
-        together = f" (up to {largest} rows stay together, see data.split)" if largest > 1 else ""
+        together, advice = "", ""
+        if largest > 1:
+            together = f" (up to {largest} rows stay together, because their questions or answers repeat)"
+            advice = ", or split row by row with --set data.split=random"
         raise UserError(
             f"too few rows to split: {rows} rows, {len(members)} of which can be told apart{together}, leave nothing "
-            f"for {' and '.join(empty)} at data.fractions {list(fractions)}; give more data or other fractions"
+            f"for {' and '.join(empty)} at data.fractions {list(fractions)}; give more data or other fractions{advice}"
         )
 
 
@@ -175,13 +196,9 @@ def write_splits_csv(splits: Splits, path: Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("id", "split", "group"))
     writer.writerows((row, split_of[row], group) for row, group in splits.groups.items())
-    unfinished = path.with_name(f"{path.name}.tmp")
     try:
-        unfinished.write_text(text.getvalue(), encoding="utf-8", newline="")
-        os.replace(unfinished, path)
+        write_file(path, text.getvalue())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be written ({reason}); free space or choose another place") from error
 
@@ -243,7 +260,7 @@ def _runs_in_training(splits: Splits) -> dict[str, bool | None]:
 
 def _ngrams(text: str) -> np.ndarray:
     """A 64-bit hash of each run of 13 words, [runs] uint64: a collision among a few million has odds of 10^-6."""
-    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
+    words = _words(text)
     if len(words) < NGRAM:
         return np.empty(0, np.uint64)
     hashes = np.fromiter(map(hash, words), np.int64, len(words)).astype(np.uint64)

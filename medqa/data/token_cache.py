@@ -2,12 +2,12 @@
 
 In `$MEDQA_CACHE/tokens` (`~/.cache/medqa` where that is not set). A file that is damaged, or that cannot be written, is
 as if it were not there. Several processes, runs and hosts may share the folder, and none waits for another: each writes
-beside the place, under a name of its own, and moves the whole file there. Only numbers are read.
+beside the place, under a name of its own (which `medqa/files.py` does not give), and moves the whole file there. Only
+numbers are read.
 """
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -19,6 +19,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from medqa.files import Damaged, parse_json, read_file
+from medqa.limits import MAX_DATA_BYTES
+
 Arrays = dict[str, np.ndarray]
 
 KEPT_FILES = 30  # the least recently used of more than so many are removed
@@ -27,11 +30,15 @@ BEGUN = "tmp"  # how the name of a folder begins in which a file is being writte
 ABANDONED_S = 86_400  # whoever began it that long ago was killed
 
 
-def cached(key: str, make: Callable[[], Arrays]) -> Arrays:
-    """What is kept under the key, a file name; else what `make` makes, which is kept from then on."""
+def cached(key: str, make: Callable[[], Arrays], can_be: Callable[[Arrays], bool] = lambda found: True) -> Arrays:
+    """What is kept under the key, a file name; else what `make` makes, which is kept from then on.
+
+    Args:
+        can_be: whether what is kept can be what `make` makes. Its checksum alone says only that the file is whole.
+    """
     path = folder() / f"{key}.safetensors"
     found = _read(path)
-    if found is None:
+    if found is None or not can_be(found):
         found = make()
         _write(path, found)
     return found
@@ -48,14 +55,13 @@ def _read(path: Path) -> Arrays | None:
     Read and not mapped: a mapped file that another host removes takes the process with it on a network mount.
     """
     try:
-        if not path.is_file():
-            return None
-        content = path.read_bytes()
+        content = read_file(path, MAX_DATA_BYTES)
         arrays = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # as safetensors lays it out
-        whole = header.get("__metadata__", {}).get(CHECKSUM) == _checksum(arrays)
-    except (OSError, SafetensorError, ValueError):
+        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])  # as safetensors lays it out
+    except (Damaged, SafetensorError, ValueError):
         return None
+    metadata = header.get("__metadata__")
+    whole = isinstance(metadata, dict) and metadata.get(CHECKSUM) == _checksum(arrays)
     with contextlib.suppress(OSError):  # another user's
         os.utime(path)  # used now
     return arrays if whole else None

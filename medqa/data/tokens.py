@@ -20,6 +20,7 @@ from medqa.prompts import prompt
 
 CHUNK = 1000  # rows that one call of the tokenizer gets
 WORTH_KEEPING = 1000  # rows whose ids are kept on disk
+PROBES = 16  # rows whose ids are compared with those from the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,9 @@ def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, tokenizati
     if len(rows) < WORTH_KEEPING:
         made = _tokenize(texts, backend)
     else:
-        made = cached(_key(texts, backend), lambda: _tokenize(texts, backend))
+        made = cached(
+            _key(texts, backend), lambda: _tokenize(texts, backend), lambda found: _are_ids_of(texts, found, backend)
+        )
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     eos = [tokenizer.eos_token_id] if tokenization.append_eos else []
     ends = made["lengths"].cumsum()
@@ -106,6 +109,26 @@ def _tokens_in_prompt(text: tuple[str, str], backend: Tokenizer) -> int:
     """How many tokens end within the prompt. One that ends in the answer predicts answer text: it counts as answer."""
     offsets = backend.encode("".join(text), add_special_tokens=False).offsets
     return bisect.bisect_right(offsets, len(text[0]), key=itemgetter(1))
+
+
+def _are_ids_of(texts: Sequence[tuple[str, str]], found: Mapping[str, np.ndarray], backend: Tokenizer) -> bool:
+    """Whether arrays from a file can be what `_tokenize` makes of these texts; of some texts, whether they are."""
+    if found.keys() != {"ids", "lengths", "in_prompt"}:
+        return False
+    if any(array.dtype != np.int32 or array.ndim != 1 for array in found.values()):
+        return False
+    ids, lengths, in_prompt = found["ids"], found["lengths"], found["in_prompt"]
+    if not len(texts) == len(lengths) == len(in_prompt) or (lengths < 0).any() or lengths.sum() != len(ids):
+        return False
+    if (in_prompt < 0).any() or (in_prompt > lengths).any():
+        return False
+    if len(ids) and not 0 <= ids.min() <= ids.max() <= max(backend.get_vocab().values()):
+        return False
+    chosen, ends = range(0, len(texts), -(-len(texts) // PROBES)), lengths.cumsum()
+    probes = backend.encode_batch_fast(["".join(texts[i]) for i in chosen], add_special_tokens=False)
+    return all(
+        probe.ids == ids[ends[i] - lengths[i] : ends[i]].tolist() for i, probe in zip(chosen, probes, strict=True)
+    )
 
 
 def _key(texts: Sequence[tuple[str, str]], backend: Tokenizer) -> str:
