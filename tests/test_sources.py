@@ -456,7 +456,7 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
         (("./nothing", "~/no/such"), ["./nothing: no such file", "~/no/such: no such file", "--afrimedqa none"]),
         (("a/b/c", "x/y.PARQUET"), ["a/b/c: no such file", "x/y.PARQUET: no such file"]),
         (("medquad", ""), ["'medquad' is no existing path and no hub id (owner/name)", "'' is no existing path"]),
-        (("x" * 5000, "/" + "x" * 5000), ["is no existing path", "no such file"]),
+        (("x" * 4096, "/" + "x" * 4095), ["is no existing path", "no such file"]),
         (("kaggle:medquad", "kaggle:a/b"), ["not of the form kaggle:owner/name", "AfriMed-QA is not on Kaggle"]),
         (("data/train.json", "data/all.TSV"), ["data/train.json: no such file", "data/all.TSV: no such file"]),
         (("data/m.csv.gz", "x/y.xlsx"), ["data/m.csv.gz: no such file", "x/y.xlsx: no such file"]),
