@@ -6,7 +6,6 @@ Their options are in `command_options.py`.
 import argparse
 import contextlib
 import functools
-import json
 import math
 import os
 import signal
@@ -20,7 +19,7 @@ from medqa.errors import LAUNCHER_DIED, UserError, exit_code, writing
 from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
 from medqa.files import write_json
 from medqa.options import data_locations, locations, run_words
-from medqa.terminal import make_console, print_error, protect
+from medqa.terminal import make_console, print_error, print_json, protect
 from medqa.training.interrupts import Interrupts
 from medqa.variables import settle_variables
 
@@ -75,7 +74,7 @@ def plan(options: argparse.Namespace) -> None:
     machine = find_machine(experiment, options.gpu, options.cpu)
     found = forecast(find_experiment(options.exp).stem, experiment, machine, options.tflops)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print_json(found, indent=2)
     else:
         show_forecast(make_console(), found)
 
@@ -99,7 +98,8 @@ def dashboard(options: argparse.Namespace) -> None:
     """
     from medqa.results.dashboard import make_dashboard
 
-    make_dashboard(options.project, options.entity, options.name, options.json, print)
+    say = functools.partial(make_console().print, soft_wrap=True)
+    make_dashboard(options.project, options.entity, options.name, options.json, say)
 
 
 def verify_resume(options: argparse.Namespace) -> None:
@@ -128,7 +128,7 @@ def verify_resume(options: argparse.Namespace) -> None:
         found = verify.verify_resume(run_words(options), directory, options.kills, options.seed, start, say)
         write_json(found, directory / "certificate.json")
     verify.show_certificate(console, found)
-    print(json.dumps(found))
+    print_json(found)
     if not found["bitwise_equal"]:
         raise SystemExit(1)
 

@@ -194,7 +194,9 @@ def note(word: str) -> None:
     path = os.environ.get(ENDING)
     if path and os.environ.get("RANK", "0") == "0":
         try:
-            with Path(path).open("a", encoding="utf-8") as file:
+            # Without waiting: opening a pipe that nobody reads would wait for ever.
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(word + "\n")
         except OSError as error:
             print_error(f"${ENDING}={path}: {error.strerror}")

@@ -12,6 +12,7 @@ neither markup nor emoji names are interpreted.
 import contextlib
 import errno
 import io
+import json
 import os
 import select
 import sys
@@ -168,6 +169,13 @@ def print_error(message: str) -> None:
     print(printable(message), file=sys.stderr, flush=True)
 
 
-def takes_unicode() -> bool:
-    """Whether standard output can show more than ASCII without escapes, which JSON must not have."""
-    return (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") in ("utf8", "utf16", "utf32")
+def print_json(value: Any, **options: Any) -> None:
+    """A value on standard output as JSON; `options` are those of `json.dumps`.
+
+    What standard output cannot show, or what could steer a terminal, has JSON's own escapes.
+    """
+    text = json.dumps(value, ensure_ascii=False, **options)
+    encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")
+    if encoding not in ("utf8", "utf16", "utf32") or printable(text) != text:
+        text = json.dumps(value, **options)
+    print(text, flush=True)

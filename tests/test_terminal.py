@@ -21,8 +21,8 @@ from rich.text import Text
 from test_console import RECORD, SUMMARY
 
 from medqa import __main__ as commands
-from medqa.errors import refusal
-from medqa.terminal import make_console, nobody_reads, print_error, printable, protect
+from medqa.errors import exit_code, refusal
+from medqa.terminal import make_console, nobody_reads, print_error, print_json, printable, protect
 from medqa.training.checkpoint import newest_whole
 from medqa.training.console import ProgressLine, show_plan, show_result
 from medqa.training.plan import Plan
@@ -306,6 +306,41 @@ def test_commands_do_their_work_without_a_reader(tiny_run, tmp_path, monkeypatch
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert "error" not in said
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("text", [UNUSUAL, STEERING, "\x9b31m", BIDI])
+def test_json_stays_json_and_steers_nothing(text, encoding, monkeypatch):
+    page = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", page)
+    print_json({"a": text}, indent=2)
+    written = page.buffer.getvalue().decode(encoding)
+    assert json.loads(written) == {"a": text}
+    assert printable(written) == written
+    assert (text in written) == (encoding == "utf-8" and text == UNUSUAL)
+
+
+def test_a_conversation_ends_with_its_terminal(tiny_run, monkeypatch, capfd):
+    """The other end of the terminal is closed while a question is waited for; before, bytes of another encoding."""
+    ours, theirs = pty.openpty()
+    os.write(ours, b"caf\xe9 ?\n")
+    monkeypatch.setattr(sys, "stdin", open(theirs, encoding="utf-8"))  # noqa: SIM115
+    asked = []
+
+    def answered(adapted, question, *_: object) -> None:
+        asked.append(question)
+        os.close(ours)
+
+    monkeypatch.setattr("medqa.results.ask.show_answer", answered)
+    assert commands.main(["ask", str(tiny_run), "--cpu"]) == 0
+    assert asked == ["caf\N{REPLACEMENT CHARACTER} ?"]
+
+
+def test_an_ending_in_a_pipe_that_nobody_reads_is_not_waited_for(tmp_path, monkeypatch, capsys):
+    os.mkfifo(tmp_path / "ending")
+    monkeypatch.setenv("MEDQA_ENDING", str(tmp_path / "ending"))
+    assert exit_code(lambda: None) == 0
+    assert f"$MEDQA_ENDING={tmp_path / 'ending'}: " in capsys.readouterr().err
 
 
 def test_no_more_questions_are_answered_when_nobody_reads(tiny_run, monkeypatch):

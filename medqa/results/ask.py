@@ -1,6 +1,7 @@
 """`python -m medqa ask`: questions to an adapter, one at a time, each on its own, as in training."""
 
-import json
+import io
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from medqa.evaluation.inference import end_ids, plain_greedy
 from medqa.evaluation.red_flags import red_flag
 from medqa.prompts import prompt_ids
 from medqa.results.adapter import Adapted
-from medqa.terminal import nobody_reads, printable, takes_unicode
+from medqa.terminal import nobody_reads, print_json, printable
 
 ADVICE = (
     "This may be an emergency, or a question that no program must decide: call the emergency number, or ask a doctor, "
@@ -152,10 +153,11 @@ def _side_by_side(adapted: Adapted, question: str, most_tokens: int, console: Co
 def conversation(adapted: Adapted, most_tokens: int, compare: bool, console: Console) -> None:
     """Question after question at the terminal, until an empty line or the end of input; Ctrl-C ends an answer."""
     console.print(ALONE, style="dim", soft_wrap=True)
+    _read_anything(sys.stdin)
     while True:
         try:
             question = console.input("\nquestion: ")
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt, OSError):  # OSError: the terminal has gone
             return console.print()
         if not question.strip():
             return None
@@ -169,14 +171,19 @@ def conversation(adapted: Adapted, most_tokens: int, compare: bool, console: Con
 
 def piped_questions(stream: TextIO) -> Iterator[str]:
     """The lines of a stream that are not blank. Bytes that are no UTF-8 are replaced, a byte order mark left out."""
-    stream.reconfigure(encoding="utf-8-sig", errors="replace")
+    _read_anything(stream, encoding="utf-8-sig")
     yield from (line.strip() for line in stream if line.strip())
+
+
+def _read_anything(stream: TextIO, **options: str) -> None:
+    """Have a stream replace bytes that are not of its encoding, instead of ending the command."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace", **options)
 
 
 def answer_lines(adapted: Adapted, questions: Iterator[str] | list[str], most_tokens: int, compare: bool) -> None:
     """One JSON line for each question, as soon as it is answered."""
     for question in questions:
-        record = as_record(adapted, question, most_tokens, compare)
-        print(json.dumps(record, ensure_ascii=not takes_unicode()), flush=True)
+        print_json(as_record(adapted, question, most_tokens, compare))
         if nobody_reads():  # a reader that has enough, `head` for example
             return

@@ -3,7 +3,6 @@
 It reads the files of the runs and nothing else: no model is loaded, so that a run may be at work meanwhile.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from medqa.results.compare_figures import as_json, samples
 from medqa.results.compare_recipes import conclusion, differences
 from medqa.results.compare_tables import Comparison, Table, compare_runs, evaluation_tables, main_tables
 from medqa.results.page import changes, check_place, render, write_page
-from medqa.terminal import make_console, printable
+from medqa.terminal import make_console, print_json, printable
 
 MOST_LINES = 100  # of a table on the console
 # Of an evaluation, what only the page shows.
@@ -37,7 +36,7 @@ def compare(paths: Sequence[Path], out: Path, *, force: bool = False, numbers: b
     comparison = compare_runs(paths)
     write_page(render(comparison), out)
     if numbers:
-        print(json.dumps({**as_object(comparison), "page": printable(str(out))}, indent=2, allow_nan=False))
+        print_json({**as_object(comparison), "page": printable(str(out))}, indent=2, allow_nan=False)
     else:
         show(comparison, out)
 

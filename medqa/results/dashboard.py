@@ -14,6 +14,7 @@ from medqa.config import Tracking
 from medqa.data.sources import COLUMNS as SOURCES
 from medqa.errors import UserError
 from medqa.key_advice import wanted
+from medqa.terminal import print_json
 from medqa.training.tracking import (
     EVAL_NAMES,
     GLOBAL_STEP,
@@ -59,7 +60,7 @@ def make_dashboard(
             f"dashboard: {first['loc'][0]} {first['input']!r}: {wanted(str(first['loc'][0]), first)}"
         ) from error
     if as_json:
-        print(json.dumps({"project": project, "entity": entity, "name": workspace.name, "spec": spec(workspace)}))
+        print_json({"project": project, "entity": entity, "name": workspace.name, "spec": spec(workspace)})
         return
     if why := out_of_reach():
         raise UserError(f"dashboard: W&B cannot be reached: {why}; --json shows without it what would be created")

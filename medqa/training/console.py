@@ -29,7 +29,7 @@ def quiet_libraries() -> None:
 
 def show_plan(console: Console, title: str, plan: Plan) -> None:
     """The plan, and one training example with what of it counts in the loss."""
-    rows = [(label, text, "none") for label, text in plan.lines]
+    rows = [(label, text.replace("\n", "\\n"), "none") for label, text in plan.lines]
     for counts, text in plan.example:
         rows.append(("in the loss" if counts else "not in the loss", _shortened(text), "green" if counts else "dim"))
     if not console.is_terminal:
