@@ -36,6 +36,7 @@ from medqa.results import export_card, fidelity, gguf_file, gguf_vocabulary, mer
 from medqa.results.adapter import find_adapter
 from medqa.results.export_prompts import held_out_prompts
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
+from medqa.yaml_core import load_yaml
 
 gguf = pytest.importorskip("gguf", reason="writes GGUF")
 
@@ -87,7 +88,7 @@ def exports(run, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def exact(run):
     """The adapter in float32, prompts it was not trained on, and what it says after them."""
-    adapted = merge.load_exact(find_adapter(str(run)), CPU)
+    adapted = merge.prepare(find_adapter(str(run)), CPU).load()
     held_out = held_out_prompts(adapted.source, adapted.tokenizer, 400)
     return adapted, held_out, fidelity.observe(adapted.model, adapted.tokenizer, held_out.ids)
 
@@ -95,7 +96,7 @@ def exact(run):
 @pytest.fixture(scope="module")
 def merged(run):
     """The merged model in float32, as nothing has stored it."""
-    return merge.merge(merge.load_exact(find_adapter(str(run)), CPU).model)
+    return merge.merge(merge.prepare(find_adapter(str(run)), CPU).load().model)
 
 
 def refused(capsys, *words: str) -> str:
@@ -213,7 +214,7 @@ def test_weights_that_it_was_not_trained_on_are_refused(exact):
     other = dataclasses.replace(
         adapted.source, settings=None, experiment=adapted.source.experiment.model_copy(update={"model": model})
     )
-    wrong = merge.merge(merge.load_exact(other, CPU).model)
+    wrong = merge.merge(merge.prepare(other, CPU).load().model)
     found = fidelity.compare(wrong, adapted.tokenizer, reference)
     assert found.kl > 3e-3
     for kind in fidelity.KL_LIMITS:
@@ -252,6 +253,7 @@ def test_answers_may_part_at_near_ties_only():
 
 def test_4_bit_that_cannot_be_had_is_refused(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("medqa.model.four_bit.four_bit_unavailable", lambda device, dtype: "no bitsandbytes")
+    monkeypatch.setattr(merge, "load_base", lambda *arguments: pytest.fail("loaded"))
     assert "trained on a base with quantization 4bit, which cannot be had here (no bitsandbytes)" in refused(
         capsys, run, "--to", tmp_path / "x"
     )
@@ -504,6 +506,69 @@ def test_a_base_with_tied_embeddings_kept_in_float32(tmp_path, capsys):
 # Bad input
 
 
+def own_base(place: Path, change) -> Path:
+    """The embedded base with its tokenizer.json changed."""
+    shutil.copytree(BASE_DIR, place)
+    described = json.loads((place / "tokenizer.json").read_text(encoding="utf-8"))
+    change(described)
+    (place / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+    return place
+
+
+def digits_first(described: dict) -> None:
+    before = described["pre_tokenizer"]
+    steps = [{"type": "Digits", "individual_digits": True}, before]
+    described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+
+
+def more_tokens(described: dict) -> None:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    described["added_tokens"] += [{"id": 1024, "content": "<extra>", **flags}]
+
+
+@pytest.mark.parametrize(
+    "form, change, eos, said",
+    [
+        ("gguf", digits_first, None, "its text is prepared by Sequence, in a way that llama.cpp is not known to have"),
+        ("gguf", None, "</s>\\n", "a Modelfile cannot quote it"),
+        ("merged", more_tokens, None, "its tokenizer has 1025 tokens, its weights 1024"),
+    ],
+)
+def test_what_the_base_alone_decides_is_refused_before_a_weight_is_loaded(
+    form, change, eos, said, run, tmp_path, capsys, monkeypatch
+):
+    base = own_base(tmp_path / "base", change or (lambda described: None))
+    monkeypatch.setattr(merge, "load_base", lambda *arguments: pytest.fail("loaded"))
+    if eos is not None:
+        monkeypatch.setattr(export_module, "modelfile", lambda _, *more: modelfile.modelfile(eos, *more))
+    words = [run / "lora_adapters", "--model", base, "--to", tmp_path / "x", "--format", form]
+    assert said in refused(capsys, *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_chat_template_that_would_send_another_prompt_is_refused_before_a_weight_is_loaded(
+    run, tmp_path, capsys, monkeypatch
+):
+    load = merge.load_tokenizer
+
+    def with_two_bos(*arguments):
+        tokenizer = load(*arguments)
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+        return tokenizer
+
+    monkeypatch.setattr(merge, "load_tokenizer", with_two_bos)
+    monkeypatch.setattr(merge, "load_base", lambda *arguments: pytest.fail("loaded"))
+    assert "gives another prompt" in refused(capsys, run, "--to", tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("eos", ['"', "a\nb", "{{ .Prompt }}", "}}", "\\", "\x1b", "\u202e"])
+def test_an_eos_that_a_modelfile_cannot_hold_is_refused(eos):
+    with pytest.raises(UserError, match="a Modelfile cannot quote it; use --format merged"):
+        modelfile.modelfile(eos, 512, "other")
+    assert 'PARAMETER stop "<|im_end|>"' in modelfile.modelfile("<|im_end|>", 512, "other")
+
+
 def test_a_base_with_a_penalty_of_its_own_is_measured_without_it(run, tmp_path, capsys):
     """`generate` would take it up for the adapter and not for the export."""
     shutil.copytree(BASE_DIR, tmp_path / "base")
@@ -578,6 +643,7 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, capsys, form):
 def test_too_little_room_is_said_before_anything_is_written(run, tmp_path, capsys, monkeypatch):
     usage = export_module.shutil._ntuple_diskusage(10**9, 10**9, 1000)
     monkeypatch.setattr(export_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(merge, "load_base", lambda *arguments: pytest.fail("loaded"))
     assert "2 MiB are needed, 0 are free" in refused(capsys, run, "--to", tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 
@@ -605,13 +671,64 @@ def test_the_card_has_figures_licences_and_limits(exports, run):
     assert "library_name: gguf" in (exports["gguf"] / "README.md").read_text(encoding="utf-8")
 
 
+def test_no_local_place_is_in_what_is_pushed(run, tmp_path):
+    """The base is known by a path here, and so is the run; whoever fetches the export has neither."""
+    place = tmp_path / "someone's"
+    base = own_base(place / "base", lambda described: None)
+    for form, name in (("merged", "whole"), ("gguf", "file")):
+        words = ["export", str(run / "lora_adapters"), "--model", str(base), "--to", str(place / name), "--cpu"]
+        assert main([*words, "--format", form]) == 0
+        for path in (place / name).iterdir():
+            content = path.read_bytes()
+            for private in (b"someone", bytes(run.parent), str(BASE_DIR.parent).encode()):
+                assert private not in content, path.name
+        text = (place / name / "README.md").read_text(encoding="utf-8")
+        header = load_yaml(text.split("---\n")[1], "the header")
+        assert header["license"] == "other"
+        assert "base_model" not in header
+        assert "A base model in a local directory, fine-tuned" in text
+
+
+def hostile_evaluation(run: Path, place: Path, step: object) -> str:
+    """The card of a run whose files hold what somebody put there."""
+    source = dataclasses.replace(find_adapter(str(run)), run=place, step=step)
+    key = "x | y\n\n# Injected <script>alert(1)</script>\n\n[click](http://evil)"
+    figure = {"value": 1.5, "low": 1.0, "high": 2.0}
+    tasks = {"loss": {"test": {key: figure}}}
+    (place / "evaluation.json").write_text(json.dumps({"step": step, "limit": None, "tasks": tasks}))
+    measured = export_card.Measured(fidelity.Fidelity(0.0, 1, 1, 1, 0.0), "prompts", 1, 1.0, "CPU", "none")
+    return export_card.card(source, "name", "merged", "f16", measured)
+
+
+@pytest.mark.parametrize("step", [4, "4\n# x", {"a": 1}, 10**400])
+def test_what_a_run_s_files_say_is_no_markup(step, run, tmp_path):
+    text = hostile_evaluation(run, tmp_path, step)
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    own = ["# name", "## How far it is the adapter", "## Size and speed", "## Figures", "## Prompt"]
+    assert headings == [*own, "### Instruction:", "### Response:", "## Data", "## Limits"]
+    assert "<script" not in text.replace("\\<", "")
+    assert "](http" not in text.replace("\\]", "")
+    assert (", update 4, merged" in text) == (step == 4)
+
+
+@pytest.mark.parametrize("value", [10**400, float("nan"), 1e400, True, "1", None])
+def test_figures_of_no_size_that_occurs_are_left_out(value, run, tmp_path):
+    source = dataclasses.replace(find_adapter(str(run)), run=tmp_path)
+    figure = {"value": value, "low": 1, "high": 2}
+    found = {"step": source.step, "tasks": {"loss": {"test": {"tuned": {"answer_perplexity": figure}}}}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    assert export_card._figures(source) == "Not recorded."
+    (tmp_path / "summary.json").write_text(json.dumps({"test": {"answer_perplexity": value}}))
+    assert export_card._figures(source) == "Not recorded."
+
+
 def test_figures_come_with_their_intervals_where_evaluate_has_them(tmp_path, run):
     source = dataclasses.replace(find_adapter(str(run)), run=tmp_path)
     test = {"answer_perplexity": {"value": 82.5, "low": 80.125, "high": 85.0}, "rows": 9, "odd": {"value": 1}}
     found = {"tasks": {"loss": {"test": {"tuned": test, "sources": {"x": test}}}}, "seed": 1, "step": source.step}
     (tmp_path / "evaluation.json").write_text(json.dumps(found))
     shown = export_card._figures(source)
-    assert shown.endswith("| loss test tuned answer perplexity | 82.5 | 80.12 to 85 |")
+    assert shown.endswith("| loss test tuned answer perplexity | 82.5 | 80.12 to 85 | 9 |")
     (tmp_path / "evaluation.json").write_text(json.dumps(found | {"step": source.step + 1}))
     assert export_card._figures(source) == "Not recorded.", "of another adapter"
     (tmp_path / "evaluation.json").write_text("{")

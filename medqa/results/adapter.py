@@ -121,10 +121,19 @@ def load_adapted(source: Source, device: torch.device) -> Adapted:
     )
     model = add_lora(loaded.model, experiment.lora, experiment.training.seed, execution.fast_lora(device.type))
     load_adapter_weights(model, source.directory, source.name)
-    if not all(weight.isfinite().all() for weight in adapter_weights(model).values()):
-        raise UserError(f"{source.directory}: the adapter has weights that are not finite; choose another checkpoint")
+    check_finite(model, source.directory)
     model.requires_grad_(False)
     return Adapted(source, model.eval(), tokenizer, precision, execution, loaded.quantization)
+
+
+def check_finite(model: PeftModel, directory: Path) -> None:
+    """Refuse an adapter that holds NaN or infinity.
+
+    Raises:
+        UserError: it does; names the directory that it is from.
+    """
+    if not all(weight.isfinite().all() for weight in adapter_weights(model).values()):
+        raise UserError(f"{directory}: the adapter has weights that are not finite; choose another checkpoint")
 
 
 def _of_run(where: str, run: Path, checkpoint: str | None, locations: Locations) -> Source:

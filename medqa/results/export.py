@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from medqa.errors import UserError, refusal
+from medqa.files import write_file
 from medqa.hub import hub_reachable
-from medqa.model.base import check_model
 from medqa.model.precision import usable_gpu
 from medqa.results import fidelity
 from medqa.results.adapter import Source, find_adapter
@@ -26,12 +25,24 @@ from medqa.results.export_card import Measured, card, licence
 from medqa.results.export_prompts import held_out_prompts
 from medqa.results.gguf_file import check_expressible, load_gguf, write_gguf
 from medqa.results.gguf_vocabulary import check_vocabulary, vocabulary
-from medqa.results.llama_cpp import run_llama_cpp
-from medqa.results.merge import DTYPES, check_chat_template, load_exact, load_stored, merge, save_merged
+from medqa.results.llama_cpp import has_llama_cpp, run_llama_cpp
+from medqa.results.merge import (
+    DTYPES,
+    Exact,
+    check_chat_template,
+    load_stored,
+    merge,
+    prepare,
+    save_merged,
+    save_tokenizer,
+)
 from medqa.results.modelfile import GGUF_NAME, MODELFILE, modelfile, ollama_commands
+from medqa.terminal import printable
+from medqa.training.artifacts import public_name
 
 OUTTYPES = {"merged": ("f32", "f16", "bf16"), "gguf": ("f16", "q8_0")}
 BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # of a weight; q8_0 has a float16 scale per 32
+BESIDE = 1.1  # of the weights' own size: the tokenizer and other files are beside them
 CARD = "README.md"
 Say = Callable[[str], None]
 
@@ -61,17 +72,16 @@ def export(wanted: Wanted, say: Say) -> None:
     if wanted.push is not None:
         _check_push(wanted.push)
     source = find_adapter(wanted.run, wanted.checkpoint, wanted.base)
-    config = check_model(source.experiment.model, 0)
-    outtype = wanted.outtype or _default_outtype(wanted.form, config)
+    exact = prepare(source, torch.device("cuda" if not wanted.cpu and usable_gpu() else "cpu"))
+    outtype = wanted.outtype or _default_outtype(wanted.form, exact.config)
     if wanted.form == "gguf":
-        check_expressible(config, source.experiment.model.base)
+        check_expressible(exact.config, source.experiment.model.base)
     if source.run is None:
         say(f"{wanted.run}: not a run's directory: taken as trained on a base that is not quantized")
-    device = torch.device("cuda" if not wanted.cpu and usable_gpu() else "cpu")
     with _beside(wanted.to) as directory:
-        measured = _build(directory, source, wanted, outtype, device, say)
-        text = card(source, _name(wanted), wanted.form, outtype, measured)
-        (directory / CARD).write_text(text, encoding="utf-8")
+        _check_space(directory, exact.weights, outtype)
+        measured = _build(directory, exact, wanted, outtype, say)
+        write_file(directory / CARD, card(source, _name(wanted), wanted.form, outtype, measured))
     say(
         f"{wanted.to}: {wanted.form}, {outtype}, {measured.bytes / 2**20:,.1f} MiB, "
         f"{measured.tokens_per_s:,.1f} tokens/s ({measured.engine})"
@@ -109,29 +119,41 @@ def push(directory: Path, repo: str) -> str:
     return f"pushed to {url} (private, unless it was there before and public)"
 
 
-def _build(directory: Path, source: Source, wanted: Wanted, outtype: str, device: torch.device, say: Say) -> Measured:
+def _build(directory: Path, exact: Exact, wanted: Wanted, outtype: str, say: Say) -> Measured:
     """Write the export into the directory, load it again as its users will, and compare it with the adapter.
+
+    Whatever can be refused without a weight is refused before one is loaded.
 
     Raises:
         UserError: it differs by more than the limits, or cannot be expressed.
     """
-    adapted = load_exact(source, device)
-    tokenizer, config, quantization = adapted.tokenizer, adapted.model.config, adapted.quantization
-    _check_space(directory, sum(weight.numel() for weight in adapted.model.parameters()), outtype)
+    source, tokenizer, config, device = exact.source, exact.tokenizer, exact.config, exact.device
     longest = getattr(config, "max_position_embeddings", None) or source.experiment.tokenization.max_length
     held_out = held_out_prompts(source, tokenizer, longest - fidelity.ANSWER_TOKENS)
+    words = None
+    if wanted.form == "merged":
+        save_tokenizer(tokenizer, directory)
+        check_chat_template(directory, tokenizer, held_out.questions)
+    else:
+        words = vocabulary(tokenizer, config.vocab_size)
+        check_vocabulary(tokenizer, words, held_out.questions)
+        text = modelfile(tokenizer.eos_token, config.max_position_embeddings, ": ".join(licence(source)))
+        write_file(directory / MODELFILE, text)
+        if not has_llama_cpp():
+            say("llama.cpp: not tried, llama-cpp-python is not installed (requirements-llama.txt)")
+    adapted = exact.load()
+    quantization = adapted.quantization
     say(f"measuring on {len(held_out.ids)} of {held_out.where_from}")
     reference = fidelity.observe(adapted.model, tokenizer, held_out.ids)
     merged = merge(adapted.model)
     del adapted  # before the export is loaded: one model at a time
-    if wanted.form == "merged":
+    if words is None:
         save_merged(merged, tokenizer, DTYPES[outtype], directory)
-        check_chat_template(directory, tokenizer, held_out.questions)
         del merged
         stored, files = load_stored(directory, device), sorted(directory.glob("*.safetensors"))
     else:
         files = [directory / GGUF_NAME]
-        _write_gguf(directory, merged, tokenizer, wanted, outtype, source, held_out.questions)
+        write_gguf(files[0], merged, tokenizer, words, outtype, _about(source, wanted))
         del merged
         stored = load_gguf(files[0], config, device)
     found = fidelity.compare(stored, tokenizer, reference)
@@ -140,35 +162,24 @@ def _build(directory: Path, source: Source, wanted: Wanted, outtype: str, device
     engine = f"transformers on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}"
     speed = fidelity.tokens_per_second(stored, tokenizer, held_out.ids[0])
     del stored
-    if wanted.form == "gguf" and (ran := run_llama_cpp(files[0], held_out, tokenizer.eos_token_id)) is not None:
+    if words is not None and has_llama_cpp():
+        ran = run_llama_cpp(files[0], held_out, tokenizer.eos_token_id)
         in_llama_cpp = fidelity.Fidelity(found.kl, found.positions, *fidelity.parting(reference, ran.answers))
         say(f"llama.cpp: the same tokens of each prompt; {in_llama_cpp.answers_text()}")
         in_llama_cpp.check(outtype)
         engine, speed = "llama.cpp on the CPU", ran.tokens_per_s
-    elif wanted.form == "gguf":
-        say("llama.cpp: not tried, llama-cpp-python is not installed (requirements-llama.txt)")
     size = sum(file.stat().st_size for file in files)
     return Measured(found, held_out.where_from, size, speed, engine, quantization)
 
 
-def _write_gguf(
-    directory: Path,
-    merged: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    wanted: Wanted,
-    outtype: str,
-    source: Source,
-    questions: list[str],
-) -> None:
-    """The GGUF file and its Modelfile."""
-    words = vocabulary(tokenizer, merged.config.vocab_size)
-    check_vocabulary(tokenizer, words, questions)
-    short, sentence = licence(source)
-    base = source.experiment.model.base
-    about = {"name": _name(wanted), "license": short, "description": f"{base}, fine-tuned on medical questions"}
-    write_gguf(directory / GGUF_NAME, merged, tokenizer, words, outtype, about)
-    text = modelfile(tokenizer.eos_token, merged.config.max_position_embeddings, f"{short}: {sentence}")
-    (directory / MODELFILE).write_text(text, encoding="utf-8")
+def _about(source: Source, wanted: Wanted) -> dict[str, str]:
+    """What a GGUF file says of itself."""
+    base = public_name(source.experiment.model.base) or "a model"
+    return {
+        "name": printable(_name(wanted)),
+        "license": licence(source)[0],
+        "description": f"{base}, fine-tuned on medical questions",
+    }
 
 
 def _name(wanted: Wanted) -> str:
@@ -232,7 +243,7 @@ def _check_space(directory: Path, weights: int, outtype: str) -> None:
     Raises:
         UserError: there is not.
     """
-    needed, free = int(weights * BYTES[outtype]), shutil.disk_usage(directory).free
+    needed, free = int(BESIDE * weights * BYTES[outtype]), shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(
             f"{directory.parent}: {needed / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} are free; free space, or "

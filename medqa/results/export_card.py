@@ -1,8 +1,6 @@
 """The model card of an export: what it is, how far it is the adapter, figures, data and licences, limits."""
 
-import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,8 @@ from medqa.files import Damaged, read_json
 from medqa.prompts import prompt
 from medqa.results.adapter import Source
 from medqa.results.fidelity import KL_LIMITS, Fidelity
-from medqa.training.artifacts import UNKNOWN, data_lines
+from medqa.results.figures import count, figures, number
+from medqa.training.artifacts import UNKNOWN, base_words, code, data_lines, front_matter, plain, public_name
 from medqa.training.artifacts import licence as licence_of
 
 # Of an evaluation, what the card leaves out: parts of the rows, differences, other baselines than the untuned base.
@@ -43,25 +42,27 @@ def licence(source: Source) -> tuple[str, str]:
 def card(source: Source, name: str, form: str, outtype: str, measured: Measured) -> str:
     """The card's text, Markdown with the hub's header."""
     experiment = source.experiment
+    base = public_name(experiment.model.base)
     short, sentence = licence(source)
+    header = {"base_model": base, "base_model_relation": "finetune"} if base else {}
+    header |= {
+        "library_name": "gguf" if form == "gguf" else "transformers",
+        "pipeline_tag": "text-generation",
+        "language": "en",
+        "license": short,
+        "tags": ["medical", "question-answering", form],
+    }
     data = "Not recorded." if source.run is None else data_lines(experiment.data)
     weights = "the weights of its base" + (", 4-bit ones expanded" if measured.quantization == "4bit" else "")
-    of_step = "" if source.step is None else f", update {source.step}"
-    return f"""---
-base_model: {json.dumps(experiment.model.base)}
-base_model_relation: finetune
-library_name: {"gguf" if form == "gguf" else "transformers"}
-pipeline_tag: text-generation
-language: en
-license: {short}
-tags: [medical, question-answering, {form}]
----
+    known = None if source.run is not None else public_name(source.name)
+    adapter = "the LoRA adapter" + (f" {code(known)}" if known else "")
+    of_step = "" if count(source.step) is None else f", update {count(source.step)}"
+    words = base_words(experiment.model.base)
+    return f"""{front_matter(header)}
+# {plain(name)}
 
-# {name}
-
-`{experiment.model.base}` fine-tuned on medical questions and answers with medqa: the LoRA adapter
-`{source.name}`{of_step}, merged into the weights it was trained on
-({weights}), stored as {outtype}. Needs no PEFT.
+{words[0].upper()}{words[1:]}, fine-tuned on medical questions and answers with medqa: {adapter}{of_step}, merged into
+the weights it was trained on ({weights}), stored as {outtype}. Needs no PEFT.
 
 **Not medical advice.** The answers can be wrong, outdated or dangerous. For research on question answering; not for
 diagnosis, treatment or any decision about a person's health.
@@ -120,32 +121,30 @@ def _figures(source: Source) -> str:
         return "Not measured for this adapter."
     evaluation = _read(source.run / "evaluation.json")
     whole = evaluation.get("step") == source.step and evaluation.get("limit") is None  # of this adapter, on all rows
-    rows = list(_with_interval(evaluation)) if whole else []
-    if rows:
-        lines = [f"| {path} | {value:.4g} | {low:.4g} to {high:.4g} |" for path, value, low, high in rows]
-        return "\n".join(["| | value | 95 % interval |", "|---|---|---|", *lines])
+    lines = list(_with_interval(evaluation)) if whole else []
+    if lines:
+        return "\n".join(["| | value | 95 % interval | rows |", "|---|---|---|---|", *lines])
     summary = _read(source.run / "summary.json")
-    lines = []
     for label, part in (("validation, untuned", "baseline"), ("validation, tuned", "final"), ("test, tuned", "test")):
-        figures = summary.get(part)
-        value = figures.get("answer_perplexity") if isinstance(figures, dict) else None
-        if isinstance(value, int | float):
+        figures_of = summary.get(part)
+        value = number(figures_of.get("answer_perplexity")) if isinstance(figures_of, dict) else None
+        if value is not None:
             lines.append(f"| answer perplexity, {label} | {value:.3f} |")
     return "\n".join(["| | value (without an interval) |", "|---|---|", *lines]) if lines else "Not recorded."
 
 
-def _with_interval(found: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, float, float, float]]:
-    """Every object that is a value with its interval, by its path; not those of some of the rows alone."""
-    if not isinstance(found, Mapping):
+def _with_interval(evaluation: dict[str, Any]) -> Iterator[str]:
+    """A line of the table for each figure that has an interval; not for those of some of the rows alone."""
+    try:
+        found = figures(evaluation.get("tasks"))
+    except ValueError:  # more than an evaluation has
         return
-    three = [found.get(key) for key in ("value", "low", "high")]
-    if all(isinstance(x, int | float) and math.isfinite(x) for x in three):
-        yield " ".join(path).replace("_", " ").replace("|", " "), *three
-        return
-    for key, inside in found.items():
-        if key in LEFT_OUT and not (key == "loss" and path == ()):  # the task of that name stays
+    for path, figure in found.items():
+        if LEFT_OUT & set(path[1:]) or None in (figure.value, figure.low, figure.high):  # the task "loss" stays
             continue
-        yield from _with_interval(inside, path if key == "tasks" else (*path, str(key)))
+        name = plain(" ".join(path).replace("_", " "))
+        rows = "" if figure.rows is None else f"{figure.rows:,}"
+        yield f"| {name} | {figure.value:.4g} | {figure.low:.4g} to {figure.high:.4g} | {rows} |"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -18,16 +18,23 @@ class Ran:
     tokens_per_s: float
 
 
-def run_llama_cpp(path: Path, held_out: HeldOutPrompts, eos: int) -> Ran | None:
-    """llama.cpp's greedy answers to the prompts; None where it is not installed.
+def has_llama_cpp() -> bool:
+    """Whether llama-cpp-python is installed and fits the machine."""
+    try:
+        import llama_cpp  # noqa: F401
+    except (ImportError, OSError, RuntimeError):  # the last two: a library that does not fit the machine
+        return False
+    return True
+
+
+def run_llama_cpp(path: Path, held_out: HeldOutPrompts, eos: int) -> Ran:
+    """llama.cpp's greedy answers to the prompts.
 
     Raises:
         UserError: it does not load the file, or makes other tokens of a prompt.
     """
-    try:
-        import llama_cpp
-    except (ImportError, OSError, RuntimeError):  # the last two: a library that does not fit the machine
-        return None
+    import llama_cpp
+
     room = max(map(len, held_out.ids)) + ANSWER_TOKENS + 1
     try:
         model = llama_cpp.Llama(str(path), n_ctx=room, n_gpu_layers=0, verbose=False)

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,56 +17,94 @@ from medqa.errors import UserError
 from medqa.model.attention import attention_in_effect
 from medqa.model.base import add_lora, check_model, load_adapter_weights, load_base, load_tokenizer
 from medqa.model.execution import Execution
-from medqa.model.precision import resolve_precision
+from medqa.model.four_bit import quantization_in_effect
+from medqa.model.precision import Precision, resolve_precision
 from medqa.prompts import prompt_ids
-from medqa.results.adapter import Adapted, Source
+from medqa.results.adapter import Adapted, Source, check_finite
 
 # In float32, 4-bit weights expanded, attention as any server computes it.
 EXACT = Execution(False, False, "sdpa", gradient_checkpointing=False, dequantize=True)
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
-def load_exact(source: Source, device: torch.device) -> Adapted:
-    """The adapter on the weights it was trained on, computed in float32, with the base's own vocabulary.
+@dataclass(frozen=True)
+class Exact:
+    """An adapter and the base that it was trained on, seen to fit each other; no weight is loaded yet.
 
-    4-bit weights are what they stand for, expanded once. `[PAD]` is left out: it was never predicted, and the adapter
-    has nothing of it.
+    `weights` is how many the base has.
+    """
+
+    source: Source
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    precision: Precision
+    execution: Execution
+    device: torch.device
+    weights: int
+
+    def load(self) -> Adapted:
+        """The adapter on the weights it was trained on, computed in float32, with the base's own vocabulary.
+
+        4-bit weights are what they stand for, expanded once. `[PAD]` is left out: it was never predicted, and the
+        adapter has nothing of it.
+
+        Raises:
+            UserError: base or adapter cannot be loaded, or the adapter has weights that are not finite.
+        """
+        source, experiment = self.source, self.source.experiment
+        model, seed = experiment.model, experiment.training.seed
+        # Vocabulary 0: nothing is grown.
+        base = load_base(model, self.precision, self.execution, self.device, 0, seed, source.settings)
+        adapted = add_lora(base.model.float(), experiment.lora, seed)
+        load_adapter_weights(adapted, source.directory, source.name)
+        check_finite(adapted, source.directory)
+        adapted.requires_grad_(False)
+        return Adapted(source, adapted.eval(), self.tokenizer, self.precision, self.execution, base.quantization)
+
+
+def prepare(source: Source, device: torch.device) -> Exact:
+    """See whether an adapter can be merged into its base, before anything large is loaded.
 
     Raises:
-        UserError: base or adapter cannot be loaded, the base cannot be quantized here as it was in training, or the
-            adapter is on a head that is the embeddings as well.
+        UserError: the base cannot be had, or not quantized as it was in training; its tokenizer has more tokens than it
+            has embeddings; or the adapter is on a head that is the embeddings as well.
     """
     tokenization = source.experiment.tokenization.model_copy(update={"pad_token": "eos"})
     experiment = source.experiment.model_copy(update={"tokenization": tokenization})
-    attention, _ = attention_in_effect(EXACT.attn_implementation, check_model(experiment.model, 0))
-    execution = replace(EXACT, attn_implementation=attention)
+    config = check_model(experiment.model, 0)
+    attention, _ = attention_in_effect(EXACT.attn_implementation, config)
     precision = resolve_precision(experiment, device.type == "cpu", source.settings)
-    tokenizer = load_tokenizer(experiment.model.base, "eos")
-    # Vocabulary 0: nothing is grown.
-    base = load_base(experiment.model, precision, execution, device, 0, experiment.training.seed, source.settings)
     trained_as = source.settings.quantization if source.settings else experiment.model.quantization
-    if base.quantization != trained_as:
+    quantization, reason = quantization_in_effect(experiment.model, precision, device, source.settings)
+    if quantization != trained_as:
         raise UserError(
             f"{source.name}: trained on a base with quantization {trained_as}, which cannot be had here "
-            f"({base.reason}): merged into other weights it would be another model; export it where it can"
+            f"({reason}): merged into other weights it would be another model; export it where it can"
         )
-    known = base.model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > known:
+    tokenizer = load_tokenizer(experiment.model.base, "eos")
+    with torch.device("meta"):
+        blank = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    read, head = blank.get_input_embeddings(), blank.get_output_embeddings()
+    if len(tokenizer) > read.num_embeddings:
         raise UserError(
-            f"model.base = {experiment.model.base}: its tokenizer has {len(tokenizer)} tokens, its weights {known}; "
-            "no server could load that: give the base that belongs to the tokenizer with --model"
+            f"model.base = {experiment.model.base}: its tokenizer has {len(tokenizer)} tokens, its weights "
+            f"{read.num_embeddings}; no server could load that: give the base that belongs to the tokenizer with "
+            "--model"
         )
-    head, read = base.model.get_output_embeddings(), base.model.get_input_embeddings()
     if "lm_head" in experiment.lora.target_modules and head.weight is read.weight:
         raise UserError(
             f"{source.name}: its adapter is on lm_head too, and {experiment.model.base} has one matrix for head and "
             "embeddings: merged, it would change both; train without lm_head in lora.target_modules to export"
         )
-    model = add_lora(base.model.float(), experiment.lora, experiment.training.seed)
-    load_adapter_weights(model, source.directory, source.name)
-    model.requires_grad_(False)
-    found = replace(source, experiment=experiment)
-    return Adapted(found, model.eval(), tokenizer, precision, execution, base.quantization)
+    return Exact(
+        replace(source, experiment=experiment),
+        config,
+        tokenizer,
+        precision,
+        replace(EXACT, attn_implementation=attention),
+        device,
+        sum(parameter.numel() for parameter in blank.parameters()),
+    )
 
 
 def merge(adapted: PeftModel) -> torch.nn.Module:
@@ -88,7 +126,7 @@ def merge(adapted: PeftModel) -> torch.nn.Module:
 def save_merged(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, directory: Path
 ) -> None:
-    """Weights in this type, configuration, tokenizer with the training prompt as its chat template; greedy by default.
+    """Weights in this type and configuration, beside the tokenizer that is there; greedy by default.
 
     Raises:
         UserError: no space.
@@ -104,7 +142,6 @@ def save_merged(
         model.to(dtype).save_pretrained(directory)
     except SafetensorError as error:
         raise out_of_space(directory, error) from error
-    save_tokenizer(tokenizer, directory)
     # For servers that have a transformers before 5 inside, which would take another base of RoPE, silently.
     rope = model.config.rope_parameters if isinstance(getattr(model.config, "rope_parameters", None), dict) else {}
     older = {"torch_dtype": str(dtype).removeprefix("torch.")}

@@ -9,6 +9,7 @@ from medqa.prompts import prompt
 
 GGUF_NAME = "model.gguf"
 MODELFILE = "Modelfile"
+NOT_QUOTED = ('"', "\\", "{{", "}}")
 MOST_TOKENS = 512  # of an answer: Ollama's own default is no limit at all
 
 
@@ -19,12 +20,12 @@ def modelfile(eos: str, context: int, licence: str) -> str:
     follows. A system message has no place in the training prompt and none here.
 
     Raises:
-        UserError: a text that the format cannot quote.
+        UserError: an EOS that the format cannot quote, or that the template language would take for its own.
     """
+    if not eos.isprintable() or any(mark in eos for mark in NOT_QUOTED):
+        raise UserError(f"EOS {eos!r}: a Modelfile cannot quote it; use --format merged")
     question, response = prompt("\0").split("\0")
     template = f"{question}{{{{ .Prompt }}}}{response}{{{{ .Response }}}}{eos}"
-    if '"""' in template + licence or '"' in eos:
-        raise UserError(f"EOS {eos!r}: a Modelfile cannot quote it; use --format merged")
     return f'''FROM ./{GGUF_NAME}
 TEMPLATE """{template}"""
 PARAMETER stop "{eos}"
