@@ -4,14 +4,14 @@ import argparse
 from pathlib import Path
 from typing import TypeAlias
 
-from medqa.options import add_data_option, add_run_options
+from medqa.options import Parser, add_data_option, add_run_options
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def command_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    parser = argparse.ArgumentParser(prog="medqa", description="What is done before and after a run.")
+    parser = Parser(prog="medqa", description="What is done before and after a run.")
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (_plan, _evaluate, _ask, _compare, _dashboard, _export, _verify_resume):
         add(commands)

@@ -11,6 +11,8 @@ import urllib.request
 
 from huggingface_hub import constants
 
+from medqa.terminal import without_credentials
+
 CONNECT_SECONDS = 5.0
 GATEWAY_FAILURES = (407, 502, 503, 504)  # what a proxy answers in place of a host that it cannot or may not reach
 
@@ -24,8 +26,8 @@ def connects(url: str) -> bool:
     answered = []
 
     def attempt() -> None:
-        try:
-            request = urllib.request.Request(url, method="HEAD")
+        try:  # without credentials: urllib takes them for a part of the host, and to be refused is an answer
+            request = urllib.request.Request(without_credentials(url), method="HEAD")
             urllib.request.urlopen(request, timeout=CONNECT_SECONDS).close()
         except urllib.error.HTTPError as error:
             if error.code in GATEWAY_FAILURES:

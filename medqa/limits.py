@@ -56,3 +56,5 @@ MAX_TOKENIZER_BYTES = 200_000_000
 MAX_TOKENS_PER_BYTE = 4
 # Bytes of what is kept of an untuned base's losses and answers.
 MAX_BASELINE_BYTES = 500_000_000
+# Bytes of a netrc file, in which W&B's key stands.
+MAX_NETRC_BYTES = 1_000_000

@@ -4,16 +4,26 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from medqa.errors import UserError
 from medqa.experiment_file import Locations
+from medqa.terminal import printable
 
 DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose messages about wrong options are shown as all other messages are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Show the message and the usage, and exit with code 2."""
+        super().error(printable(message))
+
+
 def option_parser() -> argparse.ArgumentParser:
     """The parser; a wrong option ends the process with exit code 2 and says so."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train.py",
         description="Fine-tune a language model on medical questions and answers with LoRA. Run it again to go on.",
         allow_abbrev=False,

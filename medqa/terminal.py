@@ -14,6 +14,7 @@ import errno
 import io
 import json
 import os
+import re
 import select
 import sys
 import unicodedata
@@ -33,12 +34,24 @@ UNSAFE_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # Exceptions: line breaks, tabs, and the joiners, which emoji and Indic scripts are written with.
 SAFE = "\n\t\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
 
+# What stands between `scheme://` and the last `@` before the path of an address.
+CREDENTIALS = re.compile(r"(?<=://)[^/?#\s]*@")
+
 
 def printable(text: str) -> str:
-    r"""Text of unknown origin, safe to show on a terminal: ESC becomes `\x1b`, a right-to-left override `\u202e`."""
+    r"""Text of unknown origin, safe to show on a terminal: ESC becomes `\x1b`, a right-to-left override `\u202e`.
+
+    Addresses are shown without user names and passwords.
+    """
+    text = without_credentials(text)
     if text.isascii() and text.isprintable():
         return text
     return "".join(c if c in SAFE or unicodedata.category(c) not in UNSAFE_CATEGORIES else _escaped(c) for c in text)
+
+
+def without_credentials(text: str) -> str:
+    """Text in which each address `http://user:password@host` is written without what stands before its `@`."""
+    return CREDENTIALS.sub("", text) if "@" in text else text
 
 
 def _escaped(character: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import wandb
 from accelerate.state import AcceleratorState
 from launching import Group, finish, output
 from safetensors.torch import load_file, save_file
@@ -342,6 +343,32 @@ def test_wandb_has_the_figures(run, monkeypatch):
         place = f"evaluation/loss/test/tuned/answer_perplexity{name}"
         assert told.summary[place] == pytest.approx(figure[key])
     assert set(told.history) == set(range(7)), "all of training too: what is sent last is the whole run"
+
+
+def test_a_directory_of_somebody_else_sends_nothing_to_its_own_entity(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "secret").write_text("secret")
+    (run / "lora_adapters" / "notes.txt").symlink_to(tmp_path / "secret")
+    config = (run / "config.yaml").read_text()
+    assert "entity: null" in config
+    (run / "config.yaml").write_text(config.replace("entity: null", "entity: their-team"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    words = ["evaluate", str(run), "--tasks", "loss", "--limit", "4", "--cpu"]
+    assert main(words) == 0
+    assert "W&B: not told: only the run's config.yaml names the entity their-team" in capsys.readouterr().out
+    assert not list(run.glob("wandb/*"))
+    assert not (tmp_path / "data").exists()
+    monkeypatch.setenv("WANDB_ENTITY", "our-team")
+    wandb.teardown()  # it reads its variables once a process
+    assert main(words) == 0
+    assert "W&B: offline" in capsys.readouterr().out
+    (path,) = run.glob("wandb/offline-run-*/*.wandb")
+    read_finished_run(path)
+    assert b"our-team" in path.read_bytes()
+    assert b"notes.txt" not in path.read_bytes()
+    assert "secret" not in [
+        path.read_text(errors="replace") for path in (tmp_path / "data").rglob("*") if path.is_file()
+    ]
 
 
 def test_rows_apart_from_training():

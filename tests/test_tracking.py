@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import socket
 import threading
 import time
@@ -19,14 +20,17 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wandb_file import OfflineRun, read_finished_run
+from wandb_server import WandbServer
 
 from medqa.config import Experiment, flat
 from medqa.errors import UserError
 from medqa.experiment_file import load_experiment
+from medqa.hub import connects
 from medqa.prompts import prompt_ids
 from medqa.tiny import BASE_DIR
 from medqa.training.tracking import MetricsFile, Tracker, read_metrics, wandb_names
-from medqa.training.wandb_run import SAMPLE_COLUMNS, start_wandb, wandb_mode, wandb_wanted
+from medqa.training.wandb_feed import PRIVATE, failures
+from medqa.training.wandb_run import SAMPLE_COLUMNS, log_adapter, start_wandb, wandb_mode, wandb_wanted
 from train import main
 
 FIGURES = {"loss", "perplexity", "answer_loss", "answer_perplexity"}
@@ -50,8 +54,6 @@ SETS = [
 def environment():
     """No W&B variables, no key, and none in a file; the accelerator's state is the process's otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        import os
-
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
             patch.delenv(name)
         patch.setenv("NETRC", "/nonexistent")
@@ -484,6 +486,121 @@ def test_a_key_in_the_netrc_file_counts(monkeypatch, tmp_path):
     assert wandb_mode(tracking().tracking) == ("online", "")
     path.write_text("machine elsewhere login user password x\n")
     assert wandb_mode(tracking().tracking)[0] == "offline"
+
+
+@pytest.mark.parametrize("value", ["true", "1", "YES", "on"])
+def test_wandb_disabled_means_what_it_does_to_transformers(value, monkeypatch):
+    monkeypatch.setenv("WANDB_DISABLED", value)
+    for asked in ("auto", "online", "offline"):
+        assert not wandb_wanted(tracking(f"tracking.wandb={asked}").tracking)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert not wandb_wanted(tracking().tracking)
+    monkeypatch.setenv("WANDB_DISABLED", "false")
+    assert wandb_wanted(tracking().tracking)
+
+
+@pytest.fixture(params=["latin-1", "pipe", "directory", "no permission", "nonsense", "device"])
+def odd_netrc(request, tmp_path, monkeypatch):
+    """A netrc file that has the key, but cannot be read."""
+    path = tmp_path / "netrc"
+    key = f"machine api.wandb.ai login user password {'0' * 40}\n"
+    match request.param:
+        case "latin-1":
+            path.write_bytes(f"# caf\xe9\n{key}".encode("latin-1"))
+        case "pipe":
+            os.mkfifo(path)
+        case "directory":
+            path.mkdir()
+        case "no permission":
+            path.write_text(key)
+            path.chmod(0)
+            if os.access(path, os.R_OK):
+                pytest.skip("root may read all")
+        case "nonsense":
+            path.write_text("machine\n")
+        case "device":
+            path = Path("/dev/zero")
+    monkeypatch.setenv("NETRC", str(path))
+    return path
+
+
+def test_a_netrc_file_that_cannot_be_read_is_said_and_keeps_nobody_waiting(odd_netrc, accelerator, tmp_path):
+    told = started(accelerator, tmp_path / "run")
+    assert told.startswith(f"W&B: offline ({odd_netrc} cannot be read: ")
+    assert "mend the file, or set WANDB_API_KEY)" in told
+    assert os.environ["NETRC"] == os.devnull
+    assert offline_run(tmp_path / "run").finished
+
+
+def test_a_key_of_the_environment_needs_no_netrc_file(odd_netrc, accelerator, monkeypatch, tmp_path):
+    server = WandbServer()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    told = start_wandb(accelerator, tracking(), tmp_path / "run", "abcd1234", {})
+    accelerator.end_training()
+    server.stop_hanging.set()
+    assert told.startswith("W&B: online, ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("WANDB_FINISH_TIMEOUT", "soon", "finish_timeout"),
+        ("WANDB_MODE", "sometimes", "mode"),
+    ],
+)
+def test_variables_that_mean_nothing_are_the_users_to_mend(name, value, said, accelerator, monkeypatch, tmp_path):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"(?i)W&B: .*{said}.*mend `tracking` or the WANDB_"):
+        started(accelerator, tmp_path / "run")
+
+
+@pytest.mark.parametrize("url", ["http://user:PASS@127.0.0.1:9", "http://user:PASS@[127", "http://user:P@SS@h:80/x"])
+def test_no_password_of_an_address_is_shown(url, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    mode, why = wandb_mode(tracking().tracking)
+    assert mode == "offline"
+    assert "SS" not in why
+    assert "user" not in why
+    assert "127" in why or "h:80" in why
+
+
+def test_an_address_with_a_password_is_still_asked(monkeypatch):
+    server = WandbServer()
+    scheme, host = server.environment["WANDB_BASE_URL"].split("://")
+    assert connects(f"{scheme}://user:PASS@{host}")
+
+
+def test_only_the_adapters_own_files_are_an_artifact(accelerator, tmp_path, monkeypatch):
+    """Of a directory that somebody else has made, or put something into."""
+    (tmp_path / "secret").write_text("secret")
+    directory = tmp_path / "run" / "lora_adapters"
+    directory.mkdir(parents=True)
+    for name in ("adapter_model.safetensors", "README.md", "notes.txt", "id_rsa"):
+        (directory / name).write_text(name)
+    for name in ("adapter_config.json", "tokenizer.json", "more.txt"):
+        (directory / name).symlink_to(tmp_path / "secret")
+    (directory / "chat_template.jinja").mkdir()
+    (directory / "chat_template.jinja" / "x").symlink_to(tmp_path / "secret")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    start_wandb(accelerator, tracking(), tmp_path / "run", "abcd1234", {})
+    log_adapter(accelerator, tracking().tracking, directory, "abcd1234")
+    (tmp_path / "link").symlink_to(directory)
+    log_adapter(accelerator, tracking().tracking, tmp_path / "link", "efgh")
+    accelerator.end_training()
+    (artifact,) = offline_run(tmp_path / "run").artifacts
+    assert {entry.path for entry in artifact.manifest.contents} == {"adapter_model.safetensors", "README.md"}
+    staged = [path.read_text() for path in (tmp_path / "data").rglob("*") if path.is_file()]
+    assert sorted(staged) == ["README.md", "adapter_model.safetensors"]
+
+
+def test_an_exception_that_a_version_of_wandb_lacks_is_left_out(monkeypatch):
+    known = failures()
+    monkeypatch.setattr("medqa.training.wandb_feed.PRIVATE", (*PRIVATE, "wandb.no.such:Error", "wandb.errors:NoSuch"))
+    assert failures() == known
+    assert len(known) == 3 + len(PRIVATE)
 
 
 def test_project_name_and_tags_of_the_environment_win(accelerator, monkeypatch, tmp_path):

@@ -17,6 +17,7 @@ from launching import LAUNCH, figures, finish, output, start
 from medqa.__main__ import main as command
 from medqa.errors import UserError
 from medqa.model.precision import usable_gpu
+from medqa.terminal import make_console, print_error, printable
 from medqa.training.environment import Environment, changes, environment
 from medqa.training.processes import make_accelerator
 from medqa.variables import (
@@ -309,6 +310,44 @@ def test_without_a_home_caches_have_a_place_of_their_own(monkeypatch, tmp_path):
     prepare_imports()
     assert os.environ["HOME"] != str(home)
     assert Path(os.environ["HOME"]).parent == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://user:PASS@host:80/x does not answer", "http://host:80/x does not answer"),
+        ("proxy socks5h://u@h and 'https://u:P@SS@h'", "proxy socks5h://h and 'https://h'"),
+        ("https://huggingface.co/a/b@main?x=c@d", "https://huggingface.co/a/b@main?x=c@d"),
+        ("write to me@example.org", "write to me@example.org"),
+    ],
+)
+def test_addresses_are_shown_without_passwords(text, shown, capsys):
+    assert printable(text) == shown
+    print_error(text)
+    make_console().print(text, soft_wrap=True)
+    assert list(capsys.readouterr()) == [shown + "\n"] * 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--data", "https://user:PASS@host/x.csv"],
+        ["--data", "x=https://user:PASS@host/x.csv"],
+        ["--medquad", "https://user:PASS@host/x.csv"],
+        ["--model", "https://user:PASS@host/model"],
+        ["--set", "tracking.entity=https://user:PASS@host", "lora.r=https://user:PASS@host"],
+        ["--no-such-option", "https://user:PASS@host"],
+    ],
+)
+def test_nor_are_they_repeated_in_a_message_about_an_option(words, tmp_path, capsys):
+    try:
+        code = main(["--exp", "exp_001", "--tiny", "--cpu", "--output-dir", str(tmp_path / "run"), *words])
+    except SystemExit as error:
+        code = error.code
+    told = capsys.readouterr()
+    assert code == 2
+    assert "host" in told.err
+    assert "PASS" not in told.out + told.err
 
 
 def test_every_kind_is_used():

@@ -1,12 +1,13 @@
 """The figures of an evaluation in the summary of the run's W&B run."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
-from medqa.config import Experiment
+from medqa.config import Experiment, Tracking
+from medqa.model.precision import usable_gpu
+from medqa.training.processes import make_accelerator
 from medqa.training.run_dir import ADAPTER_DIR, read_leg
 from medqa.training.tracking import MetricsFile, Tracker
 from medqa.training.wandb_feed import WandbFeed
@@ -25,7 +26,14 @@ def log_evaluation(
     leg = read_leg(run)
     if leg is None or not wandb_wanted(experiment.tracking):
         return
-    accelerator = Accelerator(cpu=cpu, log_with="wandb")
+    if stranger := unconfirmed_entity(experiment.tracking):
+        return say(
+            f"W&B: not told: only the run's config.yaml names the entity {stranger}, and a directory may come from "
+            f"anyone; set WANDB_ENTITY={stranger} to tell it"
+        )
+    accelerator = make_accelerator(
+        cpu or not usable_gpu(), found["mixed_precision"], True, experiment.training.process_timeout_s
+    )
     say(start_wandb(accelerator, experiment, run, leg.run_id, {}))
     feed = WandbFeed(accelerator, say)
     Tracker(True, MetricsFile(run / "metrics.jsonl")).begin_feed(feed)
@@ -39,6 +47,14 @@ def log_evaluation(
                 lambda: log_adapter(accelerator, experiment.tracking, run / ADAPTER_DIR, leg.run_id), asks=True
             )
     feed.finish()
+
+
+def unconfirmed_entity(tracking: Tracking) -> str | None:
+    """The entity that nothing but the run's directory names; None where it names none or WANDB_ENTITY wins over it.
+
+    A directory from somebody else must not decide where an evaluation on this machine is sent.
+    """
+    return None if os.environ.get("WANDB_ENTITY") else tracking.entity
 
 
 def flat_figures(found: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, float]]:

@@ -24,6 +24,7 @@ from medqa.config import Experiment
 from medqa.errors import Interrupted, UserError, writing
 from medqa.files import UNFINISHED, Damaged, flush, replacing
 from medqa.training.checkpoint_files import (
+    ADAPTER_DIR_FILES,
     CHECKPOINT_FILES,
     checkpoints,
     copy_checkpoint,
@@ -35,7 +36,7 @@ from medqa.training.checkpoint_files import (
 )
 from medqa.training.manifest import MANIFEST, checksum, measure, read_manifest
 from medqa.training.plan import parameter_counts
-from medqa.training.run_dir import ADAPTER_DIR, ADAPTER_DIR_FILES, FILES, RUN_FILE, check_run_dir, clear, read_leg
+from medqa.training.run_dir import ADAPTER_DIR, FILES, RUN_FILE, check_run_dir, clear, read_leg
 
 RETRY_S = 30.0
 UNSAID_WAIT_S = 2.0

@@ -20,7 +20,7 @@ from medqa.limits import MAX_COUNT
 from medqa.places import check_place
 from medqa.training.checkpoint import Found, RunState, newest_whole
 from medqa.training.checkpoint_files import (
-    ADAPTER_FILES,
+    ADAPTER_DIR_FILES,
     CHECKPOINT_FILES,
     LEFTOVER,
     NAME,
@@ -42,8 +42,6 @@ RUN_ID = r"^[A-Za-z0-9_.-]{1,64}$"
 ADAPTER_DIR = "lora_adapters"
 WANDB_DIR = "wandb"
 FILES = (CONFIG, "data_report.json", "splits.csv", METRICS, "evaluation.json", SUMMARY)
-# Files of a tokenizer and a model card, beside those of the adapter.
-ADAPTER_DIR_FILES = {*ADAPTER_FILES, "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
 
 def check_run_dir(output_dir: Path, experiment: Experiment, fresh: bool, option: str = "--output-dir") -> None:

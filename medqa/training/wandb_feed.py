@@ -7,6 +7,8 @@ asks the server first (tables, artifacts). The end is bounded here: W&B would wa
 
 import atexit
 import contextlib
+import glob
+import importlib
 import queue
 import shutil
 import threading
@@ -61,7 +63,9 @@ class WandbFeed:
         if self._run is None:
             return
         here = Path(self._run.dir).parent
-        earlier = [path for path in here.parent.glob(f"*run-*-{self._run.id}") if path.is_dir() and path != here]
+        earlier = [
+            path for path in here.parent.glob(f"*run-*-{glob.escape(self._run.id)}") if path.is_dir() and path != here
+        ]
         offline = [path for path in earlier if path.name.startswith("offline-") and not any(path.glob("*.synced"))]
         told = list(told)
         if self._run.resumed:  # the server says what it has
@@ -157,24 +161,30 @@ class WandbFeed:
             self._try(wandb.teardown)
 
 
+# Exceptions of W&B that it does not name in public: one that a version does not have is left out.
+PRIVATE = (
+    "wandb.sdk.lib.asyncio_manager:AlreadyJoinedError",
+    "wandb.sdk.lib.asyncio_manager:RunCancelledError",
+    "wandb.sdk.lib.service.service_connection:WandbApiFailedError",
+    "wandb.sdk.lib.service.service_token:WandbServiceConnectionError",
+    "wandb.sdk.mailbox.mailbox:MailboxClosedError",  # the service process has gone ...
+    "wandb.sdk.mailbox.mailbox_handle:HandleAbandonedError",  # ... and did while it was waited for
+    "wandb.sdk.mailbox.mailbox_handle:ServerResponseError",
+)
+
+
 def failures() -> tuple[type[Exception], ...]:
     """What W&B raises where its server, its service process or its files fail."""
     import wandb
-    from wandb.sdk.lib.asyncio_manager import AlreadyJoinedError, RunCancelledError
-    from wandb.sdk.lib.service.service_connection import WandbApiFailedError
-    from wandb.sdk.lib.service.service_token import WandbServiceConnectionError
-    from wandb.sdk.mailbox.mailbox import MailboxClosedError
-    from wandb.sdk.mailbox.mailbox_handle import HandleAbandonedError, ServerResponseError
 
+    private = []
+    for place in PRIVATE:
+        module, name = place.split(":")
+        with contextlib.suppress(ImportError, AttributeError):
+            private.append(getattr(importlib.import_module(module), name))
     return (
         wandb.errors.Error,  # refused credentials, among others
-        WandbApiFailedError,
-        WandbServiceConnectionError,
-        ServerResponseError,
-        MailboxClosedError,  # the service process has gone ...
-        HandleAbandonedError,  # ... and did while it was waited for
-        AlreadyJoinedError,
-        RunCancelledError,
+        *private,
         OSError,  # lost connections and timeouts, both to the service process; no space for W&B's files
-        ValueError,  # an answer that makes no sense, of a proxy say
+        ValueError,  # an answer that makes no sense, of a proxy for example
     )

@@ -6,6 +6,7 @@ Nothing here prompts, and nothing delays a start for longer than `NETWORK_SECOND
 import contextlib
 import netrc
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,14 @@ from medqa.data.sources import Row, is_hub_id
 from medqa.data.tokens import Example
 from medqa.errors import UserError
 from medqa.evaluation.loss import fixed_subset
+from medqa.files import Damaged, Missing, read_file
 from medqa.hub import connects
+from medqa.limits import MAX_NETRC_BYTES
+from medqa.terminal import without_credentials
+from medqa.training.checkpoint_files import ADAPTER_DIR_FILES
 from medqa.training.tracking import GLOBAL_STEP
 from medqa.training.wandb_feed import FINISH_SECONDS, UPLOAD_SHARE, failures
+from medqa.variables import is_on
 
 NETWORK_SECONDS = 8
 SAMPLES = "samples"  # the table
@@ -49,24 +55,29 @@ def start_wandb(
 
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry waits up to 12 s for a dead server
+    netrc_key("")  # before W&B opens the file
     arguments = {
-        "entity": None if "WANDB_ENTITY" in os.environ else tracking.entity,
+        "entity": None if os.environ.get("WANDB_ENTITY") else tracking.entity,
         "group": None if "WANDB_RUN_GROUP" in os.environ else tracking.group,
         "name": None if "WANDB_NAME" in os.environ else tracking.run_name or output_dir.absolute().name,
         "tags": None if "WANDB_TAGS" in os.environ else tracking.tags,
         "id": os.environ.get("WANDB_RUN_ID", run_id),
         "dir": os.environ.get("WANDB_DIR", str(output_dir)),
         "resume": "allow",
-        "settings": wandb.Settings(
-            init_timeout=NETWORK_SECONDS,
-            finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", UPLOAD_SHARE * FINISH_SECONDS)),
-            finish_timeout_raises=True,
-            console="off",
-            **OWN_DATA_SETTINGS if experiment.data.files else {},
-        ),
     }
     project = os.environ.get("WANDB_PROJECT", tracking.project)
     unusable = (wandb.errors.CommError, wandb.errors.UsageError, ValueError)  # ValueError: a key or setting of odd form
+    advice = "mend `tracking` or the WANDB_* variables, or use --set tracking.wandb=disabled"
+    try:
+        arguments["settings"] = wandb.Settings(
+            init_timeout=NETWORK_SECONDS,
+            finish_timeout=os.environ.get("WANDB_FINISH_TIMEOUT") or UPLOAD_SHARE * FINISH_SECONDS,
+            finish_timeout_raises=True,
+            console="off",
+            **OWN_DATA_SETTINGS if experiment.data.files else {},
+        )
+    except unusable as error:
+        raise UserError(f"W&B: {_gist(error)}; {advice}") from error
     if mode == "online":
         try:
             accelerator.init_trackers(project, config, {"wandb": {**arguments, "mode": mode}})
@@ -80,7 +91,6 @@ def start_wandb(
         if mode == "offline":
             accelerator.init_trackers(project, config, {"wandb": {**arguments, "mode": mode}})
     except unusable as error:
-        advice = "mend `tracking` or the WANDB_* variables, or use --set tracking.wandb=disabled"
         raise UserError(f"W&B: {_gist(error)}; {advice}") from error
     except failures() as error:
         accelerator.trackers.clear()
@@ -113,24 +123,51 @@ def sampled_rows(validation: Sequence[Example], experiment: Experiment) -> list[
 
 
 def wandb_wanted(tracking: Tracking) -> bool:
-    """Whether there is to be a W&B run at all."""
-    return os.environ.get("WANDB_MODE", tracking.wandb) != "disabled"
+    """Whether there is to be a W&B run at all. WANDB_DISABLED means what it does to transformers."""
+    return not is_on("WANDB_DISABLED") and _asked_mode(tracking) != "disabled"
 
 
 def wandb_mode(tracking: Tracking) -> tuple[str, str]:
     """`online` or `offline`, and why where it is not what was asked. May take as long as `connects`."""
-    if os.environ.get("WANDB_MODE", tracking.wandb) in ("offline", "dryrun"):
+    if _asked_mode(tracking) in ("offline", "dryrun"):
         return "offline", ""
     why = out_of_reach()
     return ("offline", f" ({why})") if why else ("online", "")
 
 
+def _asked_mode(tracking: Tracking) -> str:
+    return os.environ.get("WANDB_MODE") or tracking.wandb
+
+
 def out_of_reach() -> str:
     """Why W&B cannot be had online, and what to do; empty where it can. May take as long as `connects`."""
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    if not _has_key(urlsplit(url).hostname or ""):
-        return "no API key: run `wandb login` for online"
-    return "" if connects(url) else f"{url} does not answer"
+    url = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    shown = without_credentials(url)
+    try:
+        key, why = netrc_key(urlsplit(shown).netloc)
+    except ValueError:
+        return f"WANDB_BASE_URL={shown} is no address"
+    if not (key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")):
+        return why or "no API key: run `wandb login` for online"
+    return "" if connects(url) else f"{shown} does not answer"
+
+
+def netrc_key(host: str) -> tuple[bool, str]:
+    """Whether the netrc file has a key for a host, without asking for it; and why the file cannot be read, if so.
+
+    W&B, and the HTTP library below it, would end in a traceback over such a file, or wait for ever on a pipe. They are
+    given an empty one instead.
+    """
+    place = os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")
+    try:
+        read_file(Path(place), MAX_NETRC_BYTES).decode()
+        return netrc.netrc(place).authenticators(host) is not None, ""
+    except Missing:
+        return False, ""
+    except (Damaged, UnicodeDecodeError, netrc.NetrcParseError) as error:
+        os.environ["NETRC"] = os.devnull
+        why = "not text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        return False, f"{place} cannot be read: {why}; mend the file, or set WANDB_API_KEY"
 
 
 def log_samples(accelerator: Accelerator, rows: Sequence[Sequence[Any]], first: int = 0) -> None:
@@ -142,26 +179,21 @@ def log_samples(accelerator: Accelerator, rows: Sequence[Sequence[Any]], first: 
 
 
 def log_adapter(accelerator: Accelerator, tracking: Tracking, directory: Path, name: str) -> None:
-    """The adapter's directory as an artifact, if `tracking.log_model`."""
-    if accelerator.trackers and tracking.log_model:
-        import wandb
+    """The adapter as an artifact, if `tracking.log_model`: the files that a run writes into its directory, no others.
 
-        artifact = wandb.Artifact(name, type="model")
-        artifact.add_dir(str(directory))
-        accelerator.get_tracker("wandb", unwrap=True).log_artifact(artifact)
+    Somebody else may have made the directory: what a link in it points to is no part of the adapter.
+    """
+    if not (accelerator.trackers and tracking.log_model) or directory.is_symlink():
+        return
+    import wandb
+
+    artifact = wandb.Artifact(name, type="model")
+    for path in sorted(directory.iterdir()):
+        if path.name in ADAPTER_DIR_FILES and stat.S_ISREG(path.lstat().st_mode):
+            artifact.add_file(str(path))
+    accelerator.get_tracker("wandb", unwrap=True).log_artifact(artifact)
 
 
 def _gist(error: Exception) -> str:
     """An error's message on one line."""
-    return " ".join(str(error).split())[:300]
-
-
-def _has_key(host: str) -> bool:
-    """Whether W&B's key is in the environment or in the netrc file, without asking for it."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    path = os.environ.get("NETRC") or Path.home() / ".netrc"
-    try:
-        return netrc.netrc(str(path)).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    return without_credentials(" ".join(str(error).split()))[:300]
