@@ -16,7 +16,7 @@ from typing import TextIO
 
 import pytest
 from accelerate.state import AcceleratorState
-from launching import PYTHON, QUIET, ROOT
+from launching import LAUNCH, PYTHON, QUIET, ROOT, wait_until_gone
 from rich.text import Text
 from test_console import RECORD, SUMMARY
 
@@ -294,15 +294,18 @@ def test_commands_do_their_work_without_a_reader(tiny_run, tmp_path, monkeypatch
         ["compare", str(tiny_run), str(other), "--json", "--out", str(page)],
         plan,
         [*plan, "--json"],
+        ["evaluate", str(other), "--cpu", "--tasks", "loss", "--limit", "2"],
         ["ask", str(tiny_run), "--cpu", "--max-new-tokens", "2", "What is flu ?"],
         ["ask", str(tiny_run), "--cpu", "--max-new-tokens", "2", "--compare", "What is flu ?"],
         ["ask", str(tiny_run), "--cpu", "--max-new-tokens", "2", "--json", "What is flu ?"],
     ):
         page.unlink(missing_ok=True)
+        AcceleratorState._reset_state(reset_partial_state=True)
         monkeypatch.setattr(sys, "stdout", without_reader())
         assert commands.main(arguments) == 0, arguments
         sys.stdout.flush()
         assert page.exists() == (arguments[0] == "compare")
+    assert json.loads((other / "evaluation.json").read_text())["limit"] == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert "error" not in said
@@ -409,16 +412,19 @@ def test_a_stop_saves_whatever_becomes_of_the_log(tmp_path):
         "lost": InTerminal(tmp_path / "lost", "2>&1 | tee /dev/null", PYTHON),
         "terminal": InTerminal(tmp_path / "terminal", "", PYTHON),
         "head": InTerminal(tmp_path / "head", "2>&1 | head -3", PYTHON),
+        "launched": InTerminal(tmp_path / "launched", "2>&1 | tee /dev/null", LAUNCH),
     }
     for run in runs.values():
         run.wait_for(lambda run=run: run.updates() >= 3)
-    os.write(runs["ctrl-c"].terminal, b"\x03")
-    os.write(runs["head"].terminal, b"\x03")
+    for name in ("ctrl-c", "head", "launched"):
+        os.write(runs[name].terminal, b"\x03")
     for name in ("lost", "terminal"):
         os.close(runs[name].terminal)
         os.killpg(runs[name].pid, signal.SIGHUP)
     codes = {name: run.code() for name, run in runs.items()}
+    del codes["launched"]  # the launcher's own
     assert codes == {"ctrl-c": 130, "head": 130, "lost": 129, "terminal": 129}
+    wait_until_gone(runs["launched"].run)
     for name, run in runs.items():
         assert newest_whole([run.run]).path.name == f"checkpoint-{run.updates()}", name
     assert "update 3/900" in log.read_text()
