@@ -23,7 +23,7 @@ from medqa.model.loss import LossModel
 from medqa.model.precision import resolve_precision
 from medqa.options import parse_options
 from medqa.terminal import make_console, protect
-from medqa.training.artifacts import make_summary, save_final_adapter
+from medqa.training.artifacts import adapter_sha256, make_summary, save_final_adapter
 from medqa.training.checkpoint import RunState, Trained, save_checkpoint
 from medqa.training.console import ProgressLine, quiet_libraries, show_plan, show_result
 from medqa.training.ending import close_run
@@ -203,6 +203,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     if accelerator.is_main_process:
         summary = make_summary(name, experiment, state, ending, adapted, accelerator, leg, identity, phases, clock())
         adapter_dir = save_final_adapter(output_dir, adapted, tokenizer, summary, experiment)
+        summary |= adapter_sha256(adapter_dir)
         if accelerator.trackers and execution.shards == 1 and (samples := sampled_rows(validation, experiment)):
             answers = sample_answers(adapted, tokenizer, samples, ending.adapter_step)
             feed.attempt(lambda: log_samples(accelerator, answers, feed.first), asks=True)

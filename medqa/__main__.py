@@ -210,7 +210,7 @@ def ask(options: argparse.Namespace) -> None:
 
     from medqa.model.precision import usable_gpu
     from medqa.results import ask as asking
-    from medqa.results.adapter import find_adapter, load_adapted
+    from medqa.results.adapter import find_adapter, load_adapted, unchecked_base
     from medqa.training.console import quiet_libraries
 
     if options.max_new_tokens < 1:
@@ -218,6 +218,8 @@ def ask(options: argparse.Namespace) -> None:
     quiet_libraries()
     source = find_adapter(options.adapter, options.checkpoint, options.model)
     adapted = load_adapted(source, torch.device("cuda" if not options.cpu and usable_gpu() else "cpu"))
+    if (unchecked := unchecked_base(source)) is not None:
+        print_error(unchecked)
     print_error(asking.NOT_ADVICE)
     console, most = make_console(), options.max_new_tokens
     if options.question is not None and not options.json:

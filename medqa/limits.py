@@ -58,3 +58,5 @@ MAX_TOKENS_PER_BYTE = 4
 MAX_BASELINE_BYTES = 500_000_000
 # Bytes of a netrc file, in which W&B's key stands.
 MAX_NETRC_BYTES = 1_000_000
+# Characters that a base model's own chat template may put around a question.
+MAX_TEMPLATE_CHARACTERS = 20_000

@@ -28,7 +28,7 @@ from medqa.__main__ import main
 from medqa.config import Data
 from medqa.data.sources import load_sources
 from medqa.errors import UserError
-from medqa.model.base import load_tokenizer
+from medqa.model.base import load_tokenizer, save_tokenizer
 from medqa.model.four_bit import four_bit_config
 from medqa.prompts import prompt, prompt_ids
 from medqa.results import export as export_module
@@ -172,7 +172,7 @@ def test_every_chat_endpoint_gets_the_training_prompt(base, tmp_path):
     if not place.is_dir():
         pytest.skip(f"{place} is absent")
     tokenizer = load_tokenizer(str(place), "eos")
-    merge.save_tokenizer(tokenizer, tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
     merge.check_chat_template(tmp_path, tokenizer, QUESTIONS)
     saved = AutoTokenizer.from_pretrained(tmp_path)
     for question in QUESTIONS:
@@ -190,7 +190,7 @@ def test_every_chat_endpoint_gets_the_training_prompt(base, tmp_path):
 def test_a_template_with_two_bos_is_found(tmp_path):
     tokenizer = load_tokenizer(str(BASE_DIR), "eos")
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    merge.save_tokenizer(tokenizer, tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
     with pytest.raises(UserError, match="gives another prompt"):
         merge.check_chat_template(tmp_path, tokenizer, QUESTIONS[:1])
 

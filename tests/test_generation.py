@@ -175,13 +175,49 @@ def test_the_untuned_bases_own_template(parts, tmp_path):
     by_own = answers(parts, ["What is asthma ?"], 1, prompts=prompts)
     assert by_own != answers(parts, ["What is asthma ?"], 1)
 
-    for name, template in (("none", None), ("broken", "{{ raise_exception('a system message comes first') }}")):
-        directory = tmp_path / name
-        shutil.copytree(BASE_DIR, directory, ignore=shutil.ignore_patterns("*.safetensors"))
-        said = json.loads((directory / "tokenizer_config.json").read_text())
-        said["chat_template"] = template
-        (directory / "tokenizer_config.json").write_text(json.dumps(said))
-        assert own_template_prompts(str(directory)) is None
+
+# What a base's template may do in place of rendering a question, and what is said of it.
+TEMPLATES = {
+    "none": (None, None),
+    "empty": ("", None),
+    "refuses": ("{{ raise_exception('a system message comes first') }}", "TemplateError: a system message comes first"),
+    "refuses some": (
+        "{% if 'asthma' in messages[0]['content'] %}x{% else %}{{ raise_exception('no') }}{% endif %}",
+        "TemplateError: no",
+    ),
+    "divides by zero": ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    "adds what cannot be": ("{{ messages[0]['content'] + 1 }}", "TypeError"),
+    "overflows": ("{% for i in range(1000000) %}x{% endfor %}", "OverflowError"),
+    "recurs": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    "is no Jinja": ("{% for %}", "TemplateSyntaxError"),
+    "looks for what is not there": ("{{ messages[7]['content'] }}", "UndefinedError"),
+    "has no default among names": ([{"name": "tool_use", "template": "a"}], "ValueError"),
+    "is no text": ({"default": 1}, "Error"),
+    "is half of a character": ("{{ '\\ud800' }}", "UnicodeEncodeError"),
+    "is long": ("{{ 'word ' * 10000 }}", "a prompt of 50,000 characters"),
+    "fills the memory": ("{{ 'x' * 8000000000 }}", "it takes more than 4,096 MiB of memory"),
+    "never ends": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x", "it takes more than 1 s"
+    ),
+    "never ends, in C": ("{{ 9 ** (9 ** 9) }}", "it takes more than 1 s"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_template_that_does_not_work_counts_as_none(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("medqa.limited.WORK_SECONDS", 1)
+    template, expected = TEMPLATES[kind]
+    directory = tmp_path / "base"
+    shutil.copytree(BASE_DIR, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    said = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps({**said, "chat_template": template}))
+    told: list[str] = []
+    assert own_template_prompts(str(directory), ["What is asthma ?", "Why ?"], told.append) is None
+    assert len(told) == (expected is not None)
+    if expected is not None:
+        assert told[0].startswith(f"{directory}: its own chat template cannot be used: ")
+        assert expected in told[0]
+        assert told[0].endswith("; measured without it")
 
 
 ROUND = "take it with food "

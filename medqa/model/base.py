@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from medqa import config
 from medqa.errors import UserError
+from medqa.files import write_file
 from medqa.hub import hub_reachable
 from medqa.limited import Failed, OverLimit, limited
 from medqa.limits import MAX_TOKENS_PER_BYTE
@@ -49,6 +50,10 @@ from medqa.model.precision import Kept, Precision
 from medqa.model.sharding import BLANK, blank_base, loading_device
 from medqa.prompts import chat_template, prompt
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# In a tokenizer's configuration, what says where and by what it was loaded, or which code would load it.
+OF_THIS_MACHINE = ("backend", "is_local", "local_files_only", "auto_map")
 SCRIPTS = "éßñœ “”–… αβγ жщю אבג عربي हिन्दी 中文 日本語 한국어 😀"
 
 # What loading a damaged, hostile or unknown model directory raises, out-of-memory excepted.
@@ -126,6 +131,27 @@ def load_tokenizer(base: str, pad_token: str) -> PreTrainedTokenizerBase:
     # The base's own template (TinyLlama's says `<|user|>`) would have every server send a prompt it was not trained on.
     tokenizer.chat_template = chat_template(tokenizer)
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a tokenizer's files for any transformers from 4 on: the template inside, and a class that 4 has as well.
+
+    No code that the base's own tokenizer configuration names is named in them.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    # Python writes as much first: tokenizers has errors of its own for a full disk.
+    (directory / TOKENIZER).write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
+    tokenizer.save_pretrained(directory, save_jinja_files=False)
+    path = directory / TOKENIZER_CONFIG
+    said = json.loads(path.read_text(encoding="utf-8"))
+    if said.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 calls it, and 4 does not know
+        said["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(said.get("extra_special_tokens"), list):  # what 4 reads under its name of old, as 5 does too
+        said["additional_special_tokens"] = said.pop("extra_special_tokens")
+    said = {key: value for key, value in said.items() if key not in OF_THIS_MACHINE}
+    write_file(path, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
 
 
 def _try_configuration(base: str, said: Mapping[str, Any]) -> None:
@@ -241,7 +267,7 @@ def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int, fast: bool = F
     Raises:
         UserError: a target module that the model does not have, or `init_from` does not fit.
     """
-    check_targets(base, lora.target_modules)
+    check_targets(base, lora)
     torch.manual_seed(seed)
     model = get_peft_model(
         base,
@@ -267,22 +293,40 @@ def load_adapter_weights(model: PeftModel, directory: Path, what: str) -> None:
     Raises:
         UserError: no adapter there, damaged, or of another shape than this one.
     """
-    path = directory / "adapter_model.safetensors"
+    fit_adapter(model, read_adapter(directory, what), f"{what} = {directory}")
+
+
+def read_adapter(directory: Path, what: str) -> dict[str, torch.Tensor]:
+    """A saved adapter's weights, by PEFT's names.
+
+    Raises:
+        UserError: no adapter there, or damaged.
+    """
+    path = directory / ADAPTER_WEIGHTS
     try:
         if not path.is_file():  # opening a pipe would never end
-            raise FileNotFoundError("no such file")
-        weights = load_file(path)
+            pickled = (directory / "adapter_model.bin").is_file()
+            raise FileNotFoundError("adapter_model.bin can run code when it is read" if pickled else "no such file")
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{what} = {directory}: no readable adapter_model.safetensors: {error}; give a directory with a whole one"
+            f"{what} = {directory}: no readable {ADAPTER_WEIGHTS}: {error}; give a directory with a whole one"
         ) from error
+
+
+def fit_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], what: str) -> None:
+    """Put an adapter's weights into the model's adapter.
+
+    Raises:
+        UserError: they are of another shape.
+    """
     expected = {name: tensor.shape for name, tensor in adapter_weights(model).items()}
     if {name: tensor.shape for name, tensor in weights.items()} != expected:
         raise UserError(
-            f"{what} = {directory}: this adapter does not fit: its names or shapes differ from those that lora.r, "
+            f"{what}: this adapter does not fit: its names or shapes differ from those that lora.r, "
             "lora.target_modules and the base model give"
         )
-    set_peft_model_state_dict(model, weights)
+    set_peft_model_state_dict(model, dict(weights))
 
 
 def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ decoder that nobody has tried here still runs, with padding, and says so (`atten
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from medqa.config import Lora
 from medqa.errors import UserError
 from medqa.model.attention import TESTED
 
@@ -86,18 +87,28 @@ def refuse_by_kind(base: str, said: Mapping[str, Any], loaded: Any, weights: int
         )
 
 
-def check_targets(model: torch.nn.Module, wanted: Sequence[str]) -> None:
-    """Refuse LoRA targets that the model does not have.
+def check_targets(model: torch.nn.Module, lora: Lora) -> None:
+    """Refuse LoRA targets that the model does not have, and a rank that is larger than each of them.
 
     Raises:
-        UserError: one is not there, or is no linear layer.
+        UserError: one is not there, or is no linear layer; or the adapter would be larger than what it is added to.
     """
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    unknown = [name for name in wanted if name not in linear]
+    linear: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            last = name.rsplit(".", 1)[-1]
+            linear[last] = max(linear.get(last, 0), module.in_features, module.out_features)
+    unknown = [name for name in lora.target_modules if name not in linear]
     if unknown:
         raise UserError(
             f"lora.target_modules: {', '.join(map(repr, unknown))}: no such linear layer in the base model; it has "
             f"{', '.join(sorted(linear))}"
+        )
+    largest = max(linear[name] for name in lora.target_modules)
+    if lora.r > largest:
+        raise UserError(
+            f"lora.r = {lora.r:,}: more than each of the matrices that it is added to has rows or columns "
+            f"({largest:,} at most); use a lower rank, 8 to 64 for example"
         )
 
 

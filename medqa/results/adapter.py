@@ -1,8 +1,12 @@
-"""A trained adapter on its base again: found from a run's own files, a directory of PEFT's, or the hub."""
+"""A trained adapter on its base again: found from a run's own files, a directory of PEFT's, or the hub.
 
-import json
+What was recorded of an adapter must be what is there: its weights, its configuration, and the base that it was trained
+on. With anything else its figures and answers would be those of another model.
+"""
+
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +18,33 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from medqa.config import Experiment, Lora, Model
-from medqa.errors import UserError
+from medqa.errors import UserError, listed
 from medqa.experiment_file import Locations, load_experiment
+from medqa.files import Damaged, read_json
 from medqa.hub import hub_reachable
 from medqa.length import is_complete
-from medqa.model.base import adapter_weights, add_lora, check_model, load_adapter_weights, load_base, load_tokenizer
+from medqa.model.base import add_lora, check_model, fit_adapter, load_base, load_tokenizer, read_adapter
+from medqa.model.base_files import base_fingerprint
 from medqa.model.execution import Execution
 from medqa.model.precision import Precision, resolve_precision
-from medqa.training.checkpoint import STATE, newest_whole, read_identity
-from medqa.training.checkpoint_files import ADAPTER_FILES, STATE_FILE, checkpoints
+from medqa.training.checkpoint import Fingerprints, newest_whole, read_identity, read_state
+from medqa.training.checkpoint_files import ADAPTER_FILES, CONTENT, checkpoints
 from medqa.training.environment import Settings
 from medqa.training.execution import choose_execution
-from medqa.training.manifest import Damaged
+from medqa.training.manifest import MANIFEST, measure, verify
 from medqa.training.memory import available_memory
 from medqa.training.run_dir import ADAPTER_DIR, CONFIG
+from medqa.training.same_run import differences
 
 # Of adapter_config.json, what this project's adapters are made of; of the rest, nothing may change what they compute.
 USED = {"r", "lora_alpha", "target_modules", "bias", "lora_dropout"}
 SAYS_NOTHING = {
-    "peft_type", "task_type", "base_model_name_or_path", "inference_mode", "revision", "init_lora_weights",
-    "peft_version", "auto_mapping",
+    "peft_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping",
 }  # fmt: skip
+# Ways to begin that leave the base's weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ, ...) change them.
+BEGINNINGS = (None, True, False, "gaussian", "orthogonal")
+TRIES = 20  # to find a checkpoint, in a run that saves and removes them at the same time
+COMPUTED_FROM = ("model", "lora", "data", "tokenization")  # sections: after training, the rest has no effect
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,9 @@ class Source:
         final: whether its run is complete and this is what it ended with.
         experiment: of an adapter alone, only base and LoRA are known and the rest has its defaults.
         settings: in effect when it was trained, where known.
+        weights: by PEFT's names. Read when it is found: a checkpoint may be gone by the time the base is loaded.
+        base: the fingerprint of the base that it was trained on, where known.
+        data: the fingerprint of the rows that it was trained on and of their split, where known.
     """
 
     name: str
@@ -58,11 +71,17 @@ class Source:
     final: bool
     experiment: Experiment
     settings: Settings | None
+    weights: Mapping[str, torch.Tensor] = field(repr=False)
+    base: str | None = None
+    data: str | None = None
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """The adapter on its base, in evaluation mode; `disable_adapter()` of the model gives the base alone."""
+    """The adapter on its base, in evaluation mode; `disable_adapter()` of the model gives the base alone.
+
+    `base` is the base's fingerprint.
+    """
 
     source: Source
     model: PeftModel
@@ -70,6 +89,7 @@ class Adapted:
     precision: Precision
     execution: Execution
     quantization: str
+    base: str
 
 
 def find_adapter(
@@ -91,14 +111,14 @@ def find_adapter(
     """
     path = Path(os.path.expanduser(where))
     if os.path.isfile(path / CONFIG):
-        return _of_run(where, path, checkpoint, {"model.base": base, **(data or {})})
+        return _of_changing_run(where, path, checkpoint, {"model.base": base, **(data or {})})
     if checkpoint is not None:
         raise UserError(f"--checkpoint {checkpoint}: {where} is not a run's directory; leave it out")
     if os.path.isdir(path):
         if not os.path.isfile(path / ADAPTER_FILES[1]):
             raise UserError(
                 f"{where}: neither a run's directory ({CONFIG}) nor an adapter's ({ADAPTER_FILES[1]}); "
-                "give the directory that train.py wrote, outputs/exp_002 say"
+                "give the directory that train.py wrote, for example outputs/exp_002"
             )
         return _alone(where, path, base)
     return _alone(where, _from_hub(where), base)
@@ -119,51 +139,175 @@ def load_adapted(source: Source, device: torch.device) -> Adapted:
     loaded = load_base(
         experiment.model, precision, execution, device, len(tokenizer), experiment.training.seed, source.settings
     )
+    base = require_same_base(source)
     model = add_lora(loaded.model, experiment.lora, experiment.training.seed, execution.fast_lora(device.type))
-    load_adapter_weights(model, source.directory, source.name)
-    check_finite(model, source.directory)
+    fit_adapter(model, source.weights, source.name)
     model.requires_grad_(False)
-    return Adapted(source, model.eval(), tokenizer, precision, execution, loaded.quantization)
+    return Adapted(source, model.eval(), tokenizer, precision, execution, loaded.quantization, base)
 
 
-def check_finite(model: PeftModel, directory: Path) -> None:
-    """Refuse an adapter that holds NaN or infinity.
+def require_same_base(source: Source) -> str:
+    """The fingerprint of the base model, which must be the one that the adapter was trained on, where that is known.
+
+    Called once the base is loaded: then all of its files are on this machine.
 
     Raises:
-        UserError: it does; names the directory that it is from.
+        UserError: it is another one.
     """
-    if not all(weight.isfinite().all() for weight in adapter_weights(model).values()):
-        raise UserError(f"{directory}: the adapter has weights that are not finite; choose another checkpoint")
+    base = source.experiment.model.base
+    found = base_fingerprint(base)
+    if source.base not in (None, found):
+        raise UserError(
+            f"model.base = {base}: not the base model that {source.name} was trained on: its config.json or weights "
+            f"differ (fingerprint {source.base[:12]} then, {found[:12]} now); give a directory with the base of then "
+            "with --model"
+        )
+    return found
+
+
+def unchecked_base(source: Source) -> str | None:
+    """What to say where nothing tells which base an adapter was trained on; None where that is known."""
+    if source.base is not None:
+        return None
+    return (
+        f"{source.name}: nothing here says which weights it was trained on: whether those of "
+        f"{source.experiment.model.base} are the same cannot be checked"
+    )
+
+
+def _of_changing_run(where: str, run: Path, checkpoint: str | None, locations: Locations) -> Source:
+    """An adapter of a run that may be going on: what is pruned while it is being read is looked for again."""
+    for _ in range(TRIES):
+        there = checkpoints(run)
+        try:
+            return _of_run(where, run, checkpoint, locations)
+        except UserError:
+            if checkpoints(run) == there:
+                raise
+    return _of_run(where, run, checkpoint, locations)
 
 
 def _of_run(where: str, run: Path, checkpoint: str | None, locations: Locations) -> Source:
-    """An adapter of a run."""
-    experiment = load_experiment(str(run / CONFIG), locations=locations)
-    experiment = experiment.model_copy(
+    """An adapter of a run.
+
+    Raises:
+        UserError: as `find_adapter`; or a checkpoint was pruned while it was read.
+    """
+    trained_as = load_experiment(str(run / CONFIG), locations=locations)
+    experiment = trained_as.model_copy(
         update={
-            "lora": experiment.lora.model_copy(update={"init_from": None}),
-            "model": experiment.model.model_copy(update={"gradient_checkpointing": False}),
+            "lora": trained_as.lora.model_copy(update={"init_from": None}),
+            "model": trained_as.model.model_copy(update={"gradient_checkpointing": False}),
         }
     )
-    final = run / ADAPTER_DIR
     newest = newest_whole([run])
     summary = _summary(run)  # a run that goes on keeps that of its old end
-    whole = is_complete(summary, experiment) and (final / ADAPTER_FILES[0]).is_file()
-    if checkpoint is None and whole:
-        settings = None if newest is None else newest.identity.environment.settings
-        step = summary.get("adapter_step", summary.get("updates"))
-        return Source(where, run, final, step, True, experiment, settings)
-    if newest is None:
+    place = run / ADAPTER_DIR
+    final = checkpoint is None and is_complete(summary, experiment) and (place / ADAPTER_FILES[0]).is_file()
+    identity = None if newest is None else newest.identity
+    if final:
+        step = _recorded(summary, "adapter_step" if "adapter_step" in summary else "updates", int)
+        fingerprints = {name: _recorded(summary, f"{name}_fingerprint", str) for name in ("base", "data")}
+    elif newest is None:
         raise UserError(f"{where}: this run has no adapter yet, nor a checkpoint; train it first, or longer")
-    place = newest.path
-    if checkpoint is not None:
-        place = _checkpoint(where, run, newest.path, checkpoint)
+    else:
+        place = newest.path if checkpoint is None else _checkpoint(where, run, newest.path, checkpoint)
+        try:
+            identity, step = read_identity(place), read_state(place).step
+        except Damaged as error:
+            raise UserError(f"{place} is damaged: {error}; choose another with --checkpoint") from error
+        fingerprints = identity.fingerprints.model_dump()
+    if identity is not None:
+        _require_same_words(run, identity.experiment, trained_as)
+        fingerprints = {**identity.fingerprints.model_dump(), **{k: v for k, v in fingerprints.items() if v}}
+    _require_same_lora(run, place, experiment.lora)
+    weights = _weights(where, place, _recorded(summary, "adapter_sha256", str) if final else None, experiment.lora)
+    settings = identity.environment.settings if identity else None
+    return Source(
+        where,
+        run,
+        place,
+        step,
+        final,
+        experiment,
+        settings,
+        weights,
+        fingerprints.get("base"),
+        fingerprints.get("data"),
+    )
+
+
+def _base_of_checkpoint(directory: Path) -> str | None:
+    """The fingerprint of the base that a checkpoint was trained on, whatever its directory is called now.
+
+    Returns:
+        None where it is no checkpoint, but an adapter alone.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    if not (directory / MANIFEST).is_file():
+        return None
     try:
-        identity = read_identity(place)
-    except Damaged as error:
-        raise UserError(f"{place} is damaged: {error}; choose another with --checkpoint") from error
-    step = int(place.name.rpartition("-")[2])
-    return Source(where, run, place, step, False, experiment, identity.environment.settings)
+        return Fingerprints.model_validate(verify(directory, CONTENT).get("fingerprints")).base
+    except (Damaged, ValidationError) as error:
+        raise UserError(f"{directory} is damaged: {error}; remove its {MANIFEST} to use the adapter alone") from error
+
+
+def _require_same_words(run: Path, trained_as: Mapping[str, Any], experiment: Experiment) -> None:
+    """Refuse a config.yaml that is not what the checkpoints of its run were trained with.
+
+    Raises:
+        UserError: lists the differences in what an adapter computes.
+    """
+    found = [line for line in differences(trained_as, experiment) if line.startswith(COMPUTED_FROM)]
+    if found:
+        raise UserError(
+            f"{run / CONFIG}: has been changed since the run was trained: {listed(found)}; put back what it was"
+        )
+
+
+def _require_same_lora(run: Path, place: Path, lora: Lora) -> None:
+    """Refuse an adapter that is not of the kind that its run's config.yaml says.
+
+    Raises:
+        UserError: it says otherwise, or is not a plain LoRA adapter.
+    """
+    said, _ = _plain_lora(str(place), place)
+    for key in ("r", "lora_alpha", "target_modules"):
+        here, there = (getattr(each, key) for each in (said, lora))
+        if here != there and not (key == "target_modules" and set(here) == set(there)):
+            raise UserError(
+                f"{place / ADAPTER_FILES[1]}: {key} = {here}, and {run / CONFIG}: lora.{key} = {there}: one of them "
+                "has been changed since the run was trained; put back what it was"
+            )
+
+
+def _weights(where: str, directory: Path, sha256: str | None, lora: Lora) -> dict[str, torch.Tensor]:
+    """An adapter's weights.
+
+    Args:
+        sha256: that of their file, where it was recorded.
+        lora: what they must be the weights of.
+
+    Raises:
+        UserError: they cannot be read, are not finite, not those that were recorded, or of another rank.
+    """
+    weights = read_adapter(directory, where)
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise UserError(f"{directory}: the adapter has weights that are not finite; choose another checkpoint")
+    if sha256 is not None and measure(directory / ADAPTER_FILES[0])["sha256"] != sha256:
+        raise UserError(
+            f"{directory / ADAPTER_FILES[0]}: not the adapter that the run ended with: its sha256 is not that of "
+            "summary.json; choose a checkpoint with --checkpoint"
+        )
+    ranks = {tensor.shape[0] for name, tensor in weights.items() if ".lora_A." in name and tensor.dim() == 2}
+    if ranks != {lora.r}:  # before memory is taken for as much as the configuration says
+        raise UserError(
+            f"{where}: this adapter does not fit: r = {lora.r:,} in its configuration, "
+            f"{', '.join(map(str, sorted(ranks))) or 'nothing of LoRA'} in {ADAPTER_FILES[0]}"
+        )
+    return weights
 
 
 def _checkpoint(where: str, run: Path, newest: Path, wanted: str) -> Path:
@@ -186,45 +330,94 @@ def _best_step(run: Path, newest: Path) -> int:
     if summary.get("updates") == step and isinstance(summary.get("best_step"), int):
         return summary["best_step"]  # the closing evaluation came after the last checkpoint
     try:
-        return STATE.validate_json((newest / STATE_FILE).read_bytes()).best_step
-    except ValidationError as error:
-        raise UserError(f"{newest}: its {STATE_FILE} is of another version; name a step") from error
+        return read_state(newest).best_step
+    except Damaged as error:
+        raise UserError(f"{newest}: {error}; name a step") from error
 
 
 def _summary(run: Path) -> dict[str, Any]:
     """A run's summary; an empty one where there is none that can be read."""
     try:
-        found = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(run / "summary.json")
+    except Damaged:
         return {}
     return found if isinstance(found, dict) else {}
 
 
+def _recorded(summary: Mapping[str, Any], key: str, kind: type) -> Any:
+    """A value of a summary, None where it has none of this type."""
+    value = summary.get(key)
+    return value if isinstance(value, kind) else None
+
+
 def _alone(where: str, directory: Path, base: str | None) -> Source:
-    """An adapter without its run."""
+    """An adapter without its run. That of a checkpoint has a manifest, which knows the base it was trained on."""
+    lora, said = _plain_lora(where, directory)
+    if base is None and said.get("revision") not in (None, "main"):
+        raise UserError(
+            f"{where}: {ADAPTER_FILES[1]}: revision = {str(said['revision'])[:80]!r} of its base: give a directory "
+            "with the base of that revision with --model"
+        )
     try:
-        said = json.loads((directory / ADAPTER_FILES[1]).read_text(encoding="utf-8"))
-        if not isinstance(said, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {ADAPTER_FILES[1]} cannot be read: {error}; fetch the adapter again") from error
-    defaults = LoraConfig().to_dict()
-    other = sorted(
-        key for key, value in said.items() if key not in USED | SAYS_NOTHING and value and value != defaults.get(key)
-    )
-    if said.get("peft_type") != "LORA" or other:
-        why = f"it uses {', '.join(other)}" if other else f"its peft_type is {said.get('peft_type')!r}"
-        raise UserError(f"{where}: not a plain LoRA adapter: {why}; only those that train.py makes can be used here")
-    try:
-        lora = Lora(**{key: said[key] for key in USED if key in said})
         model = Model(base=base or said.get("base_model_name_or_path") or "")
     except ValidationError as error:
-        where_in = ".".join(map(str, error.errors()[0]["loc"]))
-        raise UserError(
-            f"{where}: {ADAPTER_FILES[1]}: {where_in or 'content'}: {error.errors()[0]['msg']}; only adapters that "
-            "train.py makes can be used here; give the base with --model where it names none"
-        ) from error
-    return Source(where, None, directory, None, True, Experiment(model=model, lora=lora), None)
+        raise _not_usable(where, error) from error
+    return Source(
+        where,
+        run=None,
+        directory=directory,
+        step=None,
+        final=True,
+        experiment=Experiment(model=model, lora=lora),
+        settings=None,
+        weights=_weights(where, directory, None, lora),
+        base=_base_of_checkpoint(directory),
+    )
+
+
+def _plain_lora(where: str, directory: Path) -> tuple[Lora, Mapping[str, Any]]:
+    """What adapter_config.json says, where it is plain LoRA: base(x) + B A x * lora_alpha / r, and nothing else.
+
+    Raises:
+        UserError: it cannot be read, or says anything that would be computed otherwise.
+    """
+    try:
+        said = read_json(directory / ADAPTER_FILES[1])
+        if not isinstance(said, dict):
+            raise Damaged("not an object")
+    except Damaged as error:
+        raise UserError(f"{where}: {ADAPTER_FILES[1]} cannot be read: {error}; fetch the adapter again") from error
+    defaults = LoraConfig(task_type="CAUSAL_LM").to_dict()
+    other = sorted(
+        key
+        for key, value in said.items()
+        if key not in USED | SAYS_NOTHING and not _unused(value) and value != defaults.get(key)
+    )
+    if said.get("init_lora_weights", True) in BEGINNINGS:
+        other = [key for key in other if key != "init_lora_weights"]
+    if said.get("peft_type") != "LORA" or other:
+        why = f"its peft_type is {said.get('peft_type')!r}"
+        if other:
+            why = "it uses " + ", ".join(f"{key} = {str(said[key])[:60]}" for key in other[:8])
+        raise UserError(f"{where}: not a plain LoRA adapter: {why}; only those that train.py makes can be used here")
+    try:
+        return Lora(**{key: said[key] for key in USED if key in said}), said
+    except ValidationError as error:
+        raise _not_usable(where, error) from error
+
+
+def _unused(value: Any) -> bool:
+    """Whether a value says that something is not used. 0 does not: it may be the number of a layer."""
+    return value is None or value is False or value in ("", [], {})
+
+
+def _not_usable(where: str, error: ValidationError) -> UserError:
+    """What the user is told of a value in adapter_config.json that is not to be used."""
+    key = ".".join(map(str, error.errors()[0]["loc"]))
+    return UserError(
+        f"{where}: {ADAPTER_FILES[1]}: {key or 'content'}: {error.errors()[0]['msg']}; only adapters that train.py "
+        "makes can be used here; give the base with --model where it names none"
+    )
 
 
 def _from_hub(where: str) -> Path:

@@ -15,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from medqa.evaluation.inference import end_ids
 from medqa.evaluation.loss import Evaluator
-from medqa.model.base_files import base_fingerprint
 from medqa.model.loss import LossModel
 from medqa.results import baseline
 from medqa.results.adapter import Adapted
@@ -68,7 +67,7 @@ class Bench:
         adapted = self.adapted
         what = {
             "task": task,
-            "base": base_fingerprint(self.name),
+            "base": adapted.base,
             "quantization": adapted.quantization,
             "dtype": str(adapted.precision.dtype),
             "mixed_precision": adapted.precision.mixed_precision,

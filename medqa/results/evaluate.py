@@ -12,7 +12,7 @@ from medqa.data.file_lock import alone_in
 from medqa.errors import NotWritten, UserError, refusal
 from medqa.files import Damaged, Missing, read_json, write_json
 from medqa.model.precision import resolve_precision
-from medqa.results.adapter import Source, load_adapted
+from medqa.results.adapter import Source, load_adapted, unchecked_base
 from medqa.results.bench import Bench
 from medqa.results.figures import TASKS
 from medqa.results.held_out import load_held_out
@@ -23,7 +23,7 @@ from medqa.variables import is_on
 
 EVALUATION = "evaluation.json"
 SAME_ADAPTER = (
-    "step", "final", "data_fingerprint", "experiment", "quantization", "dtype", "mixed_precision",
+    "step", "final", "data_fingerprint", "base_fingerprint", "experiment", "quantization", "dtype", "mixed_precision",
 )  # fmt: skip
 
 
@@ -53,6 +53,8 @@ def evaluate(
     console.quiet = not accelerator.is_main_process
     with accelerator.main_process_first():
         adapted = load_adapted(source, accelerator.device)
+        if (unchecked := unchecked_base(source)) is not None:
+            console.print(unchecked, soft_wrap=True)
         held_out = load_held_out(source, adapted.tokenizer, limit)
     bench = Bench(adapted, held_out, accelerator, console, limit, experiment.training.seed)
     found: dict[str, Any] = {
@@ -66,6 +68,7 @@ def evaluate(
         "dtype": str(precision.dtype).removeprefix("torch."),
         "mixed_precision": precision.mixed_precision,
         "data_fingerprint": held_out.splits.fingerprint,
+        "base_fingerprint": adapted.base,
         "versions": versions(),
         "tasks": {},
     }

@@ -18,9 +18,10 @@ import torch
 from medqa.errors import UserError, refusal
 from medqa.files import write_file
 from medqa.hub import hub_reachable
+from medqa.model.base import save_tokenizer
 from medqa.model.precision import usable_gpu
 from medqa.results import fidelity
-from medqa.results.adapter import Source, find_adapter
+from medqa.results.adapter import Source, find_adapter, unchecked_base
 from medqa.results.export_card import Measured, card, licence
 from medqa.results.export_prompts import held_out_prompts
 from medqa.results.gguf_file import check_expressible, load_gguf, write_gguf
@@ -34,7 +35,6 @@ from medqa.results.merge import (
     merge,
     prepare,
     save_merged,
-    save_tokenizer,
 )
 from medqa.results.modelfile import GGUF_NAME, MODELFILE, modelfile, ollama_commands
 from medqa.terminal import printable
@@ -78,6 +78,8 @@ def export(wanted: Wanted, say: Say) -> None:
         check_expressible(exact.config, source.experiment.model.base)
     if source.run is None:
         say(f"{wanted.run}: not a run's directory: taken as trained on a base that is not quantized")
+    if (unchecked := unchecked_base(source)) is not None:
+        say(unchecked)
     with _beside(wanted.to) as directory:
         _check_space(directory, exact.weights, outtype)
         measured = _build(directory, exact, wanted, outtype, say)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from medqa.config import Data
 from medqa.data.batches import epoch_permutation
 from medqa.data.sources import Row, load_sources
-from medqa.data.splits import split_sources
+from medqa.data.splits import Splits, split_sources
 from medqa.errors import UserError
 from medqa.prompts import prompt_ids
 from medqa.results.adapter import Source
@@ -32,7 +32,8 @@ class HeldOutPrompts:
 def held_out_prompts(source: Source, tokenizer: PreTrainedTokenizerBase, room: int) -> HeldOutPrompts:
     """Some of the run's test questions.
 
-    Where its data cannot be had, and for an adapter without a run, they are the embedded sample's.
+    Where its data cannot be had or are others than it was trained on, and for an adapter without a run, they are the
+    embedded sample's: of other data nobody knows which rows it was trained on.
 
     Args:
         room: tokens that a prompt may have at most.
@@ -40,19 +41,22 @@ def held_out_prompts(source: Source, tokenizer: PreTrainedTokenizerBase, room: i
     Raises:
         UserError: the base takes too few tokens for any of them.
     """
+    why = ""
     if source.run is not None:
+        why = " (the run's data cannot be had, or have changed)"
         with contextlib.suppress(UserError):
-            if found := _chosen(_test_rows(source.experiment.data), tokenizer, room):
+            splits = _splits(source.experiment.data)
+            if source.data in (None, splits.fingerprint) and (found := _chosen(splits.test, tokenizer, room)):
                 return HeldOutPrompts(*found, "the run's test questions")
     sample = Data(medquad=str(MEDQUAD_CSV), afrimedqa=str(AFRIMEDQA_CSV))
-    if found := _chosen(_test_rows(sample), tokenizer, room):
-        return HeldOutPrompts(*found, "the embedded sample's test questions")
+    if found := _chosen(_splits(sample).test, tokenizer, room):
+        return HeldOutPrompts(*found, f"the embedded sample's test questions{why}")
     raise UserError(f"{source.name}: its base takes {room} tokens beside an answer: too few for any question")
 
 
-def _test_rows(data: Data) -> Sequence[Row]:
-    """The test rows of these sources."""
-    return split_sources(load_sources(data), data).test
+def _splits(data: Data) -> Splits:
+    """The rows of these sources, split."""
+    return split_sources(load_sources(data), data)
 
 
 def _chosen(

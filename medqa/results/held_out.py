@@ -1,6 +1,5 @@
 """A run's data again: its rows, their split and their ids, seen to be those that it was trained on."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,6 @@ from medqa.data.tokens import Example, tokenize_splits
 from medqa.errors import UserError
 from medqa.evaluation.loss import fixed_subset
 from medqa.results.adapter import Source
-from medqa.training.checkpoint import newest_whole
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,7 @@ def load_held_out(source: Source, tokenizer: PreTrainedTokenizerBase, limit: int
     data, tokenization = source.experiment.data, source.experiment.tokenization
     sources = load_sources(data)
     splits = split_sources(sources, data)
-    trained_on = _fingerprint(source)
-    if trained_on not in (None, splits.fingerprint):
+    if source.data not in (None, splits.fingerprint):
         where = " and ".join(used_sources(data).values())
         raise UserError(
             f"{source.name}: was trained on other rows, or split otherwise, than {where} hold now: rows held out now "
@@ -51,14 +48,3 @@ def load_held_out(source: Source, tokenizer: PreTrainedTokenizerBase, limit: int
     return HeldOut(
         splits, {name: [found[i] for i in fixed_subset(found, limit, seed)] for name, found in examples.items()}
     )
-
-
-def _fingerprint(source: Source) -> str | None:
-    """That of the data a run was trained on, None where nothing says so."""
-    newest = newest_whole([source.run])
-    if newest is not None:
-        return newest.identity.fingerprints.data
-    try:
-        return json.loads((source.run / "summary.json").read_text(encoding="utf-8"))["data_fingerprint"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None

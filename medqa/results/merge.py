@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from medqa.errors import UserError
+from medqa.files import write_json
 from medqa.model.attention import attention_in_effect
-from medqa.model.base import add_lora, check_model, load_adapter_weights, load_base, load_tokenizer
+from medqa.model.base import add_lora, check_model, fit_adapter, load_base, load_tokenizer
 from medqa.model.execution import Execution
 from medqa.model.four_bit import quantization_in_effect
 from medqa.model.precision import Precision, resolve_precision
 from medqa.prompts import prompt_ids
-from medqa.results.adapter import Adapted, Source, check_finite
+from medqa.results.adapter import Adapted, Source, require_same_base
 
 # In float32, 4-bit weights expanded, attention as any server computes it.
 EXACT = Execution(False, False, "sdpa", gradient_checkpointing=False, dequantize=True)
@@ -49,17 +50,19 @@ class Exact:
         adapter has nothing of it.
 
         Raises:
-            UserError: base or adapter cannot be loaded, or the adapter has weights that are not finite.
+            UserError: base or adapter cannot be loaded, or the base is another one than in training.
         """
         source, experiment = self.source, self.source.experiment
         model, seed = experiment.model, experiment.training.seed
         # Vocabulary 0: nothing is grown.
         base = load_base(model, self.precision, self.execution, self.device, 0, seed, source.settings)
+        fingerprint = require_same_base(source)
         adapted = add_lora(base.model.float(), experiment.lora, seed)
-        load_adapter_weights(adapted, source.directory, source.name)
-        check_finite(adapted, source.directory)
+        fit_adapter(adapted, source.weights, source.name)
         adapted.requires_grad_(False)
-        return Adapted(source, adapted.eval(), self.tokenizer, self.precision, self.execution, base.quantization)
+        return Adapted(
+            source, adapted.eval(), self.tokenizer, self.precision, self.execution, base.quantization, fingerprint
+        )
 
 
 def prepare(source: Source, device: torch.device) -> Exact:
@@ -147,30 +150,8 @@ def save_merged(
     older = {"torch_dtype": str(dtype).removeprefix("torch.")}
     if rope.get("rope_type", "default") == "default" and "rope_theta" in rope:
         older["rope_theta"] = rope["rope_theta"]
-    _change(directory / "config.json", lambda config: {**config, **older})
-
-
-def _change(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Change a JSON file."""
-    changed = change(json.loads(path.read_text(encoding="utf-8")))
-    path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """The tokenizer's files, for any transformers from 4 on: the template inside, and a class that 4 has as well."""
-    # Python writes as much first: tokenizers has errors of its own for a full disk.
-    (directory / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
-    tokenizer.save_pretrained(directory, save_jinja_files=False)
-    said = {"TokenizersBackend": "PreTrainedTokenizerFast"}
-    left_out = ("backend", "is_local", "local_files_only")
-    _change(
-        directory / "tokenizer_config.json",
-        lambda config: {
-            key: said.get(value, value) if key == "tokenizer_class" else value
-            for key, value in config.items()
-            if key not in left_out
-        },
-    )
+    path = directory / "config.json"
+    write_json({**json.loads(path.read_text(encoding="utf-8")), **older}, path)
 
 
 def check_chat_template(directory: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from medqa.evaluation.own_template import own_template_prompts, with_prompts
 from medqa.evaluation.red_flags import RED_FLAGS
 from medqa.evaluation.similar import copied_answers
 from medqa.results.bench import Bench, digest, progress
+from medqa.training.processes import on_main
 
 ANSWERED = 256  # rows of the test split that are answered, where no limit is given: writing takes the longest
 ANSWER_TOKENS = 256
@@ -30,7 +31,8 @@ def measure_loss(bench: Bench) -> dict[str, Any]:
     """The loss and perplexity of each held-out split, untuned, untuned in the base's own chat template, and tuned."""
     evaluator = bench.evaluator(longest=0)
     shared = shared_with_training(bench.held_out.splits)
-    prompts = own_template_prompts(bench.name)
+    questions = [example.row.question for split in HELD_OUT for example in bench.held_out.examples[split]]
+    prompts = _own_prompts(bench, questions)
     report = {}
     for split in HELD_OUT:
         examples = bench.held_out.examples[split]
@@ -108,7 +110,7 @@ def _answers(bench: Bench, own_template: bool) -> dict[str, list[Answer]]:
     """The untuned and the tuned model's answers to `answered_rows`; written once for all tasks."""
     questions = [row.question for row in answered_rows(bench)]
     written = functools.partial(_written, bench, "generation", questions)
-    prompts = own_template_prompts(bench.name) if own_template else None
+    prompts = _own_prompts(bench, questions) if own_template else None
     if "tuned" not in bench.written:
         bench.written["untuned"] = bench.reused(
             "generation", [ANSWER_TOKENS, questions], functools.partial(written, "untuned")
@@ -121,6 +123,12 @@ def _answers(bench: Bench, own_template: bool) -> dict[str, list[Answer]]:
         )
     wanted = {system for system in bench.written if own_template or system != "own_template"}
     return {system: _restored(answers) for system, answers in bench.written.items() if system in wanted}
+
+
+def _own_prompts(bench: Bench, questions: Sequence[str]) -> Callable[[str], list[int]] | None:
+    """The prompts that the base's own chat template makes of these questions, None where it has none that works."""
+    say = functools.partial(bench.console.print, soft_wrap=True)
+    return own_template_prompts(bench.name, questions, say, functools.partial(on_main, bench.accelerator))
 
 
 def _written(

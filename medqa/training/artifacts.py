@@ -14,13 +14,17 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from medqa.config import Data, Experiment, Model
+from medqa.errors import UserError
 from medqa.files import UNFINISHED, copy_file
 from medqa.length import length
+from medqa.model.base import save_tokenizer
 from medqa.prompts import prompt
 from medqa.tiny import BASE_DIR
 from medqa.training.checkpoint import Identity, RunState, save_adapter
+from medqa.training.checkpoint_files import ADAPTER_FILES
 from medqa.training.ending import Ending
 from medqa.training.environment import git_commit, versions
+from medqa.training.manifest import measure
 from medqa.training.phases import Phases
 from medqa.training.plan import accumulation_steps, parameter_counts
 from medqa.training.run_dir import ADAPTER_DIR, Leg
@@ -156,7 +160,11 @@ def save_final_adapter(
     summary: Mapping[str, Any],
     experiment: Experiment,
 ) -> Path:
-    """Adapter, tokenizer and model card in a directory of their own; its path."""
+    """Adapter, tokenizer and model card in a directory of their own; its path.
+
+    Raises:
+        UserError: something that no run made has its name.
+    """
     directory = output_dir / ADAPTER_DIR
     # Written beside it first, so that each file is replaced whole; on the same disk, because /tmp may be small.
     beside = output_dir / (ADAPTER_DIR + UNFINISHED)
@@ -164,16 +172,25 @@ def save_final_adapter(
     try:
         beside.mkdir()
         save_adapter(model, beside)
-        # Python writes as much first: tokenizers has errors of its own for a full disk.
-        (beside / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
-        tokenizer.save_pretrained(beside)
+        save_tokenizer(tokenizer, beside)
+        (beside / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")  # where servers look
         (beside / "README.md").write_text(model_card(summary, experiment), encoding="utf-8")
+        if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+            raise UserError(
+                f"{directory}: not a directory that a run made, and nothing is written through a link: move it away, "
+                "then start again"
+            )
         directory.mkdir(exist_ok=True)
         for path in sorted(beside.iterdir()):
             copy_file(path, directory / path.name)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return directory
+
+
+def adapter_sha256(directory: Path) -> dict[str, str]:
+    """What the summary records of the adapter's weights, so that they can be told from others afterwards."""
+    return {"adapter_sha256": measure(directory / ADAPTER_FILES[0])["sha256"]}
 
 
 def model_card(summary: Mapping[str, Any], experiment: Experiment) -> str:

@@ -44,7 +44,7 @@ def choose_execution(
     Raises:
         UserError: a target module that the model does not have.
     """
-    check_targets(without_contents(model_config), experiment.lora.target_modules)
+    check_targets(without_contents(model_config), experiment.lora)
     asked, model = experiment.training.padding_free, experiment.model
     quantization, _ = quantization_in_effect(model, precision, torch.device(precision.device_type), kept)
     why_padded = padding_needed(experiment, model_config)
