@@ -9,7 +9,8 @@ from medqa.errors import UserError
 
 BEGIN, END = "<!-- results: `make results` writes what stands between these two lines -->", "<!-- /results -->"
 NOT_YET = "not yet run"
-NOTHING = "Nothing has been run on a GPU yet; what is said about GPUs below follows from the libraries' sources."
+NOTHING = """No run on a GPU has been measured yet. What this documentation says about GPUs follows from the source code
+of the libraries."""
 ABOUT = """From the files in [results](results), which `make results` writes; in brackets 95 % intervals over rows. Each
 experiment is measured on the rows as it reads them: exp_004's perplexities (longer rows, named options) are not to be
 compared with those of the others."""
@@ -42,7 +43,7 @@ def rebuild(readme: Path, results: Mapping[str, Results], trials: bool) -> bool:
 
 
 def section(results: Mapping[str, Results], trials: bool) -> str:
-    """The table with a line below it, as Markdown.
+    """The table with a line below it, as Markdown; without results, one sentence.
 
     Raises:
         UserError: a record with caveats, unless `trials`.
@@ -53,12 +54,12 @@ def section(results: Mapping[str, Results], trials: bool) -> str:
                 raise UserError(
                     f"{name}.json: {record.experiment} is a trial, no result ({', '.join(record.caveats)}); remove it"
                 )
+    if not results:
+        return f"{NOTHING}\n"
     lines = [_line(["TinyLlama-1.1B", *RECIPES]), _line(["---"] * (1 + len(RECIPES)))]
     for found in results.values():
         lines += _block(found.gpu, found.records)
-    if not results:
-        lines += _block("on a GPU", {})
-    return "\n".join([*lines, "", ABOUT if results else NOTHING, ""])
+    return "\n".join([*lines, "", ABOUT, ""])
 
 
 def _block(gpu: str, records: Mapping[str, Record]) -> list[str]:

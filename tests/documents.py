@@ -9,8 +9,8 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 BEGINNINGS = (
-    ".", "accelerate launch", "done", "for ", "i=0", "make", "medqa", "pip install", "pre-commit", "python", "ruff",
-    "sbatch", "torchrun", "wandb", "WANDB_",
+    ".", "accelerate launch", "done", "for ", "git clone", "i=0", "make", "medqa", "pip install", "pre-commit",
+    "python", "ruff", "sbatch", "torchrun", "wandb", "WANDB_",
 )  # fmt: skip
 
 
@@ -25,15 +25,10 @@ def prose(text: str) -> str:
 
 
 def commands(text: str) -> Iterator[str]:
-    """Each simple command of the blocks of shell code; the variable of a `for` loop has its first value.
-
-    Blocks without a language may also hold what a command prints, or a tree.
-    """
-    for kind, block in blocks(text):
+    """Each simple command of the blocks of shell code; the variable of a `for` loop has its first value."""
+    for block in (block for kind, block in blocks(text) if kind == "bash"):
         for line in block.splitlines():
             line = line.split("  #")[0].strip()
-            if not (kind == "bash" or (kind == "" and line.startswith(BEGINNINGS))):
-                continue
             loops = {name: words.split()[0] for name, words in re.findall(r"for (\w+) in ([^;]+);", line)}
             for part in re.split(r"; (?:do )?|& (?=\w)", line):
                 part = re.sub(r"\$(\w+)", lambda found, loops=loops: loops.get(found[1], found[0]), part)
@@ -42,9 +37,15 @@ def commands(text: str) -> Iterator[str]:
                     yield re.sub(r" >.*", "", part)
 
 
+def inline_commands(text: str) -> list[str]:
+    """What stands in backticks in the prose and begins as a command with arguments does; `...` leaves some out."""
+    found = re.findall(r"`((?:medqa|python|accelerate launch|make|torchrun|sbatch) [^`]+)`", prose(text))
+    return [command for command in found if not command.endswith(("...", "--help", "train.py", "-m medqa"))]
+
+
 def all_commands() -> list[tuple[str, str]]:
     """Document and command, of all documents."""
-    return [(name, command) for name, text in TEXTS.items() for command in commands(text)]
+    return [(name, found) for name, text in TEXTS.items() for found in (*commands(text), *inline_commands(text))]
 
 
 def slugs(text: str) -> list[str]:

@@ -1,27 +1,29 @@
 """README, CONTRIBUTING and docs/ say what is: code is code, commands parse, what is named exists, links resolve."""
 
 import importlib.util
-import inspect
 import json
 import re
 import runpy
 import shlex
+import textwrap
 
 import pytest
-from documents import BEGINNINGS, PAGES, ROOT, TEXTS, all_commands, blocks, commands, prose, slugs
+from documents import BEGINNINGS, PAGES, ROOT, TEXTS, all_commands, blocks, prose, slugs
 
 from benchmarks.results import parse_options
+from medqa.__main__ import COMMANDS as COMMANDS_OF_PACKAGE
 from medqa.__main__ import main
 from medqa.command_options import command_parser
 from medqa.config import Experiment, flat
 from medqa.experiment_file import find_experiment, load_experiment
 from medqa.options import locations, option_parser
-from medqa.training.loop import train_step
 
 README, CONTRIBUTING = TEXTS["README.md"], TEXTS["CONTRIBUTING.md"]
 EVERYTHING = "\n".join(TEXTS.values())
+LOOP = ROOT / "medqa" / "training" / "loop.py"
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 COMMANDS = all_commands()
+NAMES = [[name] for name in COMMANDS_OF_PACKAGE]  # `medqa evaluate` in prose names the command
 NOT_OURS = {  # options of accelerate, torchrun, Slurm, W&B and others that documents name
     "--config_file", "--num_processes", "--machine_rank", "--main_process_ip", "--main_process_port", "--multi_gpu",
     "--nproc_per_node", "--nodes", "--gpus-per-node", "--signal", "--count", "--record", "--experiments",
@@ -42,7 +44,7 @@ def package_words(command: str) -> list[str] | None:
     """What follows `medqa`, or `-m medqa`, in a command."""
     words = shlex.split(command)
     if words[:1] == ["medqa"]:
-        return words[1:]
+        return None if words[1:] in NAMES else words[1:]
     if words[0] in ("python", "torchrun") and "medqa" in words and words[words.index("medqa") - 1] == "-m":
         return words[words.index("medqa") + 1 :]
     return None
@@ -58,10 +60,29 @@ def test_every_page_is_linked_from_the_readme_or_a_page_that_is():
     assert {path.name for path in PAGES} <= linked
 
 
+def test_the_readme_can_be_skimmed():
+    assert len(README.splitlines()) <= 200
+
+
 def test_the_code_shown_is_the_code():
-    shown = [block for kind, block in blocks(README) if kind == "python"]
-    assert len(shown) == 2  # the other one asks an adapter
-    assert shown[0] == inspect.getsource(train_step)
+    """Each part of it, between the lines `...` that leave something out, stands in the loop, apart from indentation."""
+    (shown,) = (block for kind, block in blocks(README) if kind == "python")
+    code = LOOP.read_text(encoding="utf-8").splitlines()
+    parts = [part.strip("\n").splitlines() for part in re.split(r"^ *\.\.\.$", shown, flags=re.MULTILINE)]
+    assert sum(map(len, parts)) >= 12
+    for part in filter(None, parts):
+        wanted = textwrap.dedent("\n".join(part))
+        places = range(len(code) - len(part) + 1)
+        assert any(textwrap.dedent("\n".join(code[i : i + len(part)])) == wanted for i in places), wanted
+
+
+def test_the_map_has_every_folder():
+    shown = set(re.findall(r"\[`[\w./]+/`\]\(([\w./]+)\)", README))
+    packages = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("medqa/*/__init__.py")}
+    assert packages >= {"medqa/data", "medqa/model", "medqa/evaluation", "medqa/training", "medqa/tiny"}
+    assert shown == packages | {
+        "medqa", "experiments", "launch", "notebooks", "benchmarks", "results", "tests", "fuzz", "docs",
+    }  # fmt: skip
 
 
 def test_commands_are_shell_code():
@@ -148,20 +169,14 @@ def test_what_make_results_is_given_parses():
 
 
 def test_modules_that_are_run_exist():
-    inline = re.findall(r"`(python -m [^`]+)`", prose(EVERYTHING))
-    found = [words[2] for words in map(shlex.split, [*inline, *(c for _, c in COMMANDS)]) if words[1:2] == ["-m"]]
+    found = [words[2] for words in (shlex.split(command) for _, command in COMMANDS) if words[1:2] == ["-m"]]
     assert {"benchmarks.results", "benchmarks.recipes", "tests.test_trajectory"} <= set(found)
     for module in found:
         assert importlib.util.find_spec(module), module
 
 
 def test_what_contributing_says_to_run_is_there():
-    inline = re.findall(r"`((?:make|medqa|python|ruff) [^`]+)`", prose(CONTRIBUTING))
-    for words in map(shlex.split, [*commands(CONTRIBUTING), *inline]):
-        if words[0] == "medqa" or words[:3] == ["python", "-m", "medqa"]:
-            options, rest = command_parser().parse_known_args(package_words(shlex.join(words)))
-            assert not rest
-            load_experiment(options.exp, tiny=options.tiny, sets=options.set)
+    for words in (shlex.split(command) for name, command in COMMANDS if name == "CONTRIBUTING.md"):
         if words[:3] == ["python", "-m", "tests.test_trajectory"]:
             assert words[3:] in ([], ["--record"])
         for file in re.findall(r"PYTEST_ARGS=(\S+)", " ".join(words)):
