@@ -48,7 +48,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--exp", required=True, metavar="NAME", help="runs experiments/NAME.yaml; the path of a YAML file works too")
     add("--tiny", action="store_true", help="the same recipe on the embedded model and data: offline, about a minute")
     add("--model", metavar="ID_OR_DIR", help="base model instead of the file's (hub id or local directory)")
-    source = "instead of the file's: a local file, kaggle:OWNER/NAME, a hub dataset id, or none"
+    source = "instead of the file's: a local file, kaggle:OWNER/NAME, a hub dataset id (OWNER/NAME[:CONFIG]), or none"
     add("--medquad", metavar="SOURCE", help=f"MedQuAD {source}; a directory of its XML files works too")
     add("--afrimedqa", metavar="SOURCE", help=f"AfriMed-QA {source}")
     add_data_option(parser, "data of your own beside them, repeatable: .csv, .jsonl, .parquet or a hub dataset id")

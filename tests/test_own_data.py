@@ -15,6 +15,7 @@ from pyarrow import parquet
 from wandb_file import read_finished_run
 
 from medqa.config import Data, Experiment, Model, flat
+from medqa.data.readers import Table
 from medqa.data.sources import Row, is_hub_id, load_sources
 from medqa.data.splits import SPLITS, overlap_report, split_rows, split_sources
 from medqa.errors import UserError
@@ -28,6 +29,7 @@ from medqa.yaml_core import dump_yaml, load_yaml
 
 NOTES = BASE_DIR.parent / "notes.csv"
 FRACTIONS = (0.8, 0.1, 0.1)
+TABLE = Table(("question", "answer", "answer_rationale"), [{"question": "Q", "answer": "A", "answer_rationale": "A"}])
 CANARY = "zanzibarquokka"  # stands in every row of one's own
 
 
@@ -330,6 +332,44 @@ def test_a_source_without_held_out_rows_is_named():
     )
     assert of_notes["notes"].endswith("; what is learned of it cannot be measured where it has no row")
     assert "cannot be measured" not in of_notes["medquad"]
+
+
+def test_a_plan_names_so_many_sources_and_counts_the_others():
+    names = [f"s{n}" for n in range(100)]
+    rows = [row for name in names for row in own_rows(name, 20, 1)]
+    splits = split_rows(rows, "grouped", 42, FRACTIONS)
+    examples = {name: [SimpleNamespace(row=row) for row in getattr(splits, name)] for name in SPLITS}
+    lines = by_source(examples, own(**dict.fromkeys(names, "n.csv")))
+    assert [text for _, text in lines[:1] + lines[-1:]] == [
+        "s0: train 16, validation 2, test 2", "and 60 more sources; data_report.json has them all",
+    ]  # fmt: skip
+    assert len(lines) == 41
+
+
+@pytest.mark.parametrize("option", ["medquad", "afrimedqa", "data", "file"])
+def test_a_configuration_is_named_like_any_place(option, tmp_path, monkeypatch):
+    """On the command line and in the experiment file; in the run's directory's name, report and records on W&B."""
+    asked = []
+    monkeypatch.setattr("medqa.data.sources.read_hub", lambda location, *_: asked.append(location) or TABLE)
+    words = {"medquad": "none", "afrimedqa": "none"} | (
+        {option: "x/y:hard"} if option in ("medquad", "afrimedqa") else {}
+    )
+    command = ["--exp", "exp_001", *(word for name, place in words.items() for word in (f"--{name}", place))]
+    if option == "data":
+        command += ["--data", "n=x/y:hard"]
+    if option == "file":
+        (tmp_path / "mine.yaml").write_text("data: {files: {n: 'x/y:hard'}}\ntraining: {max_steps: 1}\n")
+        command[1] = str(tmp_path / "mine.yaml")
+    options = parse_options(command)
+    experiment = load_experiment(options.exp, locations=options.locations)
+    (source,) = load_sources(experiment.data)
+    assert asked == [source.location] == ["x/y:hard"]
+    assert "x/y:hard" in str(shown_config(experiment)["data"])
+    dump_yaml(experiment.model_dump(), tmp_path / "config.yaml")
+    saved = load_yaml((tmp_path / "config.yaml").read_text(), "x")
+    assert Data.model_validate(saved["data"]) == experiment.data
+    named = default_output_dir("exp_001", False, ["data.medquad=x/y:hard"], experiment)
+    assert ":" not in named.name
 
 
 def test_the_base_has_a_say_in_the_licence():

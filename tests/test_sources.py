@@ -264,6 +264,8 @@ BROKEN_FILES = [
     ("pointer.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "this is a Git LFS pointer"),
     ("page.csv", b"\n <!DOCTYPE html>\n<html><title>a, b</title>", "this is a web page, not the data"),
     ("page.parquet", b"<HTML><body>Not found", "this is a web page, not the data"),
+    ("denied.csv", b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>', "an XML document or a web page"),
+    ("missing.jsonl", b"404: Not Found", "this is what a web server says in place of the data"),
     ("gzip.csv", gzip.compress(GOOD.encode()), "this is compressed by gzip; unpack it"),
     ("gzip.jsonl", gzip.compress(b"{}"), "this is compressed by gzip; unpack it"),
     ("bzip2.csv", bz2.compress(GOOD.encode()), "this is compressed by bzip2; unpack it"),
@@ -479,6 +481,19 @@ def test_wrong_locations_are_refused_together(given: tuple[str, str], messages: 
         load_sources(Data(medquad=given[0], afrimedqa=given[1]))
     assert [message for message in messages if message not in str(raised.value)] == []
     assert "S3CRET" not in str(raised.value)
+
+
+def test_a_file_that_is_missing_from_a_directory_is_not_only_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medqa.data.remote.hub_reachable", lambda: False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(
+        UserError, match=r"hub dataset data/train: .*There is a directory data here, but nothing called"
+    ):
+        medquad("data/train")
 
 
 def test_afrimedqa_columns_wanted_are_named(tmp_path: Path) -> None:

@@ -22,12 +22,18 @@ if TYPE_CHECKING:  # imported where it is used: a run reads one format
 
 Record = dict[str, object]
 
+ERROR_PAGE = "what a web server says in place of the data; download the file itself, signed in if it asks for that"
 # How files begin that are not what their names say, in lower case, and what to do. What stands in CSV, JSON, parquet or
 # MedQuAD's XML begins with none of them.
 OTHER_KINDS = {
     b"version https://git-lfs": "a Git LFS pointer, not the data; run `git lfs pull`, or download the file itself",
     b"<!doctype html": "a web page, not the data; download the file itself",
     b"<html": "a web page, not the data; download the file itself",
+    b"404: not found": ERROR_PAGE,
+    b"entry not found": ERROR_PAGE,
+    b"invalid username or password": ERROR_PAGE,
+    b"repository not found": ERROR_PAGE,
+    b"access to dataset": ERROR_PAGE,
     b"\x1f\x8b": "compressed by gzip; unpack it",
     b"bzh91ay&sy": "compressed by bzip2; unpack it",
     b"\xfd7zxz": "compressed by xz; unpack it",
@@ -88,6 +94,8 @@ def _refuse_other_kinds(path: Path) -> None:
     for beginning, what in OTHER_KINDS.items():
         if head.startswith(beginning):
             raise UserError(f"{path}: this is {what}")
+    if head.startswith(b"<") and path.suffix.lower() != ".xml":
+        raise UserError(f"{path}: this is an XML document or a web page, not the data; download the file itself")
     if head.startswith(PARQUET) and path.suffix.lower() != ".parquet":
         raise UserError(f"{path}: this is a parquet file; give it the suffix .parquet")
 
@@ -164,10 +172,10 @@ def _read_csv(path: Path, wanted: frozenset[str]) -> Table:
 def _refuse_other_separators(text: str, wanted: frozenset[str], path: Path) -> None:
     """Name the separator of a file that has another one than the comma, by its header."""
     header = next((line for line in re.split(r"[\r\n]+", text[:100_000]) if line.strip()), "")
-    if header.lower().startswith("sep="):
+    if header.lower().lstrip('"').startswith("sep="):
         raise UserError(
             f"{path}, line 1: {header!r:.20} is Excel's note of the separator, not the header; remove the line"
-            + ("" if header[4:5] == "," else ", and save the file with commas between the fields")
+            + ("" if "," in header else ", and save the file with commas between the fields")
         )
 
     def known(separator: str) -> bool:

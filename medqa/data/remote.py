@@ -96,7 +96,7 @@ def read_hub(location: str, wanted: frozenset[str], option: str) -> Table:
     refusals = (*denied, datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError)
     refusals += (TypeError, LookupError, AttributeError, yaml.YAMLError)
     try:
-        splits = _load_hub_splits(dataset_id, config or None, reachable)
+        return _hub_table(_load_hub_splits(dataset_id, config or None, reachable), wanted, location)
     except refusals as error:
         configurations = _configurations(dataset_id) if reachable and isinstance(error, ValueError) else []
         if configurations and (config or len(configurations) > 1) and config not in configurations:
@@ -111,7 +111,6 @@ def read_hub(location: str, wanted: frozenset[str], option: str) -> Table:
         elif isinstance(error, denied):
             why += _access(dataset_id, option)
         raise UserError(f"hub dataset {location}: {why}{_elsewhere(option)}") from error
-    return _hub_table(splits, wanted, location)
 
 
 class _AsText(dict):

@@ -149,7 +149,13 @@ def _read_source(name: str, location: str) -> Table:
         raise UserError(
             f"{location!r} is no existing path and no hub id (owner/name); give {option} one of these, or none"
         )
-    return read_hub(location, wanted, option)
+    try:
+        return read_hub(location, wanted, option)
+    except UserError as error:
+        folder = location.split("/")[0]
+        if not os.path.isdir(folder):
+            raise
+        raise UserError(f"{error}. There is a directory {folder} here, but nothing called {location}") from error
 
 
 def _read_local(name: str, path: Path, wanted: frozenset[str]) -> Table:

@@ -140,10 +140,11 @@ def summarize(table: np.ndarray, examples: Sequence[Example]) -> SplitLoss:
     if not (math.isfinite(loss_sum) and math.isfinite(answer_sum)):
         bad = [examples[i].row.id for i in np.flatnonzero(~np.isfinite(table).all(axis=1))[:5]]
         raise TrainingStopped(f"the loss of a held-out row is not finite: {', '.join(bad)}")
-    by_source = {}
-    for source in sorted({example.row.source for example in examples}):
-        chosen = table[[example.row.source == source for example in examples]].sum(axis=0)
-        by_source[source] = _mean(chosen[2], chosen[3])
+    places: dict[str, list[int]] = {}
+    for place, example in enumerate(examples):
+        places.setdefault(example.row.source, []).append(place)
+    sums = {source: table[chosen].sum(axis=0) for source, chosen in sorted(places.items())}
+    by_source = {source: _mean(answer, tokens_of) for source, (_, _, answer, tokens_of) in sums.items()}
     loss, answer_loss = _mean(loss_sum, tokens), _mean(answer_sum, answer_tokens)
     if loss is None:
         raise UserError(

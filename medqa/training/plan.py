@@ -19,6 +19,8 @@ from medqa.model.execution import Change, Execution
 from medqa.model.precision import Precision
 from medqa.model.sharding import frozen_bytes, is_sharded
 
+SHOWN_SOURCES = 40
+
 
 def accumulation_steps(training: Training, num_processes: int) -> int:
     """Micro-batches that each process runs for one update.
@@ -122,7 +124,7 @@ def make_plan(
 
 
 def by_source(examples: Mapping[str, Sequence[Example]], data: Data) -> list[tuple[str, str]]:
-    """Where there are data of one's own: how many rows of each source stand in the splits."""
+    """Where there are data of one's own: how many rows of each source, of the first ones, stand in the splits."""
     counts = {split: split_counts(found) for split, found in examples.items()}
     lines = []
     for name in used_sources(data) if data.files else ():
@@ -131,6 +133,8 @@ def by_source(examples: Mapping[str, Sequence[Example]], data: Data) -> list[tup
         if not all(of_source.values()):  # its groups are larger than what there is room for
             line += "; what is learned of it cannot be measured where it has no row"
         lines.append(("source", line))
+    if rest := lines[SHOWN_SOURCES:]:
+        lines[SHOWN_SOURCES:] = [("source", f"and {len(rest):,} more sources; data_report.json has them all")]
     return lines
 
 
