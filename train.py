@@ -18,7 +18,7 @@ from medqa.evaluation.loss import fixed_subset, summarize
 from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
 from medqa.files import write_json
 from medqa.length import planned_updates
-from medqa.model.base import add_lora, check_model, load_base, load_tokenizer
+from medqa.model.base import add_lora, check_model, load_base, load_tokenizer, tokens_without_weights
 from medqa.model.loss import LossModel
 from medqa.model.precision import resolve_precision
 from medqa.options import parse_options
@@ -113,6 +113,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     splits = split_sources(sources, experiment.data)
     phases.done("data")
     tokenizer = load_tokenizer(experiment.model.base, tokenization.pad_token)
+    lacking = tokens_without_weights(tokenizer, model_config.vocab_size)
     splits, examples = tokenize_splits(splits, tokenizer, tokenization)
     stream = Stream(examples["train"], seed, training.global_batch_size)
     updates = planned_updates(experiment, len(stream.examples))
@@ -144,7 +145,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     on_main(accelerator, lambda: copies.start(training.keep_checkpoints, options.fresh, say))
     about = experiment, updates, stream, splits, examples
     plan = make_plan(*about, adapted, execution, changes, accelerator, tokenizer.decode)
-    plan.lines.extend([*ignored, *told_of(found, state, spent.damaged), *left_alone(output_dir)])
+    plan.lines.extend([*lacking, *ignored, *told_of(found, state, spent.damaged), *left_alone(output_dir)])
     plan.lines.extend(space_needed(options.persist_to, experiment, adapted, state.step, updates))
     show_plan(console, f"{name} in {output_dir}", plan)
     console.print(start_wandb(accelerator, experiment, output_dir, leg.run_id, changes))

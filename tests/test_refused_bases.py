@@ -13,13 +13,14 @@ import torch
 from families import SIZES, make_base
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import train
 from medqa.config import Model
 from medqa.errors import UserError
 from medqa.experiment_file import load_experiment
 from medqa.limits import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES
-from medqa.model.base import check_model, load_tokenizer
+from medqa.model.base import add_lora, check_model, load_tokenizer, tokens_without_weights
 from medqa.model.base_files import base_fingerprint
 from medqa.model.precision import resolve_precision
 from medqa.tiny import BASE_DIR
@@ -321,3 +322,61 @@ def test_files_of_an_absurd_size_are_not_read(name, limit, base):
     with (base / name).open("r+b") as file:
         file.truncate(limit + 1)
     assert f"{name} has {limit + 1:,} bytes, and at most {limit:,} are read" in why_not(base)
+
+
+# --- tokens that the weights do not have, and adapters larger than what they are added to
+
+
+@pytest.mark.parametrize("pad_token", ["eos", "[PAD]"])
+def test_special_tokens_without_weights_are_said_at_the_start(pad_token, base):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert tokens_without_weights(load_tokenizer(str(base), pad_token), 1024) == []
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(base)
+    ((label, said),) = tokens_without_weights(load_tokenizer(str(base), pad_token), 1024)
+    assert label == "tokenizer"
+    assert said.startswith(
+        "its tokenizer has 2 token(s) that its 1,024 embeddings lack (<|im_end|>, <|im_start|>, ...)"
+    )
+    assert "no export is made" in said
+
+
+@pytest.mark.parametrize("kind", ["in a text", "the end of a text"])
+def test_tokens_without_weights_that_may_occur_are_refused(kind, base):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if kind == "in a text":
+        tokenizer.add_tokens(["paracetamol"])
+    else:
+        tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    tokenizer.save_pretrained(base)
+    with pytest.raises(UserError, match=r"1 token\(s\) that its 1,024 embeddings lack, and texts may contain"):
+        tokens_without_weights(load_tokenizer(str(base), "[PAD]"), 1024)
+
+
+def test_the_plan_says_which_tokens_have_no_weights(base, tmp_path, capsys, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]})
+    tokenizer.save_pretrained(base)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    words = [
+        "--exp",
+        "exp_002",
+        "--tiny",
+        "--cpu",
+        "--model",
+        str(base),
+        "--output-dir",
+        str(tmp_path / "run"),
+        "--set",
+    ]
+    words += ["training.max_steps=1", "scheduler.warmup_steps=0", "evaluation.rows=4", "evaluation.samples=0"]
+    assert train.main(words) == 0
+    assert "its tokenizer has 1 token(s) that its 1,024 embeddings lack" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_rank_beyond_every_matrix_is_refused_before_memory_is_taken(base):
+    experiment = load_experiment("exp_002", tiny=True, sets=["lora.r=65536", "lora.target_modules=[q_proj,v_proj]"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    with pytest.raises(UserError, match=r"lora.r = 65,536: more than each of the matrices .* \(128 at most\)"):
+        add_lora(model, experiment.lora, 1)

@@ -133,6 +133,32 @@ def load_tokenizer(base: str, pad_token: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def tokens_without_weights(tokenizer: PreTrainedTokenizerBase, known: int) -> list[tuple[str, str]]:
+    """What the plan says of tokens that a base's tokenizer has and its weights have not, beside the token for padding.
+
+    Args:
+        known: how many tokens the weights have.
+
+    Raises:
+        UserError: a text may contain one of them, and the model would have to read or predict what it has not learned.
+    """
+    beyond = [token for token, number in tokenizer.get_vocab().items() if number >= known]
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    used = [t for t in beyond if t not in special or t in (tokenizer.bos_token, tokenizer.eos_token)]
+    beyond = sorted(set(beyond) - {tokenizer.pad_token})
+    what = f"its tokenizer has {len(beyond):,} token(s) that its {known:,} embeddings lack"
+    if used:
+        raise UserError(
+            f"model.base = {tokenizer.name_or_path}: {what}, and texts may contain {sorted(used)[0]!r}: give the base "
+            "that belongs to the tokenizer with --model"
+        )
+    if not beyond:
+        return []
+    return [
+        ("tokenizer", f"{what} ({', '.join(beyond[:3])}, ...): they do not occur in training, but no export is made")
+    ]
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write a tokenizer's files for any transformers from 4 on: the template inside, and a class that 4 has as well.
 
