@@ -28,7 +28,7 @@ from medqa.training.interrupts import TOGETHER_S, Interrupts
 from train import main
 
 ROOT = Path(__file__).parents[1]
-HUGE = 5000  # characters: longer than any file's name may be
+HUGE = 4000  # characters: longer than the name of any file may be, and shorter than any location may be
 FAST = ["training.max_steps=1", "evaluation.rows=4", "evaluation.samples=0", "model.quantization=none"]
 FAST += ["tracking.wandb=disabled", "lora.r=2"]
 
@@ -752,7 +752,14 @@ def test_a_signal_does_not_end_a_run_that_has_ended_before_it_has_said_how(capsy
     def lost(*_: object) -> None:
         raise Late
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (
+        ("WORLD_SIZE", "2"),
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("MASTER_ADDR", "::1"),
+        ("MASTER_PORT", "1"),
+    ):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("train.find_experiment", lost)
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the process has ended without a word"))
     try:
