@@ -23,7 +23,7 @@ from medqa.experiment_file import load_experiment, parse_sets
 from medqa.options import parse_options
 from medqa.results.compare_figures import curve, performance, perplexity, samples
 from medqa.results.compare_plots import plots
-from medqa.results.compare_recipes import CONTENTS, conclusion, one_changes, pairs, recipe, word
+from medqa.results.compare_recipes import BASE_CONTENTS, CONTENTS, conclusion, one_changes, pairs, recipe, word
 from medqa.results.compare_runs import read_runs
 from medqa.results.compare_tables import Comparison, compare_runs, evaluation_tables, main_tables
 from medqa.results.figures import TOO_FEW
@@ -455,6 +455,21 @@ def test_the_same_base_at_another_place_is_the_same(tmp_path):
     comparison = compared(*runs)
     assert comparison.pairs[0].keys == ()
     assert not [warning for warning in comparison.warnings if "model.base" in warning]
+
+
+def test_another_base_at_the_same_place_is_another(tmp_path):
+    """The weights were changed between the two runs; nothing in their configurations says so."""
+    runs = [make_run(tmp_path / name, "exp_001", evaluation=ALL) for name in ("a", "b")]
+    for run, fingerprint in zip(runs, ("f", "g"), strict=True):
+        path = run / "summary.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_fingerprint": fingerprint}))
+    comparison = compared(*runs)
+    assert comparison.pairs[0].keys == (BASE_CONTENTS,)
+    assert "isolates the effect of the base model's contents" in conclusion(comparison.pairs[0], comparison.pairs)
+    assert not [warning for warning in comparison.warnings if "another base model" in warning]
+    path = runs[1] / "evaluation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_fingerprint": "f"}))
+    said(compared(*runs), "b: evaluation.json is of another base model than the run's")
 
 
 def test_what_was_in_effect_counts(tmp_path):

@@ -218,7 +218,7 @@ def test_tasks_not_asked_for_are_kept_for_the_same_adapter(evaluated, run):
     assert evaluate.write_evaluation(found, run)
     assert evaluate.write_evaluation({**found, "tasks": {"mcq": {"rows": 0}}}, run)
     assert json.loads((run / "evaluation.json").read_text())["tasks"] == {"loss": loss, "mcq": {"rows": 0}}
-    for key, value in (("step", 2), ("dtype", "bfloat16"), ("quantization", "none")):
+    for key, value in (("step", 2), ("dtype", "bfloat16"), ("base_fingerprint", "of another base")):
         assert evaluate.write_evaluation({**found, key: value, "tasks": {"mcq": {"rows": 1}}}, run)
         assert json.loads((run / "evaluation.json").read_text())["tasks"] == {"mcq": {"rows": 1}}
         assert evaluate.write_evaluation(found, run)

@@ -198,6 +198,20 @@ def test_a_template_with_two_bos_is_found(tmp_path):
 # Measured
 
 
+def test_rows_that_may_have_been_trained_on_are_not_called_the_runs_test_questions(run, tmp_path):
+    source = find_adapter(str(run))
+    tokenizer = load_tokenizer(str(BASE_DIR), "eos")
+    assert held_out_prompts(source, tokenizer, 400).where_from == "the run's test questions"
+    changed = shutil.copytree(run, tmp_path / "run")
+    data = tmp_path / "medquad.csv"
+    rows = pandas.read_csv(source.experiment.data.medquad)
+    rows.assign(answer=rows["answer"].where(rows.index != 3, "Another answer.")).to_csv(data, index=False)
+    config = changed / "config.yaml"
+    config.write_text(config.read_text().replace(source.experiment.data.medquad, str(data)))
+    found = held_out_prompts(find_adapter(str(changed)), tokenizer, 400)
+    assert found.where_from == "the embedded sample's test questions (the run's data cannot be had, or have changed)"
+
+
 def test_float32_is_exact_and_16_bits_are_near(exact, exports):
     adapted, _, reference = exact
     found = fidelity.compare(merge.load_stored(exports["f32"], CPU), adapted.tokenizer, reference)

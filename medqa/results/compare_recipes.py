@@ -25,6 +25,7 @@ SEED = "training.seed"
 BASE = "model.base"
 LOCATIONS = ("data.medquad", "data.afrimedqa", "data.files")
 CONTENTS = "the data's contents"  # differ although the configurations say the same
+BASE_CONTENTS = "the base model's contents"  # likewise
 
 # What only says how much is written down, and when.
 RECORDING = {
@@ -82,6 +83,8 @@ def differing(first: Run, second: Run) -> tuple[str, ...]:
     """The settings in which two runs differ. Where data lie does not count if they are known to be the same."""
     one, two = recipe(first.settings), recipe(second.settings)
     keys = [key for key in two | one if first.settings[key] != second.settings[key]]
+    if BASE not in keys and len({first.base_fingerprint, second.base_fingerprint} - {None}) == 2:
+        keys.append(BASE_CONTENTS)
     fingerprints = {first.data_fingerprint, second.data_fingerprint}
     if len(fingerprints) == 1 and None not in fingerprints:
         return tuple(key for key in keys if key not in LOCATIONS)

@@ -97,6 +97,12 @@ class Run:
         found = self.data_report.get("fingerprint", self.summary.get("data_fingerprint"))
         return found if isinstance(found, str) else None
 
+    @property
+    def base_fingerprint(self) -> str | None:
+        """Of the base model's configuration and weights; None where nothing says it."""
+        found = self.summary.get("base_fingerprint")
+        return found if isinstance(found, str) and found else None
+
 
 def part(record: Any, *keys: str) -> Any:
     """What lies at `keys` in nested objects, None where it does not."""

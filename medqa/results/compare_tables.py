@@ -52,8 +52,7 @@ def _same_base_under_one_name(runs: Sequence[Run]) -> list[Run]:
     found = []
     for run in runs:
         model = run.experiment.model
-        fingerprint = run.summary.get("base_fingerprint")
-        name = names.setdefault(fingerprint, model.base) if isinstance(fingerprint, str) and fingerprint else model.base
+        name = names.setdefault(run.base_fingerprint, model.base) if run.base_fingerprint else model.base
         experiment = run.experiment.model_copy(update={"model": model.model_copy(update={"base": name})})
         found.append(replace(run, experiment=experiment))
     return found

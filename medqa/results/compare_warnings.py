@@ -106,6 +106,8 @@ def _evaluations(runs: Sequence[Run]) -> list[str]:
         step = number(run.evaluation.get("step"))
         if step is not None and step != run.adapter_step:
             said.append(f"{run.label}: {EVALUATION} is of update {step:.0f}, the run's adapter of {run.adapter_step}")
+        if run.evaluation.get("base_fingerprint", run.base_fingerprint) != run.base_fingerprint:
+            said.append(f"{run.label}: {EVALUATION} is of another base model than the run's")
         figure = run.figures.get(ANSWER_PERPLEXITY.format("tuned"))
         if figure is None or figure.low is None:
             said.append(f"{run.label}: {EVALUATION} has no interval of the answer perplexity")
