@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import os
+import re
+import shutil
 import socket
 import threading
 import time
@@ -28,7 +30,7 @@ from medqa.experiment_file import load_experiment
 from medqa.hub import connects
 from medqa.prompts import prompt_ids
 from medqa.tiny import BASE_DIR
-from medqa.training.tracking import MetricsFile, Tracker, read_metrics, wandb_names
+from medqa.training.tracking import MetricsFile, Spent, Tracker, read_metrics, wandb_names
 from medqa.training.wandb_feed import PRIVATE, failures
 from medqa.training.wandb_run import SAMPLE_COLUMNS, log_adapter, start_wandb, wandb_mode, wandb_wanted
 from train import main
@@ -148,6 +150,85 @@ def test_a_torn_last_line_is_dropped(torn, file):
     assert content(file.path) == EVENTS
     assert file.path.read_text().endswith("\n")
     assert torn not in file.path.read_text()
+
+
+DAMAGED = [
+    '{"step": 1, "split": "train", "loss": NaN}', '{"step": 1, "split": "train", "grad_norm": Infinity}',
+    '{"step": 1, "split": "train", "loss": 1e400}', f'{{"step": 1, "split": "train", "elapsed_s": 1{"0" * 400}}}',
+    f'{{"step": 1, "split": "train", "x": 1{"0" * 5000}}}', '{"step": true, "split": "train"}',
+    '{"step": -5, "split": "train"}', '{"step": 1.0, "split": "train"}', '{"step": 1, "split": ["train"]}',
+    '{"step": 1, "split": "train", "peak_memory_bytes": "x"}', '{"step": 1, "split": "train", "loss": {}}',
+    '{"step": 1, "split": "train", "elapsed_s": true}', '{"step": 1, "split": "eval", "sources": "x"}',
+    '{"step": 1, "split": "eval", "sources": {"a": {}}}', f'{{"step": 1, "a": {"[" * 5000}',
+    "\x00" * 100, "5", "{}", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_a_damaged_line_is_passed_over_and_counted(damaged, file):
+    before = file.path.read_bytes()
+    lines = before.splitlines(keepends=True)
+    file.path.write_bytes(b"".join([*lines[:3], damaged.encode() + b"\n", *lines[3:]]))
+    assert content(file.path) == EVENTS
+    for record in read_metrics(file.path):
+        wandb_names(record)
+    spent = file.resume(4, 8)
+    assert spent.damaged == 1
+    assert file.path.read_bytes() == before
+    assert file.resume(4, 8).damaged == 0
+
+
+@pytest.mark.parametrize("value", [1e300, -1.0, None, 0])
+def test_times_that_cannot_be_are_not_believed(value, file):
+    file.append({"step": 5, "split": "train", "elapsed_s": value, "peak_memory_bytes": value})
+    assert file.resume(4, 8) == Spent(1.0, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "device", "nothing"])
+def test_only_a_regular_file_is_read(kind, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        list(read_metrics(path))
+    if kind != "nothing":
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            MetricsFile(path).resume(1, 4)
+
+
+def test_a_line_is_not_added_through_a_link(file, tmp_path):
+    victim = tmp_path / "victim"
+    shutil.move(file.path, victim)
+    file.path.symlink_to(victim)
+    before = victim.read_bytes()
+    for attempt in (lambda: file.append(line(5, "train")), lambda: file.amend_train(4, save_s=1.0)):
+        with pytest.raises(OSError, match="symbolic links"):
+            attempt()
+    assert victim.read_bytes() == before
+
+
+def test_a_resume_has_the_disk_hold_the_file_before_the_name_is_its(file, monkeypatch):
+    """As a power cut shows it: what has not been flushed when the file takes its name may be lost."""
+    flushed, held = [], {}
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.append(os.fstat(descriptor).st_ino)
+
+    def note_replace(source: Path, target: Path) -> None:
+        held[Path(target).name] = os.stat(source).st_ino in flushed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    file.resume(2, 4)
+    assert held == {"metrics.jsonl": True}
+    assert os.stat(file.path.parent).st_ino in flushed, "the directory's entry too"
 
 
 def test_a_file_that_is_not_there_is_begun(tmp_path):
