@@ -178,6 +178,13 @@ def test_a_damaged_line_is_passed_over_and_counted(damaged, file):
     assert file.resume(4, 8).damaged == 0
 
 
+def test_a_pair_that_stands_twice_stands_once_after_a_resume(file):
+    before = file.path.read_bytes()
+    file.path.write_bytes(before + before.replace(b"1.0", b"2.0"))
+    file.resume(4, 8)
+    assert file.path.read_bytes() == before
+
+
 @pytest.mark.parametrize("value", [1e300, -1.0, None, 0])
 def test_times_that_cannot_be_are_not_believed(value, file):
     file.append({"step": 5, "split": "train", "elapsed_s": value, "peak_memory_bytes": value})

@@ -74,11 +74,12 @@ def _not_a_runs(output_dir: Path) -> Iterator[str]:
     A file that is replaced whole may be a link: the link goes, and what it leads to stays as it is.
     """
     inside = [f"{ADAPTER_DIR}/{name}" for name in sorted(ADAPTER_DIR_FILES)]
-    for name in (*FILES, RUN_FILE, LOCK_FILE, *inside):
+    for name in (*FILES, RUN_FILE, LOCK_FILE, ADAPTER_DIR, *inside):
         path = output_dir / name
-        if os.path.exists(path) and not os.path.isfile(path):
+        of_its_kind = os.path.isdir(path) if name == ADAPTER_DIR else os.path.isfile(path)
+        followed = name in (METRICS, LOCK_FILE, ADAPTER_DIR) and os.path.islink(path)
+        if followed or (os.path.exists(path) and not of_its_kind):
             yield name
-    yield from (name for name in (METRICS, LOCK_FILE, ADAPTER_DIR) if os.path.islink(output_dir / name))
 
 
 def left_alone(output_dir: Path) -> list[tuple[str, str]]:

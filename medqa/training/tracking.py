@@ -42,16 +42,16 @@ class MetricsFile:
         What was recorded at `step` came before its checkpoint and stays; but a run's closing evaluation comes after the
         last one. With no checkpoint, `step` is -1.
         """
-        records, kept, damaged = [], [], 0
+        records, kept, damaged = [], {}, 0
         for line, record in _lines(self.path) if os.path.lexists(self.path) else ():
             if record is not None:
                 records.append(record)
                 before_it = record["step"] < step or (record["step"] == step and step < max_steps)
                 if before_it or (record["step"] == step and record["split"] == "train"):
-                    kept.append(line)
+                    kept.setdefault((record["step"], record["split"]), line)
             elif line.endswith(b"\n"):  # else a last one that a kill cut short
                 damaged += 1
-        write_file(self.path, b"".join(kept))
+        write_file(self.path, b"".join(kept.values()))
         return Spent(
             max((_number(record, "elapsed_s") for record in records), default=0.0),
             int(max((_number(record, "peak_memory_bytes") for record in records), default=0)),
