@@ -76,7 +76,7 @@ def own_source(text: str) -> tuple[str, str]:
     """
     name, _, source = text.partition("=")
     if not name.strip() or not source.strip():
-        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=SOURCE, notes=notes.csv say")
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=SOURCE, for example notes=notes.csv")
     return name.strip(), source.strip()
 
 

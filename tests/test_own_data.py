@@ -262,12 +262,38 @@ def test_data_is_laid_over_the_file_by_name(tmp_path):
     assert "no name for a source: 'rows'" in refusal(exp=str(file), locations={"data.files": {"rows": "x.csv"}})
 
 
-@pytest.mark.parametrize("word", ["notes", "=x.csv", "notes=", " = "])
+@pytest.mark.parametrize("word", ["notes", "=x.csv", "notes=", " = ", "https://me:S3CRET@x.org/n.csv"])
 def test_a_malformed_word_is_refused(word, capsys):
     with pytest.raises(SystemExit) as raised:
         parse_options(["--exp", "exp_001", "--data", word])
+    said = capsys.readouterr().err
     assert raised.value.code == 2
-    assert "write NAME=SOURCE" in capsys.readouterr().err
+    assert "write NAME=SOURCE" in said
+    assert "S3CRET" not in said
+
+
+@pytest.mark.parametrize("word", ["n=https://me:S3CRET@x.org/n.csv", "https://me:S3CRET@x.org/n.csv?x=1"])
+def test_a_password_in_an_address_is_not_repeated(word, capsys):
+    from train import main
+
+    assert (
+        main(["--exp", "exp_001", "--tiny", "--cpu", "--medquad", "none", "--afrimedqa", "none", "--data", word]) == 2
+    )
+    said = capsys.readouterr().err
+    assert "x.org/n.csv" in said
+    assert "S3CRET" not in said
+
+
+def test_control_characters_of_a_header_do_not_reach_the_terminal(tmp_path, capsys):
+    from train import main
+
+    (tmp_path / "n.csv").write_text("\x1b[31mquestion\x1b]0;x\x07,answer\nQ,A\n")
+    words = ["--medquad", "none", "--afrimedqa", "none", "--data", f"n={tmp_path / 'n.csv'}"]
+    assert main(["--exp", "exp_001", "--tiny", "--cpu", *words]) == 2
+    said = capsys.readouterr().err
+    assert "no column question" in said
+    assert "\x1b" not in said
+    assert "\\x1b[31mquestion" in said
 
 
 def test_one_name_twice_is_refused():
