@@ -216,6 +216,10 @@ def load_checkpoint(found: Found, trained: Trained) -> RunState:
             "wrote it, or move this checkpoint away to go on from an older one, or start over with --fresh"
         ) from error
     load_adapter_weights(trained.model, found.path, "checkpoint")
+    if not all(weight.isfinite().all() for weight in adapter_weights(trained.model).values()):
+        raise UserError(
+            f"{found.path}: its adapter has weights that are not finite; move it away to go on from an older one"
+        )
     trained.optimizer.load_state_dict(saved["optimizer"])
     trained.scheduler.load_state_dict(saved["scheduler"])
     if trained.scaler is not None and saved["scaler"] is not None:

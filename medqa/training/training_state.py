@@ -22,6 +22,7 @@ import torch
 from peft import PeftModel
 
 from medqa.files import Damaged, open_regular
+from medqa.limits import MAX_SHOWN
 
 # bitsandbytes keeps the quantized tensors of a parameter's state below this key, older versions beside the others.
 QUANTIZED = "__bnb_optimizer_quant_state__"
@@ -82,13 +83,8 @@ def read_training_state(path: Path, trained: Trained, step: int, moved: bool) ->
     """
     try:
         saved = _unpickled(path, trained)
-    except OSError as error:
-        raise Damaged(f"{path.name}: {error.strerror}") from error
-    except MADE_UP as error:
-        raise Damaged(f"{path.name}: cannot be read ({type(error).__name__}: {error})") from error
-    if not isinstance(saved, dict) or saved.keys() != {"optimizer", "scheduler", "scaler"}:
-        raise Damaged(f"{path.name}: does not hold the states of optimizer, scheduler and scaler")
-    try:
+        if not isinstance(saved, dict) or saved.keys() != {"optimizer", "scheduler", "scaler"}:
+            raise Damaged("does not hold the states of optimizer, scheduler and scaler")
         schedule = trained.scheduler
         rates = [rate * factor(step) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
         return {
@@ -98,13 +94,15 @@ def read_training_state(path: Path, trained: Trained, step: int, moved: bool) ->
         }
     except Damaged as error:
         raise Damaged(f"{path.name}: {error}") from error
+    except OSError as error:
+        raise Damaged(f"{path.name}: {error.strerror}") from error
 
 
 def _unpickled(path: Path, trained: Trained) -> Any:
     """What the file holds. A file much longer than such states, or one that unpacks to more than it holds, is refused.
 
     Raises:
-        Damaged, OSError, or an error of `MADE_UP`: it cannot be read.
+        Damaged, OSError: it cannot be read.
     """
     parameters = [parameter for group in trained.optimizer.param_groups for parameter in group["params"]]
     most = 1_000_000 + sum(16 * parameter.numel() + 10_000 for parameter in parameters)
@@ -112,12 +110,15 @@ def _unpickled(path: Path, trained: Trained) -> Any:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise Damaged(f"has {size:,} bytes, more than this run's states can take")
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-        if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
-            raise Damaged("is packed, which torch.save does not do")
-        file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+            if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
+                raise Damaged("is packed, which torch.save does not do")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except MADE_UP as error:
+            raise Damaged(f"cannot be read ({type(error).__name__}: {str(error)[:MAX_SHOWN]})") from error
 
 
 def _optimizer_state(
