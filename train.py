@@ -148,7 +148,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     plan.lines.extend([*lacking, *ignored, *told_of(found, state, spent.damaged), *left_alone(output_dir)])
     plan.lines.extend(space_needed(options.persist_to, experiment, adapted, state.step, updates))
     show_plan(console, f"{name} in {output_dir}", plan)
-    console.print(start_wandb(accelerator, experiment, output_dir, leg.run_id, changes))
+    say(start_wandb(accelerator, experiment, output_dir, leg.run_id, changes))
     feed = WandbFeed(accelerator, say)
     tracker.begin_feed(feed)
     phases.done("start")

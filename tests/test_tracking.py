@@ -630,6 +630,24 @@ def test_a_key_of_the_environment_needs_no_netrc_file(odd_netrc, accelerator, mo
     assert told.startswith("W&B: online, ")
 
 
+def test_where_the_home_cannot_be_written_wandb_keeps_its_files_with_the_run(accelerator, monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("HOME", "/dev/null")
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    adapter = tmp_path / "run" / "lora_adapters"
+    adapter.mkdir(parents=True)
+    (adapter / "README.md").write_text("an adapter")
+    assert start_wandb(accelerator, tracking(), tmp_path / "run", "abcd1234", {}).startswith("W&B: offline")
+    log_adapter(accelerator, tracking().tracking, adapter, "abcd1234")
+    accelerator.end_training()
+    (artifact,) = offline_run(tmp_path / "run").artifacts
+    assert [entry.path for entry in artifact.manifest.contents] == ["README.md"]
+    kept = [path.read_text() for path in (tmp_path / "run" / "wandb" / "data").rglob("*") if path.is_file()]
+    assert kept == ["an adapter"]
+    assert capfd.readouterr().err == "", "its service process has a log file of its own"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [

@@ -22,6 +22,7 @@ from medqa.evaluation.loss import fixed_subset
 from medqa.files import Damaged, Missing, read_file
 from medqa.hub import connects
 from medqa.limits import MAX_NETRC_BYTES
+from medqa.places import check_place
 from medqa.terminal import without_credentials
 from medqa.training.checkpoint_files import ADAPTER_DIR_FILES
 from medqa.training.tracking import GLOBAL_STEP
@@ -56,6 +57,7 @@ def start_wandb(
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry waits up to 12 s for a dead server
     netrc_key("")  # before W&B opens the file
+    _keep_files_below(output_dir / "wandb")
     arguments = {
         "entity": None if os.environ.get("WANDB_ENTITY") else tracking.entity,
         "group": None if "WANDB_RUN_GROUP" in os.environ else tracking.group,
@@ -168,6 +170,20 @@ def netrc_key(host: str) -> tuple[bool, str]:
         os.environ["NETRC"] = os.devnull
         why = "not text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
         return False, f"{place} cannot be read: {why}; mend the file, or set WANDB_API_KEY"
+
+
+def _keep_files_below(directory: Path) -> None:
+    """Have W&B write here what it cannot write below the home directory.
+
+    Without its cache its service process writes its log to the terminal, and without its data no artifact is kept.
+    """
+    from wandb import env
+
+    for name, place in (("WANDB_CACHE_DIR", env.get_cache_dir()), ("WANDB_DATA_DIR", env.get_data_dir())):
+        try:
+            check_place(Path(place), name)
+        except UserError:
+            os.environ[name] = str(directory.absolute() / name.split("_")[1].lower())
 
 
 def log_samples(accelerator: Accelerator, rows: Sequence[Sequence[Any]], first: int = 0) -> None:
