@@ -108,9 +108,12 @@ TABLE = {
     "TORCH_CUDNN_": Rule(Kind.RECORDED),
     "TORCH_ROCM_": Rule(Kind.RECORDED),
     "DISABLE_ADDMM_CUDA_LT": Rule(Kind.RECORDED),
+    "CUBLAS_EMULATE_SINGLE_PRECISION": Rule(Kind.RECORDED),
+    "CUBLAS_EMULATION_STRATEGY": Rule(Kind.RECORDED),
     "PYTORCH_TUNABLEOP_ENABLED": Rule(Kind.RECORDED),
     "NCCL_ALGO": Rule(Kind.RECORDED),
     "NCCL_PROTO": Rule(Kind.RECORDED),
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": Rule(Kind.CLEARED, "nothing that is loaded may run code"),
     # transformers and bitsandbytes.
     "TRANSFORMERS_SDPA_FORCE_GQA": Rule(Kind.RECORDED),
     "FLASH_ATTENTION_DETERMINISTIC": Rule(Kind.RECORDED),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from wandb_file import read_finished_run
 
 from medqa.__main__ import main
+from medqa.config import Tracking
 from medqa.data.sources import Row
 from medqa.evaluation.intervals import difference_figure, mean_figure
 from medqa.evaluation.loss_report import loss_report
@@ -24,7 +25,7 @@ from medqa.evaluation.own_template import own_template_prompts, with_prompts
 from medqa.model.base import load_tokenizer
 from medqa.results import baseline, evaluate
 from medqa.results.adapter import find_adapter
-from medqa.results.evaluation_wandb import flat_figures
+from medqa.results.evaluation_wandb import flat_figures, log_evaluation
 from medqa.results.figures import TOO_FEW
 from medqa.results.held_out import load_held_out
 from medqa.results.show_evaluation import in_short, shown
@@ -369,6 +370,18 @@ def test_a_directory_of_somebody_else_sends_nothing_to_its_own_entity(run, tmp_p
     assert "secret" not in [
         path.read_text(errors="replace") for path in (tmp_path / "data").rglob("*") if path.is_file()
     ]
+
+
+def test_nothing_of_wandb_is_written_through_a_link(run, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (run / "wandb").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    found, said = {"tasks": {}, "limit": None, "mixed_precision": "no"}, []
+    experiment = find_adapter(str(run)).experiment
+    experiment = experiment.model_copy(update={"tracking": Tracking(wandb="offline")})
+    log_evaluation(found, run, experiment, True, said.append)
+    assert said == [f"W&B: not told: {run / 'wandb'} is a link; WANDB_DIR names where its files may be written"]
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_rows_apart_from_training():

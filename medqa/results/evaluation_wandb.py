@@ -8,7 +8,7 @@ from typing import Any
 from medqa.config import Experiment, Tracking
 from medqa.model.precision import usable_gpu
 from medqa.training.processes import make_accelerator
-from medqa.training.run_dir import ADAPTER_DIR, read_leg
+from medqa.training.run_dir import ADAPTER_DIR, WANDB_DIR, read_leg
 from medqa.training.tracking import MetricsFile, Tracker
 from medqa.training.wandb_feed import WandbFeed
 from medqa.training.wandb_run import log_adapter, start_wandb, wandb_wanted
@@ -31,6 +31,8 @@ def log_evaluation(
             f"W&B: not told: only the run's config.yaml names the entity {stranger}, and a directory may come from "
             f"anyone; set WANDB_ENTITY={stranger} to tell it"
         )
+    if (run / WANDB_DIR).is_symlink() and "WANDB_DIR" not in os.environ:
+        return say(f"W&B: not told: {run / WANDB_DIR} is a link; WANDB_DIR names where its files may be written")
     accelerator = make_accelerator(
         cpu or not usable_gpu(), found["mixed_precision"], True, experiment.training.process_timeout_s
     )
