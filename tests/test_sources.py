@@ -344,7 +344,7 @@ def test_limits_are_asked_before_a_file_is_decoded(tmp_path: Path, monkeypatch: 
             medquad(tmp_path / f"m{suffix}")
     monkeypatch.setattr("medqa.data.readers.MAX_RECORDS", 100)
     monkeypatch.setattr("medqa.data.readers.MAX_DATA_BYTES", 100)
-    for suffix, message in ((".csv", "longer than 100 bytes"), (".parquet", "more than 100 bytes of text")):
+    for suffix, message in ((".csv", "longer than 100 bytes"), (".parquet", "more than 100 characters of text")):
         with pytest.raises(UserError, match=rf"m{suffix}: .*{message}"):
             medquad(tmp_path / f"m{suffix}")
 
@@ -681,10 +681,10 @@ def test_hub_datasets_of_every_form(tmp_path: Path, hub: str) -> None:
     assert sorted(found["text/numbers"]) == [["P ?", "0.50"], ["Q ?", "007"], ["R ?", "true"]]
     for name in ("two/csv", "two/jsonl"):
         assert found[name].endswith(
-            f"hub dataset {name}: several configurations, and none is named; give --medquad {name}:easy or "
-            f"--medquad {name}:hard"
+            f"hub dataset {name}: several configurations, and none is named; there are easy, hard; give one: "
+            f"--medquad {name}:easy"
         )
-    assert "no configuration 'none'; give --medquad two/csv:easy or" in found["two/csv:none"]
+    assert "no configuration 'none'; there are easy, hard; give one: --medquad two/csv:easy" in found["two/csv:none"]
     assert "byte 0xe9" in found["bad/latin"]
     assert "more: large_string" in found["bad/columns"]
     assert "two columns are called 'answer'" in found["bad/twice"]

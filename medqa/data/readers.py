@@ -51,7 +51,7 @@ OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 SPACE_AND_QUOTE = re.compile(r'(?:^|[,\r\n])[^\S\r\n]+"')
 NOT_A_LINE_END = re.compile(r"[^\S\r\n]")
 END_OF_FILE = "\x1a"  # Ctrl-Z, with which DOS ended text files
-BATCH = 256  # rows of a parquet file that are decoded at once
+BATCH = 1024  # rows of a parquet file that are decoded at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,15 +262,16 @@ def _read_parquet(path: Path, wanted: frozenset[str]) -> Table:
             if file.metadata.num_rows > MAX_RECORDS:  # before anything is decoded: a small file may claim many
                 raise UserError(f"{path}: more than {MAX_RECORDS:,} records; give fewer")
             for batch in file.iter_batches(BATCH, columns=list(spelled.values())):
-                size += batch.nbytes
-                if size > MAX_DATA_BYTES:
-                    raise UserError(f"{path}: holds more than {MAX_DATA_BYTES:,} bytes of text; give fewer records")
                 for record in batch.rename_columns(names).to_pylist():
                     add_record(records, record, path)
+                    size += sum(len(cell) for cell in record.values() if isinstance(cell, str))
+                if size > MAX_DATA_BYTES:
+                    raise UserError(f"{path}: more than {MAX_DATA_BYTES:,} characters of text; give fewer records")
             return Table(tuple(columns), records)
     except MemoryError:  # pyarrow's own is an ArrowException, too
         raise
-    except (pyarrow.ArrowException, ValueError) as error:  # ValueError: text that is no UTF-8, a field twice in a cell
+    # ValueError: text that is no UTF-8, a field twice in a cell; OverflowError: a time that Python has not.
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise UserError(f"{path}: broken parquet file ({first_line(error)}); fetch or export it again") from error
 
 

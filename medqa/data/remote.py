@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
 KAGGLE_HOST = "api.kaggle.com"
+SHOWN_CONFIGURATIONS = 40
 MOST_CAUSES = 6  # errors in a chain that are shown
 LONGEST_CAUSE = 600  # characters of each
 OPEN_COPIES = {"intronhealth/afrimedqa_v2": "afrimedqa/afrimedqa_v2"}  # gated dataset -> the same rows, ungated
@@ -101,8 +102,11 @@ def read_hub(location: str, wanted: frozenset[str], option: str) -> Table:
         configurations = _configurations(dataset_id) if reachable and isinstance(error, ValueError) else []
         if configurations and (config or len(configurations) > 1) and config not in configurations:
             what = f"no configuration {config!r}" if config else "several configurations, and none is named"
-            named = " or ".join(with_value(option, f"{dataset_id}:{name}") for name in configurations)
-            raise UserError(f"hub dataset {dataset_id}: {what}; give {named}") from error
+            there = ", ".join(configurations[:SHOWN_CONFIGURATIONS])
+            if len(configurations) > SHOWN_CONFIGURATIONS:
+                there += f" and {len(configurations) - SHOWN_CONFIGURATIONS} more"
+            example = with_value(option, f"{dataset_id}:{configurations[0]}")
+            raise UserError(f"hub dataset {dataset_id}: {what}; there are {there}; give one: {example}") from error
         why = f"{causes(error)}. "
         if not reachable:
             why = f"not in the local cache, and the Hugging Face Hub cannot be reached ({causes(error)}). "
