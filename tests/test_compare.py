@@ -777,6 +777,9 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path, capsys, monkeypatch)
     assert "no directory" in refused(capsys, tmp_path, one, two, "--out", "nowhere/p.html")
     assert "no file" in refused(capsys, tmp_path, one, two, "--out", "empty")
     assert "cannot be written" in refused(capsys, tmp_path, one, two, "--out", "x" * 300)
+    (tmp_path / "link").symlink_to("/scratch/not/mounted")
+    said = refused(capsys, tmp_path, one, two, "--out", "link/p.html")
+    assert "link is a link to /scratch/not/mounted, which is not there" in said
 
 
 def test_the_page_is_whole_or_absent(tmp_path, capsys, monkeypatch):

@@ -615,7 +615,11 @@ def test_nothing_is_overwritten_and_nothing_left(run, tmp_path, capsys):
     assert "neither a run's directory" in refused(capsys, tmp_path, "--to", tmp_path / "x")
     assert "no such checkpoint" in refused(capsys, run, "--to", tmp_path / "x", "--checkpoint", "7")
     assert "no such directory" in refused(capsys, run, "--to", tmp_path / "x", "--model", "./nowhere")
-    assert "cannot be written" in refused(capsys, run, "--to", tmp_path / "file" / "x" / "y")
+    assert "is not a directory one can write to" in refused(capsys, run, "--to", tmp_path / "file" / "x" / "y")
+    (tmp_path / "link").symlink_to("/scratch/not/mounted")
+    said = refused(capsys, run, "--to", tmp_path / "link" / "x")
+    assert f"{tmp_path}/link is a link to /scratch/not/mounted, which is not there" in said
+    (tmp_path / "link").unlink()
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from rich.console import Console
 
+from medqa.data.splits import Splits, write_splits_csv
 from medqa.errors import UserError
 from medqa.experiment_file import load_experiment
 from medqa.files import write_json
@@ -237,7 +238,7 @@ def test_finished_only_with_a_whole_summary_of_as_many_updates(tmp_path):
     [{"baseline": {}}, {"baseline": None}, {"final": {**FIGURES, "loss": "abc"}}, {"test": [1]}, {"experiment": [1]},
      {"wall_clock_s": "x"}, {"wall_clock_s": None}, {"peak_memory_bytes": None}, {"peak_memory_bytes": True},
      {"memory_device": 5}, {"final": {**FIGURES, "answer_loss": {}}}, {"final": {**FIGURES, "loss": None}},
-     {"adapter_step": "4\n# x"}, {"adapter_step": {}}, {"best_step": -1}, {"data_fingerprint": None},
+     {"adapter_step": "4\n# x"}, {"adapter_step": {}}, {"best_step": -1}, {"data_fingerprint": {}},
      {"wall_clock_s": float("nan")}, {"final": {**FIGURES, "loss": float("inf")}}, {"peak_memory_bytes": 10**400},
      {"wall_clock_s": 10**400}],
 )  # fmt: skip
@@ -324,11 +325,14 @@ def test_a_lock_file_that_is_none_is_refused(kind, tmp_path):
             getattr(lock, attempt)()
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "lora_adapters", "run.lock"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "lora_adapters", "lora_adapters.tmp", "run.lock"])
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_link_that_would_be_written_through_is_refused_at_the_start(name, fresh, accelerator, tmp_path):
     run = run_dir(tmp_path / "run", accelerator)
-    (run / name).rename(tmp_path / "victim")
+    if (run / name).exists():
+        (run / name).rename(tmp_path / "victim")
+    else:
+        (tmp_path / "victim").mkdir()
     (run / name).symlink_to(tmp_path / "victim")
     with pytest.raises(UserError, match=rf"{name}.*a link"):
         check_run_dir(run, experiment(), fresh)
@@ -356,9 +360,7 @@ def test_what_links_lead_to_stays_as_it_is(suffix, accelerator, tmp_path):
     (run / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n')
     (run / "evaluation.json").write_text(MARK)
     victims = {}
-    for name in sorted(
-        {*NAMES} - {"splits.csv", "" if suffix else "metrics.jsonl"}
-    ):  # the link metrics.jsonl is refused
+    for name in NAMES if suffix else sorted({*NAMES} - {"metrics.jsonl"}):  # a link of that name is refused
         victims[name] = tmp_path / f"victim of {name}"
         victims[name].write_bytes((run / name).read_bytes())
         if not suffix:
@@ -372,6 +374,7 @@ def test_what_links_lead_to_stays_as_it_is(suffix, accelerator, tmp_path):
     for name in ("data_report.json", "summary.json"):
         write_json({}, run / name)
     write_evaluation({"limit": None, "tasks": {}} | dict.fromkeys(SAME_ADAPTER), run)
+    write_splits_csv(Splits((), (), (), {}, ""), run / "splits.csv")
     assert {name: path.read_bytes() for name, path in victims.items()} == before
     assert not [name for name in victims if (run / name).is_symlink()]
     assert not list(run.glob("*.json.tmp"))

@@ -33,7 +33,7 @@ from medqa.training.environment import Settings
 from medqa.training.execution import choose_execution
 from medqa.training.manifest import MANIFEST, measure, verify
 from medqa.training.memory import available_memory
-from medqa.training.run_dir import ADAPTER_DIR, CONFIG
+from medqa.training.run_dir import ADAPTER_DIR, CONFIG, read_summary
 from medqa.training.same_run import differences
 
 # Of adapter_config.json, what this project's adapters are made of; of the rest, nothing may change what they compute.
@@ -336,12 +336,8 @@ def _best_step(run: Path, newest: Path) -> int:
 
 
 def _summary(run: Path) -> dict[str, Any]:
-    """A run's summary; an empty one where there is none that can be read."""
-    try:
-        found = read_json(run / "summary.json")
-    except Damaged:
-        return {}
-    return found if isinstance(found, dict) else {}
+    """A run's summary; an empty one where there is none that can be believed."""
+    return read_summary(run) or {}
 
 
 def _recorded(summary: Mapping[str, Any], key: str, kind: type) -> Any:

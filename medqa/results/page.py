@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from medqa import places
 from medqa.errors import UserError
 from medqa.files import write_file
 from medqa.results.compare_figures import samples
@@ -76,6 +77,7 @@ def check_place(out: Path, force: bool) -> None:
     Raises:
         UserError: there is something else, or no directory to write into.
     """
+    places.check_place(out.absolute().parent, "--out")
     if not os.path.isdir(out.absolute().parent):
         raise UserError(f"--out {out}: no directory {out.absolute().parent}; make it, or choose another file")
     if not os.path.lexists(out):

@@ -74,10 +74,11 @@ def _not_a_runs(output_dir: Path) -> Iterator[str]:
     A file that is replaced whole may be a link: the link goes, and what it leads to stays as it is.
     """
     inside = [f"{ADAPTER_DIR}/{name}" for name in sorted(ADAPTER_DIR_FILES)]
-    for name in (*FILES, RUN_FILE, LOCK_FILE, ADAPTER_DIR, *inside):
+    folders = (ADAPTER_DIR, ADAPTER_DIR + UNFINISHED)
+    for name in (*FILES, RUN_FILE, LOCK_FILE, *folders, *inside):
         path = output_dir / name
-        of_its_kind = os.path.isdir(path) if name == ADAPTER_DIR else os.path.isfile(path)
-        followed = name in (METRICS, LOCK_FILE, ADAPTER_DIR) and os.path.islink(path)
+        of_its_kind = os.path.isdir(path) if name in folders else os.path.isfile(path)
+        followed = name in (METRICS, LOCK_FILE, *folders) and os.path.islink(path)
         if followed or (os.path.exists(path) and not of_its_kind):
             yield name
 
@@ -106,7 +107,7 @@ class Figures(BaseModel):
 
 
 class Summary(BaseModel):
-    """What is used of a `summary.json`, which anyone may have edited; the first versions had no `adapter_step`."""
+    """What is used of a `summary.json`, which anyone may have edited. What has a default may be absent."""
 
     model_config = ConfigDict(strict=True)
 
@@ -120,8 +121,8 @@ class Summary(BaseModel):
     wall_clock_s: Annotated[float, Field(ge=0)]
     peak_memory_bytes: Annotated[int, Field(ge=0)]
     memory_device: str
-    data_fingerprint: str
-    base_fingerprint: str = ""
+    data_fingerprint: str | None = None
+    base_fingerprint: str | None = None
 
 
 class Leg(BaseModel):
