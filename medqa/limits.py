@@ -54,9 +54,9 @@ WORK_WAIT_SECONDS = 300  # on the clock, on a machine that is busy with somethin
 MAX_TOKENIZER_BYTES = 200_000_000
 # Tokens that a tokenizer may make of a text, for each byte of it: byte-level ones make one, some prefix every word.
 MAX_TOKENS_PER_BYTE = 4
+# Characters that a base model's own chat template may put around a question.
+MAX_TEMPLATE_CHARACTERS = 20_000
 # Bytes of what is kept of an untuned base's losses and answers.
 MAX_BASELINE_BYTES = 500_000_000
 # Bytes of a netrc file, in which W&B's key stands.
 MAX_NETRC_BYTES = 1_000_000
-# Characters that a base model's own chat template may put around a question.
-MAX_TEMPLATE_CHARACTERS = 20_000
