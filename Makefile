@@ -25,6 +25,7 @@ test-all: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Needs a GPU: the recipes at TinyLlama's true size, bf16 and fp16, with a stop and continuation.
 gpu-check: $(VENV)/.run

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from medqa.options import Parser, add_data_option, add_run_options
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def command_parser() -> argparse.ArgumentParser:

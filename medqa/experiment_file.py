@@ -80,7 +80,7 @@ def load_experiment(
         for key, value in {**TINY, "scheduler.warmup_steps": warmup}.items():
             values[key], origins[key] = value, "--tiny"
     for key, location in (locations or {}).items():
-        if key == "data.files" and location:
+        if key == "data.files" and location and isinstance(location, Mapping):
             before = values.get(key, {})
             if isinstance(before, dict):  # else it is refused below
                 values[key], origins[key] = {**before, **location}, "--data"

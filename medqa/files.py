@@ -120,7 +120,7 @@ def _flush(descriptor: int) -> None:
             raise
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file for reading in binary mode. Links to regular files are followed.
 
     Raises:

@@ -61,3 +61,15 @@ def test_the_hooks_before_a_commit_use_the_linter_of_the_tests():
     hooks = load_yaml((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"), "the hooks")["repos"][0]["hooks"]
     assert [hook["entry"].split()[:2] for hook in hooks] == [["ruff", "check"], ["ruff", "format"]]
     assert [hook["additional_dependencies"] for hook in hooks] == [[wanted[0]]] * 2
+
+
+def test_what_the_type_checker_may_not_look_at_is_named_and_does_not_grow():
+    found = [line for path in ROOT.glob("medqa/**/*.py") for line in path.read_text().splitlines() if "# type:" in line]
+    assert len(found) <= 4
+    assert all(re.search(r"# type: ignore\[[a-z-]+\]", line) for line in found)
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    assert settings["files"] == ["medqa", "train.py"]
+    (left_out,) = settings["overrides"]
+    assert left_out.keys() == {"module", "follow_imports"}
+    assert not [name for name in left_out["module"] if name.startswith("medqa")]
+    assert "\t$(BIN)/mypy\n" in (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -223,8 +223,6 @@ def test_links_resolve():
         for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", prose(text)):
             place, _, anchor = target.partition("#")
             path = (ROOT / name).parent / place if place else ROOT / name
-            if path.name == "security.md" and not path.exists():
-                continue
             assert path.exists(), (name, target)
             if anchor:
                 anchors += 1

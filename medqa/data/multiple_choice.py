@@ -53,7 +53,8 @@ def load_questions(location: str, train: Sequence[Row]) -> QuestionSet:
         UserError: it cannot be read.
     """
     trained = {letters_and_digits(row.question) for row in train} | {_without_options(row.question) for row in train}
-    questions, dropped, seen = [], Counter(), set()
+    questions, seen = [], set()
+    dropped: Counter[str] = Counter()
     for number, record in enumerate(read_source(NAME, location).records):
         cells = Cells(COLUMNS[NAME], record, f"{location}, record {number} (the first is 0)")
         found = _question(cells, number)

@@ -34,6 +34,7 @@ def read_kaggle(handle: str, wanted: frozenset[str], option: str) -> Table:
     if pinned is None and not connects(f"https://{KAGGLE_HOST}"):
         why = f"not in kagglehub's cache, and {KAGGLE_HOST} cannot be reached within {CONNECT_SECONDS:.0f} s"
         raise UserError(f"kaggle:{handle}: {why}. {_elsewhere(option)}")
+    refusals: tuple[type[Exception], ...]
     refusals = (exceptions.BackendError, exceptions.CredentialError, exceptions.NotFoundError)
     refusals += (exceptions.DataCorruptionError, exceptions.UnauthenticatedError)
     try:
@@ -94,7 +95,13 @@ def read_hub(location: str, wanted: frozenset[str], option: str) -> Table:
     denied = (datasets.exceptions.DatasetNotFoundError, HTTPError)
     # ValueError: a malformed id, or several configurations to choose from; RuntimeError: the dataset is a script; the
     # others: a README whose configurations are not what `datasets` expects.
-    refusals = (*denied, datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError)
+    refusals: tuple[type[Exception], ...] = (
+        *denied,
+        datasets.exceptions.DatasetsError,
+        OSError,
+        ValueError,
+        RuntimeError,
+    )
     refusals += (TypeError, LookupError, AttributeError, yaml.YAMLError)
     try:
         return _hub_table(_load_hub_splits(dataset_id, config or None, reachable), wanted, location)

@@ -197,7 +197,8 @@ def _without_password(address: str) -> str:
 def _cleaned(name: str, location: str, table: Table, named: bool, seen: set[tuple[str, str]]) -> Source:
     """The usable rows of `table`; `seen` holds the question-answer pairs of the rows before, and is added to."""
     _require_columns(name, location, table)
-    rows, duplicates, dropped = [], [], Counter()
+    rows, duplicates = [], []
+    dropped: Counter[str] = Counter()
     for found in _rows(name, location, table, named):
         if isinstance(found, str):
             dropped[found] += 1

@@ -63,7 +63,8 @@ def split_sources(sources: Sequence[Source], data: Data) -> Splits:
     """The rows of these sources, split as an experiment says (`split_rows`)."""
     rows = [row for source in sources for row in source.rows]
     duplicates = [row for source in sources for row in source.duplicates]
-    return split_rows(rows, data.split, data.split_seed, tuple(data.fractions), duplicates)
+    train, validation, test = data.fractions
+    return split_rows(rows, data.split, data.split_seed, (train, validation, test), duplicates)
 
 
 def split_rows(
@@ -125,7 +126,7 @@ def _groups(rows: Sequence[Row], duplicates: Sequence[Row], topics: bool) -> dic
     """Row id to the id of the first row that it is connected with: by question, answer, group and, if asked, topic."""
     from networkx.utils import UnionFind
 
-    connected = UnionFind()
+    connected: UnionFind = UnionFind()
     questions = [("question", letters_and_digits(row.question)) for row in [*rows, *duplicates]]
     for row, question in zip([*rows, *duplicates], questions, strict=True):
         connected.union(question, ("answer", letters_and_digits(row.answer)))
@@ -221,7 +222,7 @@ def _summary(rows: list[dict[str, bool | None]]) -> dict[str, object]:
     """Counts of one split, from what each of its rows shares."""
     report: dict[str, object] = {"rows": len(rows)}
     for what in rows[0]:
-        answers = [row[what] for row in rows if row[what] is not None]
+        answers = [answer for row in rows if (answer := row[what]) is not None]
         report[what] = {"rows": sum(answers), "of": len(answers), "share": sum(answers) / max(len(answers), 1)}
     return report
 

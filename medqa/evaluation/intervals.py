@@ -13,13 +13,15 @@ from scipy import stats
 
 from medqa.evaluation.loss import perplexity
 
+Values = Sequence[float] | np.ndarray  # one for each row
+
 Figure = dict[str, Any]
 RESAMPLES = 2000
 SWAPS = 9999  # of a permutation test: the smallest p-value is 2 / (SWAPS + 1)
 BATCH = 100  # resamples computed at once, so that memory stays small
 
 
-def mean_figure(totals: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0) -> Figure | None:
+def mean_figure(totals: Values, weights: Values | None = None, seed: int = 0) -> Figure | None:
     """The mean of rows, sum(totals) / sum(weights), with its interval; None without any weight.
 
     Args:
@@ -38,9 +40,7 @@ def mean_figure(totals: Sequence[float], weights: Sequence[float] | None = None,
     return {"value": float(sums.sum() / counts.sum()), "low": low, "high": high, "rows": len(sums)}
 
 
-def difference_figure(
-    ours: Sequence[float], theirs: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0
-) -> Figure | None:
+def difference_figure(ours: Values, theirs: Values, weights: Values | None = None, seed: int = 0) -> Figure | None:
     """Ours minus theirs, as means over the same rows, with its interval and a p-value; None without any weight.
 
     The p-value is two-sided, of a permutation test that swaps the two within rows (Good, 2005, section 3.7), by scipy:

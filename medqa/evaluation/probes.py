@@ -95,7 +95,7 @@ def _number_columns(rows: Sequence[Row], answers: Sequence[Answer]) -> dict[str,
 
 def _examples(rows: Sequence[Row], answers: Sequence[Answer], most: int = 5) -> list[dict[str, Any]]:
     """The first answers with an unsupported number: id, the numbers, the answer."""
-    examples = []
+    examples: list[dict[str, Any]] = []
     for row, answer in zip(rows, answers, strict=False):
         found = unsupported(answer.text, row.answer, row.question)
         if found and len(examples) < most:

@@ -6,7 +6,7 @@ mask of the whole row: it would cost the square of the row's length and most of 
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -146,10 +146,10 @@ def _varlen_works(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     made = [torch.randn(1, heads, 48, 64, generator=generator) for heads in (4, 2, 2)]
-    inputs = [tensor.to(device, dtype).requires_grad_() for tensor in made]
+    query, key, value = inputs = [tensor.to(device, dtype).requires_grad_() for tensor in made]
     bounds = torch.tensor([0, 17, 48], dtype=torch.int32, device=device)
     try:
-        ours = _varlen(*inputs, 0.125, bounds, 31)
+        ours = _varlen(query, key, value, 0.125, bounds, 31)
         ours_gradients = torch.autograd.grad(ours.square().sum(), inputs)
     except torch.OutOfMemoryError:  # a RuntimeError, but no answer
         raise
@@ -185,7 +185,7 @@ def _varlen(
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
     packed = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), **grouped)
-    return packed[None]
+    return cast(torch.Tensor, packed)[None]
 
 
 AttentionInterface.register(SEGMENTED, segmented_attention)

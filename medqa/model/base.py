@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -57,7 +58,16 @@ OF_THIS_MACHINE = ("backend", "is_local", "local_files_only", "auto_map")
 SCRIPTS = "éßñœ “”–… αβγ жщю אבג عربي हिन्दी 中文 日本語 한국어 😀"
 
 # What loading a damaged, hostile or unknown model directory raises, out-of-memory excepted.
-LOAD_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError, RuntimeError)
+LOAD_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    ImportError,
+    RuntimeError,
+)
 LOAD_ERRORS += (StrictDataclassError, SafetensorError, pickle.UnpicklingError)
 LOAD_ERRORS += (AssertionError,)  # torch, of a padding_idx
 
@@ -66,7 +76,7 @@ LOAD_ERRORS += (AssertionError,)  # torch, of a padding_idx
 class Base:
     """The frozen base model, and the quantization in effect (with the reason where it is not the one asked for)."""
 
-    model: torch.nn.Module
+    model: PreTrainedModel
     quantization: str
     reason: str | None
 
@@ -363,7 +373,7 @@ def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
 
 def _from_pretrained(
     base: str, precision: Precision, execution: Execution, device: torch.device, quantization: str
-) -> torch.nn.Module:
+) -> PreTrainedModel:
     """The model as transformers loads it, every weight read from the file."""
     if device.type == "cuda":  # by number, as Accelerate compares it
         device = torch.device("cuda", torch.cuda.current_device())
@@ -390,7 +400,7 @@ def _from_pretrained(
     return loaded
 
 
-def _add_tokens(model: torch.nn.Module, vocabulary: int) -> None:
+def _add_tokens(model: PreTrainedModel, vocabulary: int) -> None:
     """Grow the embeddings to `vocabulary` tokens; the new ones can be read but are never predicted.
 
     As one more class of the softmax a new token would shift every loss, and the adapter, which is saved without it,

@@ -1,7 +1,7 @@
 """4-bit weights: can they be had here, how they are made, and how they are kept once expanded."""
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from medqa import config
 from medqa.model.precision import KEPT, Kept, Precision
@@ -44,7 +44,7 @@ def four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def expand(model: torch.nn.Module) -> None:
+def expand(model: PreTrainedModel) -> None:
     """Expand every 4-bit weight, once, to what each forward and backward would expand it to again.
 
     The numbers stay those of 4-bit; what is saved is the work, what it costs is the memory that 4-bit saves.

@@ -30,6 +30,7 @@ class LossModel(torch.nn.Module):
 
     def _padded(self, micro_batch: MicroBatch, targets: torch.Tensor, device: torch.device, each: bool) -> torch.Tensor:
         """Labels move and logits stay: slicing the logits would copy the largest tensor of the update."""
+        assert micro_batch.attention_mask is not None
         logits = self.model(
             input_ids=micro_batch.input_ids.to(device, non_blocking=True),
             attention_mask=micro_batch.attention_mask.to(device, non_blocking=True),
@@ -47,6 +48,7 @@ class LossModel(torch.nn.Module):
         self, micro_batch: MicroBatch, targets: torch.Tensor, device: torch.device, each: bool
     ) -> torch.Tensor:
         """What is a target is known on the CPU, so that the device is never waited for."""
+        assert micro_batch.segments is not None
         base = self.model.get_base_model()
         hidden = base.get_decoder()(
             input_ids=micro_batch.input_ids.to(device, non_blocking=True),

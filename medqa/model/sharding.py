@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from medqa.model.attention import find_varlen_kernel
 from medqa.model.execution import Execution
@@ -29,7 +29,7 @@ def loading_device(device: torch.device, shards: int) -> torch.device:
     return torch.device("cpu") if os.environ["RANK"] == "0" else BLANK
 
 
-def blank_base(where: str, precision: Precision, execution: Execution, vocabulary: int) -> torch.nn.Module:
+def blank_base(where: str, precision: Precision, execution: Execution, vocabulary: int) -> PreTrainedModel:
     """A base model without contents, in the shapes that the first process's has: loaded, and grown to `vocabulary`.
 
     Args:
@@ -71,7 +71,8 @@ def keep_from_ddp(model: LossModel) -> None:
     """Have DDP see to what trains, and to nothing else: neither compare nor send what is frozen."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     everything = [*model.state_dict(), *(name for name, _ in model.named_buffers())]
-    model._ddp_params_and_buffers_to_ignore = [name for name in everything if name not in trained]
+    ignored = [name for name in everything if name not in trained]
+    model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment] # where DDP looks for it
 
 
 def shard(model: LossModel, device: torch.device) -> None:

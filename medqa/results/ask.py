@@ -175,7 +175,7 @@ def piped_questions(stream: TextIO) -> Iterator[str]:
     yield from (line.strip() for line in stream if line.strip())
 
 
-def _read_anything(stream: TextIO, **options: str) -> None:
+def _read_anything(stream: TextIO, **options: Any) -> None:
     """Have a stream replace bytes that are not of its encoding, instead of ending the command."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace", **options)

@@ -1,5 +1,6 @@
 """Plots as inline SVG, by matplotlib. Words in them are text; colours are the page's, which knows light and dark."""
 
+import functools
 import io
 import re
 import warnings
@@ -113,9 +114,7 @@ def _against_all(
         axes.locator_params(axis="x", nbins=5)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k: on a phone there is no room for 20000
 
-    return [
-        _plot(f"{title}, against {words}", lambda axes, axis=axis: draw(axes, axis)) for axis, words in AXES.items()
-    ]
+    return [_plot(f"{title}, against {words}", functools.partial(draw, axis=axis)) for axis, words in AXES.items()]
 
 
 def _intervals(axes: "Axes", runs: Sequence[Run]) -> None:
@@ -126,8 +125,8 @@ def _intervals(axes: "Axes", runs: Sequence[Run]) -> None:
             axes.plot([figure.value], [place], **style)
             if figure.low is not None and figure.high is not None:
                 axes.plot([figure.low, figure.high], [place, place], color=style["color"], linewidth=2)
-    labels = axes.set_yticks(range(len(runs)), [_short(run.label) for run in runs]) and axes.get_yticklabels()
-    for label in labels:
+    axes.set_yticks(range(len(runs)), [_short(run.label) for run in runs])
+    for label in axes.get_yticklabels():
         label.set_parse_math(False)  # a dollar sign in a name is a dollar sign
     axes.set_ylim(len(runs) - 0.5, -0.5)
     axes.set_xlabel("answer perplexity, with its interval where there is one")
@@ -144,7 +143,7 @@ def _plot(title: str, draw: Callable[["Axes"], None], lines: int | None = None) 
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": title,
         "font.family": "sans-serif",

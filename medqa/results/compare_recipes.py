@@ -186,8 +186,8 @@ def one_changes(pair: Pair) -> Iterator[tuple[dict[str, Any], Experiment]]:
 
 def changed(run: Run, change: dict[str, Any]) -> Experiment | None:
     """The experiment of a run with one change, None where it cannot be run or written on a command line."""
-    words = [word(key, value) for key, value in change.items()]
-    if None in words:
+    words = [written for key, value in change.items() if (written := word(key, value)) is not None]
+    if len(words) < len(change):
         return None
     try:
         experiment = load_experiment(str((run.directory / CONFIG).absolute()), sets=words)

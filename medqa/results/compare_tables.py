@@ -113,7 +113,8 @@ def duration_text(seconds: float | None) -> str:
 
 def _results(runs: Sequence[Run]) -> Table:
     """Answer perplexity before and after, on all rows."""
-    rows, sets = [], row_sets(runs)
+    sets = row_sets(runs)
+    rows: list[tuple[str, ...]] = []
     for run in runs:
         found = perplexity(run)
         after = value_text(found.validation)
@@ -123,8 +124,10 @@ def _results(runs: Sequence[Run]) -> Table:
         of_rows += f", rows {sets[run.label]}" if sets else ""
         figures = (figure_text(found.test_untuned), figure_text(found.test))
         rows.append((run.label, run.state, of_rows, value_text(found.validation_untuned), after, *figures))
-    head = ("run", "state", "rows of validation and test", "validation, untuned", "validation, tuned")
-    head += ("test, untuned", "test, tuned")
+    head = (
+        "run", "state", "rows of validation and test", "validation, untuned", "validation, tuned", "test, untuned",
+        "test, tuned",
+    )  # fmt: skip
     note = "lower is better; intervals come from python -m medqa evaluate"
     if sets:
         note += f"; rows {' and '.join(dict.fromkeys(sets.values()))} are not the same: figures of them do not compare"
@@ -133,7 +136,7 @@ def _results(runs: Sequence[Run]) -> Table:
 
 def _on_some_rows(runs: Sequence[Run]) -> list[Table]:
     """Answer perplexity on fewer rows, or of another update: apart from what runs are ranked by."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for run in runs:
         for found in perplexity(run).on_some_rows:
             what = found.split if found.update is None else f"{found.split}, at update {found.update:,}"
@@ -188,7 +191,7 @@ def _settings(runs: Sequence[Run]) -> list[Table]:
 
 def _pairs(comparison: Comparison) -> Table:
     """What each two runs say."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             f"{pair.first.label} and {pair.second.label}",
             ", ".join(pair.keys) or "nothing",

@@ -1,5 +1,6 @@
 """What a comparison does not allow to conclude, by name."""
 
+import functools
 import os
 import shlex
 from collections import defaultdict
@@ -42,6 +43,16 @@ def groups(runs: Sequence[Run], key: Callable[[Run], Hashable]) -> dict[Any, str
     return {value: ", ".join(labels) for value, labels in found.items()}
 
 
+def _setting(key: str, run: Run) -> str:
+    """A setting of a run, as text."""
+    return str(run.settings[key])
+
+
+def _summarized(key: str, run: Run) -> str:
+    """What a run's summary says of something, as text."""
+    return str(run.summary[key])
+
+
 def _unfinished(runs: Sequence[Run]) -> list[str]:
     """Runs that did not go to their end."""
     return [f"{run.label} is {run.state}; its figures are those so far" for run in runs if not run.finished]
@@ -69,7 +80,7 @@ def _other_rows(runs: Sequence[Run]) -> list[str]:
     """Runs whose losses and perplexities are of other tokens."""
     said = []
     for key in MEASURED:
-        if len(by := groups(runs, lambda run, key=key: str(run.settings[key]))) > 1:
+        if len(by := groups(runs, functools.partial(_setting, key))) > 1:
             values = "; ".join(f"{labels}: {value}" for value, labels in by.items())
             said.append(f"{key} ({values})")
     by = groups(runs, lambda run: run.data_fingerprint)
@@ -157,7 +168,7 @@ def _machines(runs: Sequence[Run]) -> list[str]:
     """Runs whose cost was not measured on one machine."""
     said = []
     for key in ("memory_device", "processes", "cpu_threads"):
-        by = groups([run for run in runs if key in run.summary], lambda run, key=key: str(run.summary[key]))
+        by = groups([run for run in runs if key in run.summary], functools.partial(_summarized, key))
         if len(by) > 1:
             said.append(f"{key} ({'; '.join(f'{labels}: {value}' for value, labels in by.items())})")
     return [f"speed, memory and time are of other machines: {', '.join(said)}"] * bool(said)

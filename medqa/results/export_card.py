@@ -44,7 +44,7 @@ def card(source: Source, name: str, form: str, outtype: str, measured: Measured)
     experiment = source.experiment
     base = public_name(experiment.model.base)
     short, sentence = licence(source)
-    header = {"base_model": base, "base_model_relation": "finetune"} if base else {}
+    header: dict[str, Any] = {"base_model": base, "base_model_relation": "finetune"} if base else {}
     header |= {
         "library_name": "gguf" if form == "gguf" else "transformers",
         "pipeline_tag": "text-generation",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medqa.errors import UserError
 from medqa.evaluation.inference import plain_greedy
@@ -79,14 +79,14 @@ class Fidelity:
         return f"mean KL divergence {self.kl:.1e} nats over {self.positions:,} tokens; {self.answers_text()}"
 
 
-def observe(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> Reference:
+def observe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> Reference:
     """What the model, the adapter on its base, says after these prompts."""
     answers = greedy(model, tokenizer, prompts)
     log_probs = [_log_probs(model, ids + answer).cpu() for ids, answer in zip(prompts, answers, strict=True)]
     return Reference(prompts, answers, log_probs)
 
 
-def compare(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, reference: Reference) -> Fidelity:
+def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reference: Reference) -> Fidelity:
     """How close the model is to what was observed."""
     total, positions = 0.0, 0
     for ids, answer, expected in zip(reference.prompts, reference.answers, reference.log_probs, strict=True):
@@ -117,7 +117,7 @@ def parting(reference: Reference, answers: Sequence[Sequence[int]]) -> tuple[int
     return len(answers), len(answers) - len(gaps), max(gaps, default=0.0)
 
 
-def greedy(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> list[list[int]]:
+def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> list[list[int]]:
     """The ids of each greedy answer, up to `ANSWER_TOKENS`; EOS, where it ends by itself, included."""
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     output = _generate(model, tokenizer, batch["input_ids"], batch["attention_mask"], ANSWER_TOKENS)
@@ -126,7 +126,7 @@ def greedy(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: 
     return [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in answers]
 
 
-def tokens_per_second(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> float:
+def tokens_per_second(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> float:
     """Tokens a second of one greedy answer, its prompt's computation included, of a warm model."""
     ids = torch.tensor([prompt], device=model.device)
     _generate(model, tokenizer, ids, torch.ones_like(ids), 4)
@@ -136,7 +136,7 @@ def tokens_per_second(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
 
 
 def _generate(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: torch.Tensor,
     mask: torch.Tensor,
@@ -157,7 +157,7 @@ def _generate(
         )
 
 
-def _log_probs(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+def _log_probs(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     """Log-probabilities after each token, [tokens, vocabulary], float32."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0]

@@ -3,7 +3,7 @@
 A figure says of how many rows it is, because figures of different rows do not compare.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ def figures(tasks: Any) -> dict[tuple[str, ...], Figure]:
     return found
 
 
-def as_figure(node: dict[str, Any], rows: int | None = None) -> Figure:
+def as_figure(node: Mapping[str, Any], rows: int | None = None) -> Figure:
     """One figure; `rows` is what is known of its rows where it does not say it itself."""
     own = count(node.get("rows"))
     value, low, high, p_value = (number(node.get(key)) for key in ("value", "low", "high", "p_value"))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medqa.errors import UserError
 from medqa.files import write_json
@@ -110,7 +110,7 @@ def prepare(source: Source, device: torch.device) -> Exact:
     )
 
 
-def merge(adapted: PeftModel) -> torch.nn.Module:
+def merge(adapted: PeftModel) -> PreTrainedModel:
     """The base with the adapter's product added to its weights, in float32. The adapter is gone afterwards.
 
     Raises:
@@ -127,7 +127,7 @@ def merge(adapted: PeftModel) -> torch.nn.Module:
 
 
 def save_merged(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, directory: Path
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, directory: Path
 ) -> None:
     """Weights in this type and configuration, beside the tokenizer that is there; greedy by default.
 
@@ -178,7 +178,7 @@ def check_chat_template(directory: Path, tokenizer: PreTrainedTokenizerBase, que
             )
 
 
-def load_stored(directory: Path, device: torch.device) -> torch.nn.Module:
+def load_stored(directory: Path, device: torch.device) -> PreTrainedModel:
     """The merged model as a server loads it: in the type that it is stored in, without PEFT."""
     return AutoModelForCausalLM.from_pretrained(
         directory, dtype="auto", device_map={"": device}, use_safetensors=True, trust_remote_code=False

@@ -112,6 +112,7 @@ def make_summary(
     wall_clock_s: float,
 ) -> dict[str, Any]:
     """`summary.json`."""
+    assert state.baseline is not None  # it was measured before the first update
     trainable, total = parameter_counts(model)
     device = accelerator.device
     return {
@@ -197,7 +198,7 @@ def model_card(summary: Mapping[str, Any], experiment: Experiment) -> str:
     """The adapter's README: data and licences, figures, intended use."""
     short, sentence = licence(experiment.data, experiment.model.base)
     base = public_name(experiment.model.base)
-    header = {"base_model": base} if base else {}
+    header: dict[str, Any] = {"base_model": base} if base else {}
     header |= {"library_name": "peft", "license": short, "tags": ["lora", "medical", "question-answering"]}
     figures = "\n".join(
         f"| {label} | {part['loss']:.4f} | {part['perplexity']:.3f} | {_figure(part['answer_loss'], 4)} | "

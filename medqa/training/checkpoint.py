@@ -173,7 +173,7 @@ def newest_whole(places: Sequence[Path]) -> Found | None:
     Raises:
         UserError: there are some, and all are damaged; says of each why.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for path in (path for place in places for path in reversed(checkpoints(place))):
         try:
             return Found(path, read_identity(path), passed_over)

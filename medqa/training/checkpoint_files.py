@@ -38,7 +38,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     """The update of a checkpoint, by its name."""
-    return int(NAME.fullmatch(path.name)[1])
+    return int(path.name.rpartition("-")[2])
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:

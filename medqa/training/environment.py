@@ -63,14 +63,16 @@ def environment(accelerator: Accelerator, precision: Precision, execution: Execu
     device = accelerator.device
     on_gpu = device.type == "cuda"
     return Environment(
-        settings=Settings(
-            mixed_precision=precision.mixed_precision,
-            dtype=str(precision.dtype).removeprefix("torch."),
-            quantization=base.quantization,
-            attn_implementation=_attention(base.model.config._attn_implementation),
-            padding_free=execution.padding_free,
-            gradient_checkpointing=execution.gradient_checkpointing,
-            dequantize=execution.dequantize and base.quantization == "4bit",
+        settings=Settings.model_validate(
+            {
+                "mixed_precision": precision.mixed_precision,
+                "dtype": str(precision.dtype).removeprefix("torch."),
+                "quantization": base.quantization,
+                "attn_implementation": _attention(base.model.config._attn_implementation),
+                "padding_free": execution.padding_free,
+                "gradient_checkpointing": execution.gradient_checkpointing,
+                "dequantize": execution.dequantize and base.quantization == "4bit",
+            }
         ),
         device=torch.cuda.get_device_name(device) if on_gpu else f"cpu {torch.backends.cpu.get_cpu_capability()}",
         processes=accelerator.num_processes,

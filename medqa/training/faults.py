@@ -53,10 +53,11 @@ def sizes(micro_batches: Sequence[MicroBatch]) -> tuple[int, int | None, bool]:
     Without padding a micro-batch has room for the longest row at least, so one of no more tokens is the smallest.
     """
     rows = max(len(micro_batch.row_ids) for micro_batch in micro_batches)
-    if any(micro_batch.segments is None for micro_batch in micro_batches):
+    segments = [micro_batch.segments for micro_batch in micro_batches if micro_batch.segments is not None]
+    if len(segments) < len(micro_batches):
         return rows, None, rows == 1
     tokens = max(micro_batch.tokens for micro_batch in micro_batches)
-    return rows, tokens, tokens <= max(max(micro_batch.segments) for micro_batch in micro_batches)
+    return rows, tokens, tokens <= max(map(max, segments))
 
 
 def no_room(rows: int, tokens: int | None, error: torch.OutOfMemoryError) -> str:

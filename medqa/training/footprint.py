@@ -124,7 +124,7 @@ def footprint(
         "base": whole(_frozen_bytes),
         "adapter": whole(lambda model: _bytes(_trainable(model))),
         "optimizer": whole(lambda model: optimizer_bytes(_trainable(model), experiment.optimizer)),
-        "gradients": whole(lambda model: _bytes(t.grad for t in _trainable(model))),
+        "gradients": whole(lambda model: _bytes(t.grad for t in _trainable(model) if t.grad is not None)),
     }
     if execution.shards > 1:
         fixed["base"] = _sharded(fixed["base"], _frozen_bytes(_layers(deep)[0]), layers, execution.shards)

@@ -80,6 +80,7 @@ class RunLock:
         """
         if self._file is None:
             self._take()
+        assert self._file is not None
         self._mine = this_process()
         text = json.dumps(self._mine).encode()
         os.ftruncate(self._file, 0)

@@ -216,7 +216,7 @@ def train_step(
             raise TrainingStopped(
                 not_finite(model, micro_batches, loss_list, loss_value, norm_value, accelerator, seed)
             )
-    learning_rate = scheduler.get_last_lr()[0]
+    learning_rate = float(scheduler.get_last_lr()[0])
     if tokens:
         step_or_stop(optimizer)
     else:  # there is no gradient, and the optimizer would move the weights by its momentum alone

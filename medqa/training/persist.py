@@ -129,9 +129,15 @@ class Copies:
         self._needed = needed
         self._wanted.set()
 
+    @property
+    def _place(self) -> Path:
+        """The directory that is copied to, where there is one."""
+        assert self.directory is not None
+        return self.directory
+
     def _require_another_directory(self) -> None:
         """Raise where the place is the output directory, by whatever name."""
-        place, output_dir = self.directory, self._output_dir
+        place, output_dir = self._place, self._output_dir
         same = os.path.realpath(place) == os.path.realpath(output_dir)
         if same or (os.path.exists(place) and os.path.exists(output_dir) and os.path.samefile(place, output_dir)):
             raise UserError(f"--persist-to {place}: that is the output directory itself; choose another place")
@@ -173,7 +179,7 @@ class Copies:
             OSError, Damaged: it is not there, or not where it was.
             UserError: it holds another run.
         """
-        place = self.directory
+        place = self._place
         if self._file_system is None:
             Path(os.path.realpath(place)).mkdir(exist_ok=True)  # not through a link that leads nowhere
         try:
@@ -199,7 +205,7 @@ class Copies:
 
     def _mirror(self) -> None:
         """Bring the copy up to date: the metrics before the checkpoints that they belong to, the summary last."""
-        source, target = self._output_dir, self.directory
+        source, target = self._output_dir, self._place
         self._look()
         remove_unfinished(target)
         # Looked for before the metrics are read: one that is saved in between would be there without its lines.

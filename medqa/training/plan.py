@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -72,7 +73,7 @@ def make_plan(
     execution: Execution,
     changes: Mapping[str, Change],
     accelerator: Accelerator,
-    decode: Callable[[Sequence[int]], str],
+    decode: Callable[[Any], str],
 ) -> Plan:
     """The plan of a run on this machine."""
     device, num_processes = accelerator.device, accelerator.num_processes
@@ -176,7 +177,7 @@ def cpu_hours(parameters: int, tokens: float, checkpointing: bool) -> float:
     return (6 if checkpointing else 4) * parameters * tokens / rate / 3600
 
 
-def loss_segments(example: Example, loss_on: str, decode: Callable[[Sequence[int]], str]) -> list[tuple[bool, str]]:
+def loss_segments(example: Example, loss_on: str, decode: Callable[[Any], str]) -> list[tuple[bool, str]]:
     """The example's text in runs that count in the loss or do not. The first token is never a target."""
     first = max(1, example.answer_start) if loss_on == "answer" else 1
     parts = [(False, example.input_ids[:first]), (True, example.input_ids[first:])]

@@ -114,6 +114,7 @@ def find_micro_batch_tokens(
     shortest_try = len(longest.input_ids)
     tokens = first_try(examples, experiment, device.type, planned)
     if is_sharded(model):
+        assert planned is not None
         return min(tokens, max(int(UNTRIED * planned), shortest_try))
     was_training = model.training
     model.train()

@@ -4,11 +4,12 @@ Made by the same calls as the model that trains, of tensors that have a type and
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from medqa.config import Experiment
 from medqa.model.attention import SEGMENTED
@@ -72,20 +73,21 @@ class Shape(torch.Tensor):
     ids do, and are then only a shape too; what depends on values (which places are targets) is computed of real ones.
     """
 
-    inner: torch.Tensor
+    inner: torch.Tensor  # type: ignore[assignment] # a tensor's product of that name is not used
 
     @staticmethod
     def __new__(cls: type["Shape"], inner: torch.Tensor) -> "Shape":
         """A CPU's tensor with the type and strides of a meta tensor, which it keeps: its storage is what is counted."""
+        host = torch.device("cpu")
         return torch.Tensor._make_wrapper_subclass(
-            cls, inner.size(), inner.stride(), inner.storage_offset(), dtype=inner.dtype, device="cpu"
+            cls, inner.size(), inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=host
         )
 
     def __init__(self, inner: torch.Tensor) -> None:
         self.inner = inner
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override] # torch's own hints are narrower than what it passes
         cls,
         func: torch._ops.OpOverload,
         types: Sequence[type],
@@ -144,12 +146,13 @@ def _materialize(model: torch.nn.Module) -> None:
     """Every weight and buffer on a CPU, as the mode in force makes tensors; what is shared stays shared."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in stores:
             for name, old in tensors.items():
                 if old is None:
                     continue
                 if id(old) not in made:
-                    new = _empty(*old.shape, dtype=old.dtype)
+                    new: torch.Tensor = _empty(*old.shape, dtype=old.dtype)
                     if isinstance(old, torch.nn.Parameter):
                         new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
                         new.grad = _empty(*old.shape, dtype=old.dtype) if old.requires_grad else None
@@ -157,7 +160,7 @@ def _materialize(model: torch.nn.Module) -> None:
                 tensors[name] = made[id(old)]
 
 
-def _to_four_bit(base: torch.nn.Module, dtype: torch.dtype) -> None:
+def _to_four_bit(base: PreTrainedModel, dtype: torch.dtype) -> None:
     """Linear layers other than the head become bitsandbytes', as transformers does it; their weights are not yet."""
     import bitsandbytes as bnb
 
@@ -208,4 +211,9 @@ def _fuse_dropout(model: torch.nn.Module) -> None:
     """Dropout as a GPU has it, with a mask of one byte; a CPU keeps one as wide as the input."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout) and module.p > 0:
-            module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]
+            module.forward = functools.partial(_fused_dropout, module.p)  # type: ignore[method-assign]
+
+
+def _fused_dropout(p: float, x: torch.Tensor) -> torch.Tensor:
+    """Dropout with this probability, as one operation."""
+    return torch.native_dropout(x, p, True)[0]

@@ -42,7 +42,9 @@ class MetricsFile:
         What was recorded at `step` came before its checkpoint and stays; but a run's closing evaluation comes after the
         last one. With no checkpoint, `step` is -1.
         """
-        records, kept, damaged = [], {}, 0
+        records: list[Record] = []
+        kept: dict[Any, bytes] = {}
+        damaged = 0
         for line, record in _lines(self.path) if os.path.lexists(self.path) else ():
             if record is not None:
                 records.append(record)

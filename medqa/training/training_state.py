@@ -86,7 +86,9 @@ def read_training_state(path: Path, trained: Trained, step: int, moved: bool) ->
         if not isinstance(saved, dict) or saved.keys() != {"optimizer", "scheduler", "scaler"}:
             raise Damaged("does not hold the states of optimizer, scheduler and scaler")
         schedule = trained.scheduler
-        rates = [rate * factor(step) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        rates = [
+            float(rate * factor(step)) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
         return {
             "optimizer": _optimizer_state(saved["optimizer"], trained.optimizer, rates, step, moved),
             "scheduler": _scheduler_state(saved["scheduler"], trained.scheduler, rates, step),

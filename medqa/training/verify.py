@@ -93,8 +93,9 @@ def verify_resume(
     told = []
     for moment, step, fraction in planned(records, kills, rng):
         process = _leg(words, killed, start)
-        during = {"start": first_line or 1.0, "update": records[step - 1]["update_s"]}
-        wait_s = fraction * during.get(moment, records[step - 1].get("save_s", 0.0))
+        during: dict[str, Any] = {"start": first_line or 1.0, "update": records[step - 1]["update_s"]}
+        during["save"] = records[step - 1].get("save_s", 0.0)
+        wait_s = fraction * during[moment]
         if not _reached(process, killed, moment, step, wait_s):
             _require_success(process, killed)
             say(f"over before it could be killed in the {moment} at update {step}")

@@ -121,7 +121,7 @@ class WandbFeed:
         while call := self._calls.get():
             call()
 
-    def _try(self, call: Callable[[], None], asks: bool = False) -> None:
+    def _try(self, call: Callable[[], Any], asks: bool = False) -> None:
         """Make a call; one that failed ends nothing, as later ones may reach W&B, or at least its files."""
         if asks and self._failed:
             return

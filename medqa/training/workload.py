@@ -128,7 +128,7 @@ def checkpoint_bytes(experiment: Experiment, found: Shapes, scaler: bool) -> dic
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in found.trained]
     names = zip(found.adapter, parameters, strict=True)
     adapter = len(save({name: p.detach() for name, p in names}, metadata={"format": "pt"}))
-    optimizer = build_optimizer(torch.nn.ParameterList(parameters), experiment.optimizer)
+    optimizer: Any = build_optimizer(torch.nn.ParameterList(parameters), experiment.optimizer)
     scheduler = build_scheduler(optimizer, experiment.scheduler, experiment.training.max_steps or 1)
     for group_index, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
