@@ -216,7 +216,11 @@ def test_the_fingerprint_stands_for_all_that_is_trained_on() -> None:
         (
             rows_of(*((f"q{n}", "same") for n in range(90))),
             FRACTIONS,
-            ["90 rows, 1 of which can be told apart", "because their questions or answers repeat", "data.split=random"],
+            [
+                "90 rows, 1 of which can be told apart",
+                "up to 90 rows stay together, by equal questions or answers",
+                "data.split=random",
+            ],
         ),
         (distinct(100), (0.9, 0.1, 0.0), ["leave nothing for test"]),
     ],

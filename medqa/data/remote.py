@@ -94,7 +94,7 @@ def read_hub(location: str, wanted: frozenset[str], option: str) -> Table:
 
     denied = (datasets.exceptions.DatasetNotFoundError, HTTPError)
     # ValueError: a malformed id, or several configurations to choose from; RuntimeError: the dataset is a script; the
-    # others: a README whose configurations are not what `datasets` expects.
+    # others: a README whose configurations are not what `datasets` expects, or a format that asks for another library.
     refusals: tuple[type[Exception], ...] = (
         *denied,
         datasets.exceptions.DatasetsError,
@@ -102,7 +102,7 @@ def read_hub(location: str, wanted: frozenset[str], option: str) -> Table:
         ValueError,
         RuntimeError,
     )
-    refusals += (TypeError, LookupError, AttributeError, yaml.YAMLError)
+    refusals += (TypeError, LookupError, AttributeError, ImportError, yaml.YAMLError)
     try:
         return _hub_table(_load_hub_splits(dataset_id, config or None, reachable), wanted, location)
     except refusals as error:

@@ -171,7 +171,7 @@ def _refuse_empty(
         largest = max(map(len, members.values()), default=0)
         together, advice = "", ""
         if largest > 1:
-            together = f" (up to {largest} rows stay together, because their questions or answers repeat)"
+            together = f" (up to {largest} rows stay together, by equal questions or answers, or by group)"
             advice = ", or split row by row with --set data.split=random"
         raise UserError(
             f"too few rows to split: {rows} rows, {len(members)} of which can be told apart{together}, leave nothing "
