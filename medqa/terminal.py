@@ -31,8 +31,8 @@ WAIT_FOR_READER_S = 10  # of a pipe that somebody else made non-blocking
 # Categories of characters that could steer a terminal, hide text or reorder it: control characters, formats (overrides
 # of the writing direction among them), halves of surrogate pairs, separators of lines and paragraphs.
 UNSAFE_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
-# Exceptions: line breaks, tabs, and the joiners, which emoji and Indic scripts are written with.
-SAFE = "\n\t\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
+JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # emoji and Indic scripts are written with them
+UNUSUAL = re.compile(r"[^\x20-\x7e\n\t]")
 
 # What stands between `scheme://` and the last `@` before the path of an address.
 CREDENTIALS = re.compile(r"(?<=://)[^/?#\s]*@")
@@ -43,10 +43,7 @@ def printable(text: str) -> str:
 
     Addresses are shown without user names and passwords.
     """
-    text = without_credentials(text)
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(c if c in SAFE or unicodedata.category(c) not in UNSAFE_CATEGORIES else _escaped(c) for c in text)
+    return UNUSUAL.sub(_shown, without_credentials(text))
 
 
 def without_credentials(text: str) -> str:
@@ -54,7 +51,11 @@ def without_credentials(text: str) -> str:
     return CREDENTIALS.sub("", text) if "@" in text else text
 
 
-def _escaped(character: str) -> str:
+def _shown(match: re.Match[str]) -> str:
+    """One character as `printable` shows it."""
+    character = match[0]
+    if character in JOINERS or unicodedata.category(character) not in UNSAFE_CATEGORIES:
+        return character
     return character.encode("unicode_escape").decode("ascii")
 
 
@@ -77,16 +78,17 @@ class _Forgiving(io.RawIOBase):
         return os.isatty(self._descriptor)
 
     def write(self, data: Any) -> int:
-        while not self.nobody_reads:
+        left = memoryview(data).cast("B")
+        while left and not self.nobody_reads:
             try:
-                return os.write(self._descriptor, data)
+                left = left[os.write(self._descriptor, left) :]
             except BlockingIOError:
                 if not select.select([], [self._descriptor], [], WAIT_FOR_READER_S)[1]:
                     break
             except OSError as error:
                 self.nobody_reads = error.errno in NOBODY_READS
                 break
-        return len(data)
+        return memoryview(data).nbytes
 
 
 def protect() -> None:
@@ -122,7 +124,7 @@ def _forgiving(stream: TextIO) -> TextIO:
     except (OSError, ValueError):  # in memory
         return stream
     return io.TextIOWrapper(
-        io.BufferedWriter(lowest),
+        lowest if stream.write_through else io.BufferedWriter(lowest),  # the first: PYTHONUNBUFFERED
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering,
@@ -132,7 +134,8 @@ def _forgiving(stream: TextIO) -> TextIO:
 
 def _lowest(stream: Any) -> _Forgiving | None:
     """The layer that forgives, of a stream that `protect` made."""
-    lowest = getattr(getattr(stream, "buffer", None), "raw", None)
+    buffer = getattr(stream, "buffer", None)
+    lowest = getattr(buffer, "raw", buffer)
     return lowest if isinstance(lowest, _Forgiving) else None
 
 

@@ -165,6 +165,18 @@ def test_a_pipe_that_is_full_for_a_moment_loses_nothing(monkeypatch):
     os.close(reader)
 
 
+def test_an_unbuffered_stream_stays_unbuffered(tmp_path, monkeypatch):
+    """What `PYTHONUNBUFFERED` asks for, so that a log shows each line at once."""
+    log = tmp_path / "log"
+    stream = io.TextIOWrapper(log.open("wb", buffering=0), encoding="utf-8", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    protect()
+    protect()
+    print("at once", end="")
+    assert log.read_text() == "at once"
+    assert not nobody_reads()
+
+
 @pytest.mark.parametrize("make", [closed, lambda: None, io.StringIO], ids=["closed", "none", "in memory"])
 def test_streams_that_are_no_files_stay_usable(make, monkeypatch):
     for name in ("stdout", "stderr"):
