@@ -106,6 +106,8 @@ def protect() -> None:
                 os.dup2(null, number, inheritable=True)
                 os.close(null)
             os.set_inheritable(number, True)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         closed = stream is None or stream.closed

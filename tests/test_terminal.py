@@ -351,6 +351,12 @@ def test_a_conversation_ends_with_its_terminal(tiny_run, monkeypatch, capfd):
     assert asked == ["caf\N{REPLACEMENT CHARACTER} ?"]
 
 
+def test_no_question_comes_from_a_closed_stream(tiny_run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert commands.main(["ask", str(tiny_run), "--cpu"]) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_an_ending_in_a_pipe_that_nobody_reads_is_not_waited_for(tmp_path, monkeypatch, capsys):
     os.mkfifo(tmp_path / "ending")
     monkeypatch.setenv("MEDQA_ENDING", str(tmp_path / "ending"))
