@@ -31,6 +31,7 @@ from medqa.training.checkpoint import newest_whole
 from medqa.training.checkpoint_files import CONTENT, checkpoints, is_ours, prune, unfinished
 from medqa.training.lock import LOCK_FILE, RunLock, this_process
 from medqa.training.manifest import MANIFEST, checksum, measure, write_manifest
+from medqa.training.run_dir import RUN_FILE, clear
 from medqa.training.tracking import read_metrics
 from medqa.training.verify import contents
 from train import main
@@ -140,6 +141,26 @@ def test_manifests_that_are_none(kind, half):
     found = newest_whole([half])
     assert found.path.name == "checkpoint-2"
     assert MANIFEST in found.passed_over[0]
+
+
+def test_a_manifest_may_name_thousands_of_sources(half):
+    files = {f"source_{i}": f"/data/{'a/long/path/' * 40}{i}.csv" for i in range(2000)}
+    place = half / "checkpoint-4"
+    body = json.loads((place / MANIFEST).read_text())
+    rehash(place, experiment=body["experiment"] | {"data.files": files})
+    assert (place / MANIFEST).stat().st_size > 1_000_000
+    assert newest_whole([half]).identity.experiment["data.files"] == files
+
+
+@pytest.mark.parametrize("name", ["checkpoint-40", "checkpoint-5"])
+def test_a_checkpoint_under_another_name_is_passed_over(name, half, straight, capsys):
+    shutil.copytree(half / "checkpoint-4", half / name)
+    assert main(words(half)) == 0
+    said = capsys.readouterr().out.replace("\n", "")
+    assert f"passed over      {half / name} is damaged: manifest.json says that it is of another update" in said
+    assert "going on after update 4" in said
+    shutil.rmtree(half / name)
+    assert contents(half) == contents(straight)
 
 
 def test_with_nothing_whole_left_the_run_does_not_start_over(half, capsys):
@@ -373,6 +394,136 @@ def test_what_somebody_put_where_a_checkpoint_goes_is_moved_aside(half, straight
     (aside,) = half.glob("checkpoint-6.aside-*")
     assert (aside / "notes.txt").read_text() == "mine"
     assert is_ours(half / "checkpoint-6")
+
+
+@pytest.fixture
+def open_elsewhere(monkeypatch):
+    """As a network file system does with files that another process has open: removed, they are there under a name."""
+    unlink = os.unlink
+
+    def hide(path, *, dir_fd=None):
+        if os.path.basename(path).startswith(".nfs"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        if dir_fd is None and os.path.basename(path) == "adapter_model.safetensors":
+            return os.rename(path, Path(path).with_name(".nfs0000000000abcdef"))
+        return unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", hide)
+
+
+def leftovers(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob("checkpoint-*") if path.name.endswith(".tmp"))
+
+
+@pytest.mark.usefixtures("open_elsewhere")
+def test_files_that_are_open_elsewhere_stop_no_save(straight, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(words(run, "training.keep_checkpoints=1")) == 0
+    said = capsys.readouterr().out.replace("\n", "")
+    reason = "this old checkpoint could not be removed, and stays: Directory not empty"
+    assert said.count(f"{run / 'checkpoint-2'}: {reason}") == said.count(reason) == 1
+    assert steps(run) == [4, 6], "4 is the best"
+    (left,) = leftovers(run)
+    assert [path.name for path in left.iterdir()] == [".nfs0000000000abcdef"]
+    assert contents(run) == contents(straight)
+
+
+@pytest.mark.usefixtures("open_elsewhere")
+def test_what_is_left_of_a_removal_is_no_checkpoint_and_in_nobodys_way(half, straight):
+    prune(half, 1, set())
+    (left,) = leftovers(half)
+    assert newest_whole([half]).path.name == "checkpoint-4"
+    assert newest_whole([half]).passed_over == []
+    shutil.rmtree(half / "checkpoint-4")
+    assert newest_whole([half]) is None
+    shutil.copytree(straight / "checkpoint-4", half / "checkpoint-4")
+    shutil.copytree(straight / "checkpoint-6", half / "checkpoint-6")
+    os.truncate(half / "checkpoint-6" / "state.json", 3)  # which a save finds in its way
+    (left / ".nfs0000000000abcdef").rename(left / "state.json")  # as if it were still to be removed
+    assert main(words(half)) == 0
+    assert contents(half) == contents(straight)
+    assert not left.exists()
+
+
+@pytest.mark.usefixtures("open_elsewhere")
+def test_fresh_where_files_are_open_elsewhere(half, straight):
+    assert main(words(half, options=("--fresh",))) == 0
+    assert contents(half) == contents(straight)
+    assert len(leftovers(half)) == 2
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(words(half, options=("--fresh",))) == 0
+    assert contents(half) == contents(straight)
+
+
+@pytest.fixture
+def busy(tmp_path):
+    """Makes a file one that cannot be removed, by mounting another on it."""
+    source = tmp_path / "busy"
+    source.write_text("busy")
+
+    def make(path: Path) -> None:
+        done = subprocess.run(["mount", "--bind", str(source), str(path)], capture_output=True)
+        if done.returncode:
+            pytest.skip(f"no permission to mount: {done.stderr.decode().strip()}")
+
+    yield make
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        if line.split()[1].startswith(str(tmp_path)):  # it may have been moved
+            subprocess.run(["umount", "-l", line.split()[1]], check=True)
+
+
+def test_a_checkpoint_of_which_nothing_can_be_removed_stays_whole(many, busy):
+    manifest = (many / "checkpoint-3" / MANIFEST).read_bytes()
+    busy(many / "checkpoint-3" / MANIFEST)
+    assert prune(many, 2, set()) == [
+        f"{many / 'checkpoint-3'}: this old checkpoint could not be removed, and stays: Device or resource busy"
+    ]
+    assert steps(many) == [3, 8, 9]
+    subprocess.run(["umount", str(many / "checkpoint-3" / MANIFEST)], check=True)
+    assert (many / "checkpoint-3" / MANIFEST).read_bytes() == manifest
+    busy(many / "checkpoint-8" / "state.json")
+    assert len(prune(many, 1, set())) == 1
+    assert steps(many) == [9]
+
+
+def test_a_damaged_checkpoint_that_cannot_be_removed_is_moved_aside(half, straight, busy):
+    shutil.copytree(straight / "checkpoint-6", half / "checkpoint-6")
+    busy(half / "checkpoint-6" / MANIFEST)
+    assert main(words(half)) == 0
+    assert contents(half) == contents(straight)
+    assert len(list(half.glob("checkpoint-6.aside-*"))) == 1
+
+
+@pytest.fixture
+def nobody(tmp_path):
+    """Not root, who may do everything."""
+    if os.getuid():
+        yield
+        return
+    for path in (tmp_path, *tmp_path.parents):
+        if path.stat().st_uid == 0 and path not in (Path("/"), Path("/tmp")):
+            path.chmod(path.stat().st_mode | 0o755)
+    for path in tmp_path.rglob("*"):
+        os.chown(path, 65534, 65534)
+    os.setresuid(65534, 65534, 0)
+    yield
+    os.setresuid(0, 0, 0)
+
+
+def test_a_write_protected_checkpoint_stays_and_fresh_removes_nothing(many, nobody):
+    (many / RUN_FILE).write_text('{"run_id": "x", "resumes": 0, "saved": true}')
+    (many / "checkpoint-3").chmod(0o555)
+    try:
+        before = {path: path.read_bytes() for path in many.rglob("*") if path.is_file()}
+        with pytest.raises(UserError, match=r"no permission to remove what is in .*checkpoint-3; nothing was removed"):
+            clear(many)
+        assert {path: path.read_bytes() for path in many.rglob("*") if path.is_file()} == before
+        (said,) = prune(many, 2, set())
+        assert said.endswith("checkpoint-3: this old checkpoint could not be removed, and stays: Permission denied")
+        assert steps(many) == [3, 8, 9]
+        assert newest_whole([many]).path.name == "checkpoint-9"
+    finally:
+        (many / "checkpoint-3").chmod(0o755)
 
 
 def test_a_linked_checkpoint_is_gone_on_from_and_not_written_through(half, straight, tmp_path):

@@ -8,7 +8,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         Damaged: with the reason.
     """
     body = verify(path, CONTENT)
-    if body.get("step") != step_of(path):
+    if _is_renamed(path, body):
         raise Damaged(
             f"{MANIFEST} says that it is of another update than its name: the directory was renamed or copied"
         )
@@ -59,7 +59,7 @@ def prune(output_dir: Path, keep: int, needed: set[int]) -> list[str]:
     """Remove all but the newest `keep` whole checkpoints and those at the steps `needed`.
 
     Damaged ones older than the newest go too. Only directories that hold nothing but a checkpoint's own files are
-    removed: never a link, never one that somebody put something into.
+    removed: never a link, never one that somebody put something into, and never one that somebody has renamed.
 
     Returns:
         A sentence for each one that could not be removed, and why.
@@ -68,7 +68,7 @@ def prune(output_dir: Path, keep: int, needed: set[int]) -> list[str]:
     whole = [path for path in found if seems_whole(path)]
     stay = []
     for path in found[: found.index(whole[-1])] if whole else ():
-        if path not in whole[-keep:] and step_of(path) not in needed and is_ours(path):
+        if path not in whole[-keep:] and step_of(path) not in needed and is_ours(path) and not _is_renamed(path):
             try:
                 remove(path)
             except OSError as error:
@@ -188,8 +188,16 @@ def seems_whole(place: Path) -> bool:
     try:
         body = read_manifest(place)
         files = body["files"]
-        return body.get("step") == step_of(place) and all(
+        return not _is_renamed(place, body) and all(
             (place / name).stat().st_size == files[name]["size"] for name in CONTENT
         )
     except (Damaged, OSError, KeyError, TypeError):
+        return False
+
+
+def _is_renamed(place: Path, body: Mapping[str, Any] | None = None) -> bool:
+    """Whether a checkpoint's manifest, of which `body` is the content, names another update than its directory."""
+    try:
+        return (read_manifest(place) if body is None else body).get("step") != step_of(place)
+    except Damaged:
         return False

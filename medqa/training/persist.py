@@ -90,9 +90,8 @@ class Copies:
         place, output_dir = self.directory, self._output_dir
         if place is None:
             return
-        above = os.path.dirname(os.path.realpath(place))
-        if not os.path.isdir(above):
-            raise UserError(f"--persist-to {place}: {above} does not exist; is it mounted?")
+        if not os.path.isdir(place.absolute().parent):
+            raise UserError(f"--persist-to {place}: {place.absolute().parent} does not exist; is it mounted?")
         self._require_another_directory()
         check_run_dir(place, experiment, fresh, "--persist-to")
         if fresh:
@@ -181,7 +180,7 @@ class Copies:
         """
         place = self._place
         if self._file_system is None:
-            Path(os.path.realpath(place)).mkdir(exist_ok=True)  # not through a link that leads nowhere
+            place.mkdir(exist_ok=True)
         try:
             device = place.stat().st_dev
         except FileNotFoundError as error:
