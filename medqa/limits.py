@@ -46,12 +46,14 @@ MAX_CHECKPOINT_FILE_BYTES = 64 * 2**30
 
 # What is done with a base model's own files before they are believed (building its layers without contents, its
 # tokenizer on a probe, its chat template) is done in a process of its own (`medqa/limited.py`) that may use so much:
-WORK_SECONDS = 30  # of computing time
-WORK_BYTES = 4 << 30  # of memory, beyond what the process has already
-WORK_WAIT_SECONDS = 300  # on the clock, on a machine that is busy with something else
+WORK_SECONDS = 20  # of computing time
+WORK_BYTES = 2 << 30  # of memory, beyond what the process has already
+WORK_WAIT_SECONDS = 200  # on the clock, on a machine that is busy with something else
 
 # A base model's tokenizer.json, or another file of its vocabulary; the largest in use have about 35 MB.
-MAX_TOKENIZER_BYTES = 200_000_000
+MAX_TOKENIZER_BYTES = 100_000_000
+# Layers of a base model, of any kind. The largest models have fewer than 200.
+MAX_LAYERS = 1_000
 # Tokens that a tokenizer may make of a text, for each byte of it: byte-level ones make one, some prefix every word.
 MAX_TOKENS_PER_BYTE = 4
 # Characters that a base model's own chat template may put around a question.

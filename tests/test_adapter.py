@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medqa.__main__ import main
+from medqa.config import Experiment
 from medqa.errors import UserError
-from medqa.model.base import adapter_weights, load_tokenizer, save_tokenizer
+from medqa.model.base import adapter_weights, add_lora, load_tokenizer, save_tokenizer
 from medqa.results import adapter as finding
 from medqa.results.adapter import find_adapter, load_adapted
 from medqa.results.merge import prepare
@@ -167,6 +168,18 @@ def test_an_adapter_on_the_hub(alone, tmp_path, monkeypatch):
 def test_adapters_of_another_making_are_refused(changes, said, alone):
     with pytest.raises(UserError, match=said):
         find_adapter(edited(alone, **changes))
+
+
+def test_an_adapter_to_start_from_must_be_plain_as_well(alone):
+    """Its names and shapes fit; what it was trained to compute does not."""
+    where = edited(alone, use_rslora=True)
+    lora = Experiment().lora.model_copy(update={"init_from": where})
+    with pytest.raises(UserError, match=r"lora.init_from = .*alone: not a plain LoRA adapter: it uses use_rslora"):
+        add_lora(AutoModelForCausalLM.from_pretrained(BASE_DIR), lora, 1)
+    edited(alone, use_rslora=False)
+    model = add_lora(AutoModelForCausalLM.from_pretrained(BASE_DIR), lora, 1)
+    expected = load_file(alone / "adapter_model.safetensors")
+    assert all(torch.equal(weight, expected[name]) for name, weight in adapter_weights(model).items())
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", "[" * 100_000, "\x00"], ids=repr)

@@ -195,7 +195,7 @@ TEMPLATES = {
     "is no text": ({"default": 1}, "Error"),
     "is half of a character": ("{{ '\\ud800' }}", "UnicodeEncodeError"),
     "is long": ("{{ 'word ' * 10000 }}", "a prompt of 50,000 characters"),
-    "fills the memory": ("{{ 'x' * 8000000000 }}", "it takes more than 4,096 MiB of memory"),
+    "fills the memory": ("{{ 'x' * 8000000000 }}", "it takes more than 2,048 MiB of memory"),
     "never ends": (
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x", "it takes more than 1 s"
     ),

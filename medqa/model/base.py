@@ -15,7 +15,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import (
     CONFIG_MAPPING,
@@ -34,13 +33,14 @@ from medqa.files import write_file
 from medqa.hub import hub_reachable
 from medqa.limited import Failed, OverLimit, limited
 from medqa.limits import MAX_TOKENS_PER_BYTE
+from medqa.model.adapter_files import ADAPTER_CONFIG, plain_lora, read_adapter
 from medqa.model.base_files import (
     TOKENIZER,
+    check_configuration,
     check_files,
     directory_of,
     is_directory,
     location,
-    refuse_other_weights,
     weight_bytes,
 )
 from medqa.model.execution import Execution
@@ -51,7 +51,6 @@ from medqa.model.precision import Kept, Precision
 from medqa.model.sharding import BLANK, blank_base, loading_device
 from medqa.prompts import chat_template, prompt
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # In a tokenizer's configuration, what says where and by what it was loaded, or which code would load it.
 OF_THIS_MACHINE = ("backend", "is_local", "local_files_only", "auto_map")
@@ -96,7 +95,7 @@ def check_model(model: config.Model, max_length: int) -> Any:
         check_files(model.base)
         said, _ = PreTrainedConfig.get_config_dict(location(model.base))
         refuse_by_file(location(model.base), said)
-        refuse_other_weights(model.base, said)
+        check_configuration(model.base, said)
         _try_configuration(model.base, said)
         loaded = AutoConfig.from_pretrained(location(model.base), trust_remote_code=False)
         refuse_by_kind(model.base, said, loaded, weight_bytes(model.base))
@@ -319,7 +318,10 @@ def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int, fast: bool = F
     if fast:
         use_fast_lora(model)
     if lora.init_from is not None:
-        load_adapter_weights(model, Path(os.path.expanduser(lora.init_from)), "lora.init_from")
+        directory = Path(os.path.expanduser(lora.init_from))
+        load_adapter_weights(model, directory, "lora.init_from")
+        if (directory / ADAPTER_CONFIG).exists():  # the weights alone do not say that they are to be used otherwise
+            plain_lora(f"lora.init_from = {directory}", directory)
     return model
 
 
@@ -329,25 +331,8 @@ def load_adapter_weights(model: PeftModel, directory: Path, what: str) -> None:
     Raises:
         UserError: no adapter there, damaged, or of another shape than this one.
     """
-    fit_adapter(model, read_adapter(directory, what), f"{what} = {directory}")
-
-
-def read_adapter(directory: Path, what: str) -> dict[str, torch.Tensor]:
-    """A saved adapter's weights, by PEFT's names.
-
-    Raises:
-        UserError: no adapter there, or damaged.
-    """
-    path = directory / ADAPTER_WEIGHTS
-    try:
-        if not path.is_file():  # opening a pipe would never end
-            pickled = (directory / "adapter_model.bin").is_file()
-            raise FileNotFoundError("adapter_model.bin can run code when it is read" if pickled else "no such file")
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{what} = {directory}: no readable {ADAPTER_WEIGHTS}: {error}; give a directory with a whole one"
-        ) from error
+    name = f"{what} = {directory}"
+    fit_adapter(model, read_adapter(directory, name), name)
 
 
 def fit_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], what: str) -> None:

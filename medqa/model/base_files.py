@@ -14,10 +14,10 @@ from transformers.utils import cached_file
 
 from medqa.errors import UserError
 from medqa.files import Damaged, read_json
-from medqa.limits import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES
+from medqa.limits import MAX_JSON_BYTES, MAX_LAYERS, MAX_TOKENIZER_BYTES
+from medqa.model.adapter_files import ADAPTER_CONFIG
 
 CONFIG = "config.json"
-ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
@@ -89,8 +89,8 @@ def check_files(base: str) -> None:
             raise _not_safetensors(base, f"its weights are in {name}")
 
 
-def refuse_other_weights(base: str, said: Mapping[str, Any]) -> None:
-    """Refuse a configuration that names a file of weights, which transformers would then read in place of the others.
+def check_configuration(base: str, said: Mapping[str, Any]) -> None:
+    """Refuse a configuration that has transformers read other weights, or build more layers than any model has.
 
     Args:
         said: config.json.
@@ -104,6 +104,12 @@ def refuse_other_weights(base: str, said: Mapping[str, Any]) -> None:
             f"{str(said['transformers_weights'])[:80]!r}: only {WEIGHTS}, and what {INDEX} lists, are read; save it "
             "anew with transformers' save_pretrained where you trust it, or give another with --model"
         )
+    for key, value in said.items():
+        if "layer" in key and isinstance(value, int) and value > MAX_LAYERS:
+            raise UserError(
+                f"model.base = {base}: {CONFIG}: {key} = {str(value)[:40]}: more than {MAX_LAYERS:,} layers; fetch the "
+                "model again, or give another with --model"
+            )
 
 
 def weight_bytes(base: str) -> int | None:

@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from medqa.config import Experiment, Lora, Model
 from medqa.errors import UserError, listed
 from medqa.experiment_file import Locations, load_experiment
-from medqa.files import Damaged, read_json
+from medqa.files import Damaged
 from medqa.hub import hub_reachable
 from medqa.length import is_complete
-from medqa.model.base import add_lora, check_model, fit_adapter, load_base, load_tokenizer, read_adapter
+from medqa.model.adapter_files import not_usable, plain_lora, read_adapter
+from medqa.model.base import add_lora, check_model, fit_adapter, load_base, load_tokenizer
 from medqa.model.base_files import base_fingerprint
 from medqa.model.execution import Execution
 from medqa.model.precision import Precision, resolve_precision
@@ -36,13 +37,6 @@ from medqa.training.memory import available_memory
 from medqa.training.run_dir import ADAPTER_DIR, CONFIG, read_summary
 from medqa.training.same_run import differences
 
-# Of adapter_config.json, what this project's adapters are made of; of the rest, nothing may change what they compute.
-USED = {"r", "lora_alpha", "target_modules", "bias", "lora_dropout"}
-SAYS_NOTHING = {
-    "peft_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping",
-}  # fmt: skip
-# Ways to begin that leave the base's weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ, ...) change them.
-BEGINNINGS = (None, True, False, "gaussian", "orthogonal")
 TRIES = 20  # to find a checkpoint, in a run that saves and removes them at the same time
 COMPUTED_FROM = ("model", "lora", "data", "tokenization")  # sections: after training, the rest has no effect
 
@@ -273,7 +267,7 @@ def _require_same_lora(run: Path, place: Path, lora: Lora) -> None:
     Raises:
         UserError: it says otherwise, or is not a plain LoRA adapter.
     """
-    said, _ = _plain_lora(str(place), place)
+    said, _ = plain_lora(str(place), place)
     for key in ("r", "lora_alpha", "target_modules"):
         here, there = (getattr(each, key) for each in (said, lora))
         if here != there and not (key == "target_modules" and set(here) == set(there)):
@@ -293,7 +287,7 @@ def _weights(where: str, directory: Path, sha256: str | None, lora: Lora) -> dic
     Raises:
         UserError: they cannot be read, are not finite, not those that were recorded, or of another rank.
     """
-    weights = read_adapter(directory, where)
+    weights = read_adapter(directory, where if where == str(directory) else f"{where}: {directory}")
     if not all(weight.isfinite().all() for weight in weights.values()):
         raise UserError(f"{directory}: the adapter has weights that are not finite; choose another checkpoint")
     if sha256 is not None and measure(directory / ADAPTER_FILES[0])["sha256"] != sha256:
@@ -348,7 +342,7 @@ def _recorded(summary: Mapping[str, Any], key: str, kind: type) -> Any:
 
 def _alone(where: str, directory: Path, base: str | None) -> Source:
     """An adapter without its run. That of a checkpoint has a manifest, which knows the base it was trained on."""
-    lora, said = _plain_lora(where, directory)
+    lora, said = plain_lora(where, directory)
     if base is None and said.get("revision") not in (None, "main"):
         raise UserError(
             f"{where}: {ADAPTER_FILES[1]}: revision = {str(said['revision'])[:80]!r} of its base: give a directory "
@@ -357,7 +351,7 @@ def _alone(where: str, directory: Path, base: str | None) -> Source:
     try:
         model = Model(base=base or said.get("base_model_name_or_path") or "")
     except ValidationError as error:
-        raise _not_usable(where, error) from error
+        raise not_usable(where, error) from error
     return Source(
         where,
         run=None,
@@ -368,51 +362,6 @@ def _alone(where: str, directory: Path, base: str | None) -> Source:
         settings=None,
         weights=_weights(where, directory, None, lora),
         base=_base_of_checkpoint(directory),
-    )
-
-
-def _plain_lora(where: str, directory: Path) -> tuple[Lora, Mapping[str, Any]]:
-    """What adapter_config.json says, where it is plain LoRA: base(x) + B A x * lora_alpha / r, and nothing else.
-
-    Raises:
-        UserError: it cannot be read, or says anything that would be computed otherwise.
-    """
-    try:
-        said = read_json(directory / ADAPTER_FILES[1])
-        if not isinstance(said, dict):
-            raise Damaged("not an object")
-    except Damaged as error:
-        raise UserError(f"{where}: {ADAPTER_FILES[1]} cannot be read: {error}; fetch the adapter again") from error
-    defaults = LoraConfig(task_type="CAUSAL_LM").to_dict()
-    other = sorted(
-        key
-        for key, value in said.items()
-        if key not in USED | SAYS_NOTHING and not _unused(value) and value != defaults.get(key)
-    )
-    if said.get("init_lora_weights", True) in BEGINNINGS:
-        other = [key for key in other if key != "init_lora_weights"]
-    if said.get("peft_type") != "LORA" or other:
-        why = f"its peft_type is {said.get('peft_type')!r}"
-        if other:
-            why = "it uses " + ", ".join(f"{key} = {str(said[key])[:60]}" for key in other[:8])
-        raise UserError(f"{where}: not a plain LoRA adapter: {why}; only those that train.py makes can be used here")
-    try:
-        return Lora(**{key: said[key] for key in USED if key in said}), said
-    except ValidationError as error:
-        raise _not_usable(where, error) from error
-
-
-def _unused(value: Any) -> bool:
-    """Whether a value says that something is not used. 0 does not: it may be the number of a layer."""
-    return value is None or value is False or value in ("", [], {})
-
-
-def _not_usable(where: str, error: ValidationError) -> UserError:
-    """What the user is told of a value in adapter_config.json that is not to be used."""
-    key = ".".join(map(str, error.errors()[0]["loc"]))
-    return UserError(
-        f"{where}: {ADAPTER_FILES[1]}: {key or 'content'}: {error.errors()[0]['msg']}; only adapters that train.py "
-        "makes can be used here; give the base with --model where it names none"
     )
 
 
