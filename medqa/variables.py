@@ -46,6 +46,7 @@ class Rule:
     harmless: tuple[str, ...] = FALSE
 
 
+SEVERAL = "`torchrun --nproc_per_node N train.py ...` or `accelerate launch --multi_gpu --num_processes N train.py ...`"
 LAUNCHER = "leave it out of the launcher's configuration (`accelerate env` shows the file)"
 FLOAT32 = "it would compute float32 in a lower precision; model.dtype and training.mixed_precision decide"
 
@@ -222,8 +223,7 @@ def _problems_of_ranks(environment: MutableMapping[str, str]) -> list[str]:
         del environment[name]
     return [
         f"the environment has {said}, {wrong}: left by another program? `unset {' '.join(present)}` to train in one "
-        "process; for several use `torchrun --nproc_per_node N train.py ...` or "
-        "`accelerate launch --multi_gpu --num_processes N train.py ...`, which set all of them"
+        f"process; for several use {SEVERAL}, which set all of them"
     ]
 
 

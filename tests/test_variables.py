@@ -12,8 +12,9 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import DynamoBackend
-from launching import LAUNCH, figures, finish, output, start
+from launching import LAUNCH, SECONDS, figures, finish, free_port, output, start
 
+from benchmarks.chaos import Forked
 from medqa.__main__ import main as command
 from medqa.errors import UserError
 from medqa.model.precision import usable_gpu
@@ -213,6 +214,22 @@ def test_what_accelerate_cannot_start_with_is_said_with_the_variables(given, new
     (name,) = given
     with pytest.raises(UserError, match=f"cannot be set up: .*{name}=2.*`unset .*{name}"):
         make_accelerator(True, "no", False, 5.0)
+
+
+def test_processes_that_mpi_has_started_are_known(tmp_path):
+    script = tmp_path / "count.py"
+    script.write_text(
+        "from medqa.training.processes import make_accelerator\n"
+        "print('processes', make_accelerator(True, 'no', False, 60.0).num_processes)\n"
+    )
+    together = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    together |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = []
+    for rank in "01":
+        ranked = {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_LOCAL_RANK": rank}
+        started.append(Forked([], tmp_path / "log", together | ranked, script))
+    assert [process.wait(SECONDS) for process in started] == [0, 0], (tmp_path / "log").read_text()
+    assert (tmp_path / "log").read_text().count("processes 2") == 2
 
 
 def test_a_run_is_the_same_whatever_they_say(tmp_path, own_accelerator, monkeypatch, capsys):

@@ -24,7 +24,7 @@ from medqa.model.loss import LossModel
 from medqa.model.precision import Precision
 from medqa.model.sharding import keep_from_ddp, shard
 from medqa.training.wandb_run import wandb_wanted
-from medqa.variables import is_on, read_by_accelerate, settle_variables
+from medqa.variables import SEVERAL, is_on, read_by_accelerate, settle_variables
 
 Result = TypeVar("Result")
 DETERMINISTIC_CUBLAS = (":4096:8", ":16:8")  # torch's documentation of use_deterministic_algorithms
@@ -70,7 +70,6 @@ def make_accelerator(on_cpu: bool, mixed_precision: str, tracked: bool, timeout_
             done here.
     """
     settle_variables()
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
     given = read_by_accelerate()
     try:
         accelerator = Accelerator(
@@ -85,21 +84,26 @@ def make_accelerator(on_cpu: bool, mixed_precision: str, tracked: bool, timeout_
             ],
         )
     except (ImportError, ValueError, torch.distributed.DistError) as error:
-        if not given or (launched > 1 and isinstance(error, torch.distributed.DistError)):
+        if not given or (_launched() > 1 and isinstance(error, torch.distributed.DistError)):
             raise  # the latter: another process has not come
+        why = " ".join(str(error).split()) or type(error).__name__
         set_here = ", ".join(f"{name}={os.environ[name]}" for name in given if name in os.environ)
         raise UserError(
-            f"the processes cannot be set up: {str(error).splitlines()[0]}; the environment has {set_here}: mend what "
-            f"is wrong, or `unset {' '.join(given)}`"
+            f"the processes cannot be set up: {why[:300]}; the environment has {set_here}: mend what is wrong, or "
+            f"`unset {' '.join(given)}`"
         ) from error
-    if accelerator.num_processes != launched:
+    if accelerator.num_processes != _launched():
         raise UserError(
-            f"{launched} processes were launched, but this one knows of {accelerator.num_processes}: each would train "
-            "alone in the same directory; launch with `torchrun --nproc_per_node N train.py ...` or "
-            "`accelerate launch --multi_gpu --num_processes N train.py ...`"
+            f"{_launched()} processes were launched, but this one knows of {accelerator.num_processes}: each would "
+            f"train alone in the same directory; launch with {SEVERAL}"
         )
     _require(accelerator, "cpu" if on_cpu else "cuda", mixed_precision)
     return accelerator
+
+
+def _launched() -> int:
+    """How many processes there are, by the launcher; of MPI's Accelerate notes it on CPUs."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _require(accelerator: Accelerator, device_type: str, mixed_precision: str) -> None:
@@ -138,7 +142,7 @@ def take_shards(experiment: Experiment) -> int:
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     if not sharded:
         return 1
-    shards = int(os.environ.get("WORLD_SIZE", "1"))
+    shards = _launched()
     asked.setdefault("FSDP_VERSION", "1")
     problems = [
         f"{name.lower()} = {asked[name]}: {why}; see launch/fsdp2.yaml"
