@@ -39,6 +39,20 @@ def check_place(path: Path, option: str) -> None:
         raise UserError(f"{told}: {existing} is not a directory one can write to; choose another")
 
 
+def require_utf8(path: Path, option: str) -> None:
+    """Refuse a path that libraries cannot be told of: those that read and write weights take UTF-8 alone.
+
+    Raises:
+        UserError: the path has bytes that are not UTF-8, or the locale does not let Python read them as such.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{option} {path}: not a path in UTF-8; choose another (or set PYTHONUTF8=1 where the locale is ASCII)"
+        ) from error
+
+
 def _is_directory(path: Path, told: str) -> bool:
     """Whether a directory is there; False where nothing is.
 

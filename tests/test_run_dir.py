@@ -420,6 +420,13 @@ def test_a_place_may_be_a_link_to_a_directory_and_have_any_name(tmp_path):
     assert names(tmp_path) == {"real", "link"}
 
 
+def test_a_path_that_is_not_utf_8_is_refused_where_libraries_would_fail_on_it(tmp_path):
+    for option in ("--output-dir", "--persist-to"):
+        with pytest.raises(UserError, match=rf"^{option} .*: not a path in UTF-8; choose another"):
+            check_run_dir(tmp_path / "caf\udce9", experiment(), False, option)
+    check_run_dir(tmp_path / "café \u2028", experiment(), False)
+
+
 def test_what_is_no_runs_is_named_and_left_alone(accelerator, tmp_path):
     run = run_dir(tmp_path / "run", accelerator)
     (run / "wandb").mkdir()

@@ -8,7 +8,7 @@ from typing import Any
 from medqa.config import Experiment, Tracking
 from medqa.model.precision import usable_gpu
 from medqa.training.processes import make_accelerator
-from medqa.training.run_dir import ADAPTER_DIR, WANDB_DIR, read_leg
+from medqa.training.run_dir import ADAPTER_DIR, METRICS, WANDB_DIR, read_leg
 from medqa.training.tracking import MetricsFile, Tracker
 from medqa.training.wandb_feed import WandbFeed
 from medqa.training.wandb_run import log_adapter, start_wandb, wandb_wanted
@@ -33,12 +33,14 @@ def log_evaluation(
         )
     if (run / WANDB_DIR).is_symlink() and "WANDB_DIR" not in os.environ:
         return say(f"W&B: not told: {run / WANDB_DIR} is a link; WANDB_DIR names where its files may be written")
+    if not os.path.isfile(run / METRICS):
+        return say(f"W&B: not told: {run} has no {METRICS}, and its curves belong to the figures")
     accelerator = make_accelerator(
         cpu or not usable_gpu(), found["mixed_precision"], True, experiment.training.process_timeout_s
     )
     say(start_wandb(accelerator, experiment, run, leg.run_id, {}))
     feed = WandbFeed(accelerator, say)
-    Tracker(True, MetricsFile(run / "metrics.jsonl")).begin_feed(feed)
+    Tracker(True, MetricsFile(run / METRICS)).begin_feed(feed)
     values = {f"evaluation/{path}": value for path, value in flat_figures(found["tasks"])}
     values["evaluation/limit"] = found["limit"]
     if accelerator.trackers:

@@ -20,7 +20,7 @@ from medqa.files import write_file
 from medqa.hub import hub_reachable
 from medqa.model.base import save_tokenizer
 from medqa.model.precision import usable_gpu
-from medqa.places import check_place
+from medqa.places import check_place, require_utf8
 from medqa.results import fidelity
 from medqa.results.adapter import Source, find_adapter, unchecked_base
 from medqa.results.export_card import Measured, card, licence
@@ -214,6 +214,7 @@ def _check_target(to: Path) -> None:
     """
     if os.path.lexists(to) and not (os.path.isdir(to) and not os.path.islink(to)):
         raise UserError(f"--to {to}: there, and not a directory; give another one")
+    require_utf8(to, "--to")
     check_place(to, "--to")
     if os.path.ismount(to) or os.path.realpath(to) == os.path.realpath("."):
         raise UserError(f"--to {to}: cannot be replaced by the finished export; give a directory inside it")

@@ -17,7 +17,7 @@ from medqa.errors import UserError, note
 from medqa.files import UNFINISHED, Damaged, copy_file, read_json, write_json
 from medqa.length import is_complete
 from medqa.limits import MAX_COUNT
-from medqa.places import check_place
+from medqa.places import check_place, require_utf8
 from medqa.training.checkpoint import Found, RunState, newest_whole
 from medqa.training.checkpoint_files import (
     ADAPTER_DIR_FILES,
@@ -50,6 +50,7 @@ def check_run_dir(output_dir: Path, experiment: Experiment, fresh: bool, option:
     Raises:
         UserError: not writable, or holding another experiment's run, with the differences, or files that no run wrote.
     """
+    require_utf8(output_dir, option)
     for place in (output_dir, output_dir / ADAPTER_DIR):
         check_place(place, option)
     if odd := list(_not_a_runs(output_dir)):

@@ -30,6 +30,7 @@ from medqa.training.wandb_feed import FINISH_SECONDS, UPLOAD_SHARE, failures
 from medqa.variables import is_on
 
 NETWORK_SECONDS = 8
+NOT_TEXT = "it takes paths and command lines in UTF-8 alone"
 SAMPLES = "samples"  # the table
 # With data of one's own: no command line, which names files (what is said of the machine goes with it), and, where code
 # is saved, no patch of what is not committed, in which rows may stand.
@@ -83,6 +84,8 @@ def start_wandb(
     if mode == "online":
         try:
             accelerator.init_trackers(project, config, {"wandb": {**arguments, "mode": mode}})
+        except UnicodeEncodeError:
+            return _off(accelerator, NOT_TEXT)
         except failures() as error:
             mode, why = "offline", f" ({_gist(error)})"
             accelerator.trackers.clear()
@@ -92,17 +95,24 @@ def start_wandb(
     try:
         if mode == "offline":
             accelerator.init_trackers(project, config, {"wandb": {**arguments, "mode": mode}})
+    except UnicodeEncodeError:
+        return _off(accelerator, NOT_TEXT)
     except unusable as error:
         raise UserError(f"W&B: {_gist(error)}; {advice}") from error
     except failures() as error:
-        accelerator.trackers.clear()
-        return f"W&B: off ({_gist(error)}); metrics.jsonl has it all"
+        return _off(accelerator, _gist(error))
     run = accelerator.get_tracker("wandb", unwrap=True)
     run.define_metric(GLOBAL_STEP)
     run.define_metric("*", step_metric=GLOBAL_STEP)
     sync = f"{Path(run.dir).parent}; `wandb sync` sends it, with all that came before"
     where = run.url if mode == "online" else sync
     return f"W&B: {mode}{why}, {where}"
+
+
+def _off(accelerator: Accelerator, why: str) -> str:
+    """Do without W&B; returns the line that says so."""
+    accelerator.trackers.clear()
+    return f"W&B: off ({why}); metrics.jsonl has it all"
 
 
 def shown_config(experiment: Experiment) -> dict[str, Any]:
