@@ -328,6 +328,12 @@ def test_files_of_an_absurd_size_are_not_read(name, limit, base):
     assert f"{name} has {limit + 1:,} bytes, and at most {limit:,} are read" in why_not(base)
 
 
+@pytest.mark.parametrize("value", [[], {}, "many"], ids=str)
+def test_odd_values_of_a_tokenizer_are_refused(value, base):
+    changed(base / "tokenizer_config.json", model_max_length=value)
+    assert "cannot be loaded from this directory" in why_not(base)
+
+
 # --- tokens that the weights do not have, and adapters larger than what they are added to
 
 

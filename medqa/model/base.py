@@ -123,22 +123,24 @@ def load_tokenizer(base: str, pad_token: str) -> PreTrainedTokenizerBase:
     _try_tokenizer(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location(base), trust_remote_code=False)
+        if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+            raise UserError(
+                f"model.base = {base}: its tokenizer has no EOS or is not a fast one; choose another --model"
+            )
+        tokenizer.padding_side = "right"
+        if pad_token == "eos":
+            tokenizer.pad_token = tokenizer.eos_token
+        else:
+            # By flag, not "if absent": TinyLlama-Chat's tokenizer comes with a pad token already.
+            tokenizer.add_special_tokens({"pad_token": pad_token})
+        # The base's own template (TinyLlama's says `<|user|>`) would have servers send a prompt it was not trained on.
+        tokenizer.chat_template = chat_template(tokenizer)
     except LOAD_ERRORS as error:
         raise _cannot_load(base, error) from error
     except Exception as error:
         if type(error) is not Exception:  # over a damaged tokenizer.json, tokenizers raises the base class itself
             raise
         raise _cannot_load(base, error) from error
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise UserError(f"model.base = {base}: its tokenizer has no EOS or is not a fast one; choose another --model")
-    tokenizer.padding_side = "right"
-    if pad_token == "eos":
-        tokenizer.pad_token = tokenizer.eos_token
-    else:
-        # By flag, not "if absent": TinyLlama-Chat's tokenizer comes with a pad token already.
-        tokenizer.add_special_tokens({"pad_token": pad_token})
-    # The base's own template (TinyLlama's says `<|user|>`) would have every server send a prompt it was not trained on.
-    tokenizer.chat_template = chat_template(tokenizer)
     return tokenizer
 
 

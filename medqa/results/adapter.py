@@ -257,7 +257,8 @@ def _require_same_words(run: Path, trained_as: Mapping[str, Any], experiment: Ex
     found = [line for line in differences(trained_as, experiment) if line.startswith(COMPUTED_FROM)]
     if found:
         raise UserError(
-            f"{run / CONFIG}: has been changed since the run was trained: {listed(found)}; put back what it was"
+            f"{run / CONFIG}, with the options of this command, is not what the run was trained with: "
+            f"{listed(found)}; put back what it was"
         )
 
 
