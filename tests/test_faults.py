@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from moved import apart as share_apart
+from moved import initial_adapter
 
 from benchmarks.chaos import SHORT, Forked, kill_round, words_for
 from benchmarks.hf_trainer import Parts, build, run_train
@@ -210,6 +212,7 @@ def short_of_memory(monkeypatch, rows: int, from_call: int = 0) -> list[int]:
 def test_out_of_memory_splits_and_gives_the_same_result(parts, tmp_path, monkeypatch):
     (tmp_path / "plain").mkdir()
     (tmp_path / "short").mkdir()
+    initial = initial_adapter(parts.experiment)
     expected = run_train(parts, RunState(), tmp_path / "plain")
     weights = adapter_weights(parts.adapted)
     again, state, said = build(parts.experiment), RunState(), []
@@ -226,8 +229,7 @@ def test_out_of_memory_splits_and_gives_the_same_result(parts, tmp_path, monkeyp
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
         assert {k: ours[k] for k in ("order", "tokens")} == {k: theirs[k] for k in ("order", "tokens")}
-    for name, tensor in adapter_weights(again.adapted).items():
-        assert torch.allclose(tensor, weights[name], rtol=1e-4, atol=1e-6)
+    assert share_apart(adapter_weights(again.adapted), weights, initial) <= 1e-4
 
 
 def test_the_smaller_size_is_kept_over_a_resume_and_reported(tmp_path, monkeypatch, capsys):

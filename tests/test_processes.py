@@ -23,6 +23,7 @@ from launching import (
     wait_for_update,
     wait_until_gone,
 )
+from moved import WITHIN, runs_apart
 from safetensors.torch import load_file
 
 from medqa.tiny import MEDQUAD_CSV
@@ -141,7 +142,7 @@ def begun_on_two_ended_on_one(directory, *words):
 
 
 def assert_same_run(ours, theirs):
-    """Losses, gradient norms and, after all updates, every matrix of the adapter."""
+    """Losses, gradient norms and, after all updates, the adapter."""
     pairs = list(zip(metrics(ours), metrics(theirs), strict=True))
     assert len(pairs) == 10 + 2 + 1 + 1
     for one, other in pairs:
@@ -151,9 +152,7 @@ def assert_same_run(ours, theirs):
             assert one.get(key) == other.get(key)
         if one["split"] == "train":  # one token of a process that has nothing else to do is the most
             assert other["padding_share"] == pytest.approx(one["padding_share"], abs=1e-3)
-    adapters = [load_file(run / "lora_adapters" / "adapter_model.safetensors") for run in (ours, theirs)]
-    for name, tensor in adapters[0].items():
-        assert torch.allclose(tensor, adapters[1][name], rtol=0, atol=1e-3 * tensor.abs().max().item()), name
+    assert runs_apart(ours, theirs) <= WITHIN
 
 
 @pytest.mark.slow

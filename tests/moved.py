@@ -1,0 +1,49 @@
+"""How far two trained adapters are apart, in units of how far training moved them.
+
+For trainings that differ by the order of summation alone. Element by element they cannot be compared: Adam divides each
+gradient by its own size, so that one which is zero but for rounding becomes a full step, in either direction.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from medqa.config import Experiment
+from medqa.experiment_file import load_experiment
+from medqa.model.base import adapter_weights, add_lora, load_base, load_tokenizer
+from medqa.model.execution import Execution
+from medqa.model.precision import resolve_precision
+
+# A bound for `apart`. Another order of summation gives 1e-6 to 5e-4, depending on the processor. A gradient without the
+# factor of the number of processes gives 5e-2, although Adam hides most of it; one changed row 0.3 (`test_moved.py`).
+WITHIN = 5e-3
+Adapter = dict[str, torch.Tensor]
+
+
+def initial_adapter(experiment: Experiment) -> Adapter:
+    """The adapter before the first update: it follows from the seed and from shapes, whatever the quantization."""
+    model, seed = experiment.model.model_copy(update={"quantization": "none"}), experiment.training.seed
+    precision, cpu = resolve_precision(experiment, force_cpu=True), torch.device("cpu")
+    tokenizer = load_tokenizer(model.base, experiment.tokenization.pad_token)
+    base = load_base(model, precision, Execution(False, False, "sdpa", False, False), cpu, len(tokenizer), seed)
+    return adapter_weights(add_lora(base.model, experiment.lora, seed))
+
+
+def apart(ours: Adapter, theirs: Adapter, initial: Adapter) -> float:
+    """|ours - theirs| / |theirs - initial|, as the norm over all weights."""
+    assert ours.keys() == theirs.keys() == initial.keys()
+    moved = _distance(theirs, initial)
+    assert moved > 0
+    return _distance(ours, theirs) / moved
+
+
+def runs_apart(ours: Path, theirs: Path) -> float:
+    """`apart` for the final adapters of two runs of one experiment."""
+    adapters = (load_file(run / "lora_adapters" / "adapter_model.safetensors") for run in (ours, theirs))
+    return apart(*adapters, initial_adapter(load_experiment(str(theirs / "config.yaml"))))
+
+
+def _distance(ours: Adapter, theirs: Adapter) -> float:
+    """The norm of the difference, over all weights together, in float64."""
+    return sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in ours) ** 0.5
