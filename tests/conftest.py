@@ -3,6 +3,7 @@
 Nothing heavy is imported here, so that a file that needs no model starts at once.
 """
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("MEDQA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hangups() -> None:
+    """Tests send SIGHUP. Under `nohup`, or a CI that ignores it, programs leave it ignored, ours too."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
