@@ -418,13 +418,14 @@ def leftovers(directory: Path) -> list[Path]:
 @pytest.mark.usefixtures("open_elsewhere")
 def test_files_that_are_open_elsewhere_stop_no_save(straight, tmp_path, capsys):
     run = tmp_path / "run"
-    assert main(words(run, "training.keep_checkpoints=1")) == 0
+    assert main(words(run, "training.keep_checkpoints=1", "training.save_steps=1")) == 0
     said = capsys.readouterr().out.replace("\n", "")
-    reason = "this old checkpoint could not be removed, and stays: Directory not empty"
-    assert said.count(f"{run / 'checkpoint-2'}: {reason}") == said.count(reason) == 1
+    assert said.count("an old checkpoint could not be removed, and stays: Directory not empty") == 1
+    assert f"{run}: an old checkpoint could not be removed" in said
     assert steps(run) == [4, 6], "4 is the best"
-    (left,) = leftovers(run)
-    assert [path.name for path in left.iterdir()] == [".nfs0000000000abcdef"]
+    assert len(leftovers(run)) == 4, "of 1, 2, 3 and 5"
+    for left in leftovers(run):
+        assert [path.name for path in left.iterdir()] == [".nfs0000000000abcdef"]
     assert contents(run) == contents(straight)
 
 
@@ -475,14 +476,14 @@ def busy(tmp_path):
 def test_a_checkpoint_of_which_nothing_can_be_removed_stays_whole(many, busy):
     manifest = (many / "checkpoint-3" / MANIFEST).read_bytes()
     busy(many / "checkpoint-3" / MANIFEST)
-    assert prune(many, 2, set()) == [
-        f"{many / 'checkpoint-3'}: this old checkpoint could not be removed, and stays: Device or resource busy"
-    ]
+    (said,) = prune(many, 2, set())
+    assert said.startswith(f"{many}: an old checkpoint could not be removed, and stays: Device or resource busy")
     assert steps(many) == [3, 8, 9]
     subprocess.run(["umount", str(many / "checkpoint-3" / MANIFEST)], check=True)
     assert (many / "checkpoint-3" / MANIFEST).read_bytes() == manifest
     busy(many / "checkpoint-8" / "state.json")
-    assert len(prune(many, 1, set())) == 1
+    (said,) = prune(many, 1, set())
+    assert "stays: Directory not empty" in said
     assert steps(many) == [9]
 
 
@@ -519,7 +520,7 @@ def test_a_write_protected_checkpoint_stays_and_fresh_removes_nothing(many, nobo
             clear(many)
         assert {path: path.read_bytes() for path in many.rglob("*") if path.is_file()} == before
         (said,) = prune(many, 2, set())
-        assert said.endswith("checkpoint-3: this old checkpoint could not be removed, and stays: Permission denied")
+        assert said.startswith(f"{many}: an old checkpoint could not be removed, and stays: Permission denied")
         assert steps(many) == [3, 8, 9]
         assert newest_whole([many]).path.name == "checkpoint-9"
     finally:

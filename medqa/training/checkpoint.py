@@ -34,6 +34,7 @@ from medqa.training.checkpoint_files import (
     prune,
     put_in_place,
     remove,
+    remove_unfinished,
     step_of,
     verify_checkpoint,
 )
@@ -155,6 +156,7 @@ def save_checkpoint(
 def _save(place: Path, trained: Trained, state: RunState, identity: Identity, keep: int) -> list[str]:
     """As `save_checkpoint`, on the main process."""
     try:
+        remove_unfinished(place.parent)  # what could not be removed before
         if not _is_whole(place):
             _write(place, trained, state, identity)
             verify_checkpoint(place)

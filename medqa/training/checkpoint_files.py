@@ -62,18 +62,21 @@ def prune(output_dir: Path, keep: int, needed: set[int]) -> list[str]:
     removed: never a link, never one that somebody put something into, and never one that somebody has renamed.
 
     Returns:
-        A sentence for each one that could not be removed, and why.
+        Why any could not be removed, as sentences, which are the same for all of the same reason.
     """
     found = checkpoints(output_dir)
     whole = [path for path in found if seems_whole(path)]
-    stay = []
+    stay = set()
     for path in found[: found.index(whole[-1])] if whole else ():
         if path not in whole[-keep:] and step_of(path) not in needed and is_ours(path) and not _is_renamed(path):
             try:
                 remove(path)
             except OSError as error:
-                stay.append(f"{path}: this old checkpoint could not be removed, and stays: {error.strerror}")
-    return stay
+                stay.add(
+                    f"{output_dir}: an old checkpoint could not be removed, and stays: {error.strerror}; the same is not "
+                    "said again of others"
+                )
+    return sorted(stay)
 
 
 def is_ours(path: Path) -> bool:
