@@ -37,7 +37,6 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "empty": lambda path: os.truncate(path, 0),
     "flipped": lambda path: path.write_bytes(_flipped(path.read_bytes())),
     "grown": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
-    "endless": lambda path: os.truncate(path, 2**36),  # of holes
     "missing": lambda path: path.unlink(),
     "a directory": lambda path: (path.unlink(), path.mkdir()),
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),

@@ -73,8 +73,8 @@ def prune(output_dir: Path, keep: int, needed: set[int]) -> list[str]:
                 remove(path)
             except OSError as error:
                 stay.add(
-                    f"{output_dir}: an old checkpoint could not be removed, and stays: {error.strerror}; the same is not "
-                    "said again of others"
+                    f"{output_dir}: an old checkpoint could not be removed, and stays: {error.strerror}; the same is "
+                    "not said again of others"
                 )
     return sorted(stay)
 
