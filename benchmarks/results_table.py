@@ -1,11 +1,11 @@
 """The README's table of results, built from the files in `results/` and from nothing else."""
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks.results_file import RECIPES, Figure, Record, Results
 from medqa.errors import UserError
+from medqa.files import write_file
 
 BEGIN, END = "<!-- results: `make results` writes what stands between these two lines -->", "<!-- /results -->"
 NOT_YET = "not yet run"
@@ -36,9 +36,7 @@ def rebuild(readme: Path, results: Mapping[str, Results], trials: bool) -> bool:
     new = f"{before}\n{section(results, trials)}{after}"
     if new == text:
         return False
-    unfinished = readme.with_name(readme.name + ".tmp")
-    unfinished.write_text(new, encoding="utf-8")
-    os.replace(unfinished, readme)
+    write_file(readme, new)
     return True
 
 

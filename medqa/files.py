@@ -36,6 +36,17 @@ class Missing(Damaged):
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add to the errors of this block which file it was: write() and fsync() do not say so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file to write to, which takes the place of `path` when the block ends without an exception.
 
@@ -47,17 +58,14 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     beside = path.with_name(path.name + UNFINISHED)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     try:
-        beside.unlink(missing_ok=True)  # left by a killed process, or a link that somebody put there
-        with os.fdopen(os.open(beside, flags, 0o666), "wb") as file:
-            yield file
-            file.flush()
-            _flush(file.fileno())
-        os.replace(beside, path)
-        flush(path.parent)
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)  # write() and fsync() do not say which file it was
-        raise
+        with naming(path):
+            beside.unlink(missing_ok=True)  # left by a killed process, or a link that somebody put there
+            with os.fdopen(os.open(beside, flags, 0o666), "wb") as file:
+                yield file
+                file.flush()
+                _flush(file.fileno())
+            os.replace(beside, path)
+            flush(path.parent)
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -106,7 +114,8 @@ def flush(path: Path) -> None:
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        _flush(descriptor)
+        with naming(path):
+            _flush(descriptor)
     finally:
         os.close(descriptor)
 

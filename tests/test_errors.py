@@ -93,6 +93,13 @@ def written(path: Path, content: str | bytes) -> str:
 
 # --- options and experiment files: (what is wrong, what the message must say)
 
+
+def linked(path: Path, target: str | Path) -> Path:
+    """A link at this path."""
+    path.symlink_to(target)
+    return path
+
+
 OPTIONS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "unknown experiment": (lambda d: argv(exp="exp_999"), ["exp_999", "exp_001, exp_002, exp_003"]),
     "experiment path missing": (lambda d: argv(exp="nowhere/x.yaml"), ["nowhere/x.yaml", "no such file", "exp_001"]),
@@ -154,6 +161,32 @@ OPTIONS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "output under a file": (
         lambda d: argv("--output-dir", written(d / "file", "mine") + "/out"),
         ["/file is not a directory", "choose another"],
+    ),
+    "output under a link to nowhere": (
+        lambda d: argv("--output-dir", str(linked(d / "outputs", "/scratch/not/mounted") / "run")),
+        ["/outputs is a link to /scratch/not/mounted, which is not there", "choose another"],
+    ),
+    "output that links to itself": (
+        lambda d: argv("--output-dir", str(linked(d / "run", d / "run"))),
+        ["run is a link that leads back to itself", "choose another"],
+    ),
+    "persist-to a link to nowhere": (
+        lambda d: argv("--persist-to", str(linked(d / "drive", "/mnt/gone"))),
+        ["--persist-to", "/drive is a link to /mnt/gone, which is not there"],
+    ),
+    "lora_adapters is a file": (
+        lambda d: argv("--output-dir", str(Path(written(d / "lora_adapters", "mine")).parent)),
+        ["/lora_adapters is not a directory one can write to"],
+    ),
+    "output that is not UTF-8": (lambda d: argv("--output-dir", str(d / "caf\udce9")), ["not a path in UTF-8"]),
+    "more updates than can be counted": (
+        lambda d: argv(sets=(f"training.max_steps=1{'0' * 400}",)),
+        ["--set: training.max_steps = 1000", "...", "less than or equal to"],
+    ),
+    "a rank of no memory": (lambda d: argv(sets=("lora.r=100000000",)), ["lora.r = 100000000", "equal to 65536"]),
+    "a number of thousands of digits": (
+        lambda d: argv(sets=(f"training.max_steps=0x1{'f' * 5_000}",)),
+        ["--set training.max_steps=0x1fff", "has 5,003 characters"],
     ),
     "output is a file": (lambda d: argv("--output-dir", written(d / "file", "x")), ["not a directory"]),
     "output name too long": (lambda d: argv("--output-dir", "x" * 300), ["name too long", "choose another"]),

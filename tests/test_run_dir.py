@@ -317,6 +317,14 @@ def test_what_is_no_regular_file_is_refused_by_name_at_the_start(name, kind, acc
     read_summary(run)
 
 
+@pytest.mark.parametrize("name", [*NAMES, "lora_adapters/README.md"])
+def test_a_directory_where_a_file_is_begun_is_refused_by_name_at_the_start(name, accelerator, tmp_path):
+    run = run_dir(tmp_path / "run", accelerator)
+    (run / f"{name}.tmp").mkdir()
+    with pytest.raises(UserError, match=rf"--output-dir .*{name}.tmp"):
+        check_run_dir(run, experiment(), False)
+
+
 @pytest.mark.parametrize("kind", ["pipe", "directory", "device", "socket"])
 def test_a_lock_file_that_is_none_is_refused(kind, tmp_path):
     odd_file(tmp_path / "run.lock", kind)

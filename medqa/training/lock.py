@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from medqa.data.file_lock import NO_FLOCK
 from medqa.errors import Busy, UserError
-from medqa.files import parse_json
+from medqa.files import naming, parse_json
 from medqa.training.processes import is_first_process
 
 LOCK_FILE = "run.lock"
@@ -83,9 +83,10 @@ class RunLock:
         assert self._file is not None
         self._mine = this_process()
         text = json.dumps(self._mine).encode()
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, text, 0)
-        os.fsync(self._file)  # for the other hosts of a network mount to see
+        with naming(self._output_dir / LOCK_FILE):
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, text, 0)
+            os.fsync(self._file)  # for the other hosts of a network mount to see
 
     def check(self) -> None:
         """See that nobody else has taken the directory since; to be asked before each write.

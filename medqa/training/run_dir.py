@@ -82,6 +82,8 @@ def _not_a_runs(output_dir: Path) -> Iterator[str]:
         followed = name in (METRICS, LOCK_FILE, *folders) and os.path.islink(path)
         if followed or (os.path.exists(path) and not of_its_kind):
             yield name
+        elif name not in folders and os.path.isdir(output_dir / (name + UNFINISHED)):
+            yield name + UNFINISHED
 
 
 def left_alone(output_dir: Path) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medqa.errors import UserError
-from medqa.files import Damaged, flush, open_in_place, parse_json, read_file, write_file
+from medqa.files import Damaged, flush, naming, open_in_place, parse_json, read_file, write_file
 from medqa.limits import MAX_COUNT, MAX_METRICS_BYTES
 from medqa.training.wandb_feed import WandbFeed
 
@@ -70,7 +70,7 @@ class MetricsFile:
         Raises:
             OSError: no room, or the file has gone.
         """
-        with open_in_place(self.path) as file:
+        with naming(self.path), open_in_place(self.path) as file:
             end = file.seek(0, os.SEEK_END)
             _write_all(file, end, _line(record).encode(), b"")
         if record["split"] == "train":
@@ -85,7 +85,7 @@ class MetricsFile:
         if self._last_train is None or self._last_train[1]["step"] != step:
             return False
         start, record = self._last_train
-        with open_in_place(self.path) as file:
+        with naming(self.path), open_in_place(self.path) as file:
             file.seek(start)
             before = file.read()
             after = before.split(b"\n", 1)[1]
