@@ -167,7 +167,8 @@ def run_all(directory: Path, kills: int, workers: int, seed: int) -> dict[str, A
             first = seed + len(certificates)
             rounds = range(first, first + max(1, -(-(kills - done) // KILLS_A_ROUND)))
             tasks = [
-                pool.submit(kill_round, EXPERIMENTS[i % 3], directory / f"round-{i}", KILLS_A_ROUND, i) for i in rounds
+                pool.submit(kill_round, EXPERIMENTS[(i - seed) % 3], directory / f"round-{i}", KILLS_A_ROUND, i)
+                for i in rounds
             ]
             for task in concurrent.futures.as_completed(tasks):
                 certificates.append(task.result())
