@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from medqa.config import Experiment
-from medqa.errors import UserError
+from medqa.errors import Interrupted, UserError
 from medqa.training import persist
 from medqa.training.checkpoint_files import checkpoints
 from medqa.training.persist import Copies
@@ -97,6 +98,27 @@ def test_a_place_that_was_removed_is_said_and_not_made_again(run, began, tmp_pat
     ]
     copies.__exit__(None, None, None)
     assert not there.exists()
+    assert said[-1] == f"--persist-to {there}: not everything is there yet: {run} has all"
+
+
+def test_a_signal_that_ends_the_waiting_leaves_the_last_word(run, began, tmp_path, monkeypatch):
+    there = tmp_path / "there"
+    copies, said = began(there)
+    shutil.rmtree(there)
+    monkeypatch.setattr(persist, "LAST_WAIT_S", 60.0)
+    monkeypatch.setattr(persist, "UNSAID_WAIT_S", 0.1)
+
+    def interrupt(signum, frame):
+        raise Interrupted(signum)
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    try:
+        with pytest.raises(Interrupted):
+            copies.__exit__(None, None, None)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert "copying the rest, for at most 60 s" in said[-2]
     assert said[-1] == f"--persist-to {there}: not everything is there yet: {run} has all"
 
 

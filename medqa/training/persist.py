@@ -73,12 +73,14 @@ class Copies:
         self._leaving.set()  # before the other: what is begun after it is the last round
         self._wanted.set()
         seconds = SIGNALLED_WAIT_S if kind is not None and issubclass(kind, Interrupted) else LAST_WAIT_S
-        self._thread.join(min(UNSAID_WAIT_S, seconds))
-        if self._thread.is_alive():
-            self._say(f"--persist-to {self.directory}: copying the rest, for at most {seconds:.0f} s")
-            self._thread.join(seconds)
-        if not self._complete:
-            self._say(f"--persist-to {self.directory}: not everything is there yet: {self._output_dir} has all")
+        try:
+            self._thread.join(min(UNSAID_WAIT_S, seconds))
+            if self._thread.is_alive():
+                self._say(f"--persist-to {self.directory}: copying the rest, for at most {seconds:.0f} s")
+                self._thread.join(seconds)
+        finally:  # a signal ends the waiting
+            if not self._complete:
+                self._say(f"--persist-to {self.directory}: not everything is there yet: {self._output_dir} has all")
 
     def check(self, experiment: Experiment, fresh: bool) -> None:
         """See that the place is there, and this run's.
