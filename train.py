@@ -31,7 +31,7 @@ from medqa.training.execution import choose_execution
 from medqa.training.interrupts import Deadline, Interrupts, elapsed
 from medqa.training.lock import RunLock
 from medqa.training.loop import train
-from medqa.training.memory import available_memory, reset_peak
+from medqa.training.memory import available_memory, reset_peak, return_freed_memory
 from medqa.training.optimizer import build_optimizer
 from medqa.training.persist import Copies, space_needed
 from medqa.training.phases import Phases
@@ -122,6 +122,8 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     execution = on_main(
         accelerator, lambda: choose_execution(experiment, model_config, precision, memory, len(tokenizer), kept, shards)
     )
+    if execution.return_memory and return_freed_memory():
+        say("memory is short: freed memory goes back to the system at once, which is slower")
     with accelerator.main_process_first():
         base = load_base(experiment.model, precision, execution, accelerator.device, len(tokenizer), seed, kept)
     adapted = add_lora(base.model, experiment.lora, seed, execution.fast_lora(accelerator.device.type))

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +19,18 @@ from benchmarks.hf_trainer import Parts, build
 from medqa.data import token_cache, tokens
 from medqa.data.batches import pack
 from medqa.data.sources import Row
+from medqa.experiment_file import load_experiment
 from medqa.model import attention
-from medqa.model.base import load_base, load_tokenizer
+from medqa.model.attention import SEGMENTED
+from medqa.model.base import check_model, load_base, load_tokenizer
 from medqa.model.execution import Execution
 from medqa.model.loss import summed_loss
 from medqa.model.precision import resolve_precision
 from medqa.tiny import BASE_DIR
 from medqa.training import memory, probe
 from medqa.training.checkpoint import STATE, RunState
+from medqa.training.execution import choose_execution, enough_tokens
+from medqa.training.footprint import footprint
 from medqa.training.probe import choose_micro_batch, find_micro_batch_tokens, full, most_in_an_update
 from medqa.training.run_dir import CONFIG
 from medqa.yaml_core import load_yaml
@@ -224,6 +232,62 @@ def limited(monkeypatch, most: int) -> list[int]:
 
     monkeypatch.setattr(probe, "summed_loss", tries)
     return tried
+
+
+HELD = """
+import sys
+import psutil, torch
+from medqa.training.memory import return_freed_memory
+returned = sys.argv[1] == "yes" and return_freed_memory()
+for size in range(1, 24):
+    del_me = torch.ones(size * 2**18)  # a freed block of 1 to 24 MiB raises glibc's threshold
+del del_me
+before = psutil.Process().memory_info().rss
+blocks = [torch.ones(2**19 + 2**16 * (i % 2)) for i in range(64)]  # 2 MiB and 2.25 MiB in turn
+kept = blocks[1::2]
+del blocks
+print(returned, (psutil.Process().memory_info().rss - before) / 2**20, sum(t.nbytes for t in kept) / 2**20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_freed_memory_is_returned_where_asked():
+    def run(asked: str, **variables: str) -> tuple[str, float, float]:
+        words = [sys.executable, "-c", HELD, asked]
+        done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, **variables})
+        returned, grown, kept = done.stdout.split()
+        return returned, float(grown), float(kept)
+
+    returned, grown, kept = run("yes")
+    assert returned == "True"
+    assert grown < kept + 8
+    returned, grown, kept = run("no")
+    assert returned == "False"
+    assert grown > kept + 32  # the control: half of the blocks were freed and stay
+    assert run("yes", MALLOC_MMAP_THRESHOLD_="33554432")[0] == "False"  # what the user has set stands
+
+
+@pytest.mark.parametrize("exp, free", [("exp_004", True), ("exp_002", False)])
+def test_memory_is_returned_only_where_what_is_kept_would_not_fit(tiny, exp, free):
+    experiment = tiny(exp, "model.quantization=none", "model.gradient_checkpointing=false")
+    model_config, precision = check_model(experiment.model, 512), resolve_precision(experiment, force_cpu=True)
+    execution = Execution(free, True, SEGMENTED, False, False)
+    planned = footprint(experiment, model_config, precision, execution, "none", 1024)
+    tokens = enough_tokens(experiment, "cpu")
+    if not free:
+        tokens = experiment.training.per_device_batch_size * experiment.tokenization.max_length
+
+    def chosen(memory: int, *sets: str) -> Execution:
+        recipe = load_experiment(exp, tiny=True, sets=["model.quantization=none", *sets])
+        return choose_execution(recipe, model_config, precision, memory, 1024, None)
+
+    assert planned.peak(tokens) < planned.resident(tokens) < 2 * planned.peak(tokens)
+    ample = chosen(planned.resident(tokens), "model.gradient_checkpointing=false")
+    short = chosen(planned.resident(tokens) - 1, "model.gradient_checkpointing=false")
+    assert (ample.return_memory, ample.gradient_checkpointing) == (False, False)
+    assert (short.return_memory, short.gradient_checkpointing) == (True, False)
+    if not free:
+        assert chosen(2**40, "model.gradient_checkpointing=true").return_memory
 
 
 def test_the_probe_tries_the_longest_micro_batch_and_then_less(parts, monkeypatch):

@@ -17,6 +17,7 @@ class Execution:
         dequantize: 4-bit weights are expanded once, and kept so.
         planned_tokens: the most tokens of a micro-batch without padding for which the plan has room; None: not asked.
         shards: in how many pieces, on as many processes, the frozen weights are held; 1: whole.
+        return_memory: freed memory goes back to the system at once (`training.memory`), which is slower.
         reasons: `section.key` to (asked, in effect, why) where the two differ.
     """
 
@@ -27,6 +28,7 @@ class Execution:
     dequantize: bool
     planned_tokens: int | None = None
     shards: int = 1
+    return_memory: bool = False
     reasons: Mapping[str, Change] = field(default_factory=dict)
 
     def fast_lora(self, device_type: str) -> bool:

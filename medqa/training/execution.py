@@ -15,7 +15,7 @@ from medqa.model.families import check_targets, without_contents
 from medqa.model.four_bit import quantization_in_effect
 from medqa.model.precision import KEPT, Precision
 from medqa.training.environment import Settings
-from medqa.training.footprint import footprint
+from medqa.training.footprint import Footprint, footprint
 from medqa.training.memory import gibibytes
 
 # A micro-batch of so many tokens keeps the processor busy; larger ones gain little. What is not needed for one of them
@@ -53,13 +53,22 @@ def choose_execution(
         attention = SEGMENTED
     padding_free = asked and why_padded is None and (kept is None or kept.padding_free)
     chosen, why, planned_tokens = (model.gradient_checkpointing, False), {"dequantize": "only without padding"}, None
-    if padding_free and kept is not None:
-        chosen, why = (kept.gradient_checkpointing, kept.dequantize), {"checkpointing": KEPT, "dequantize": KEPT}
-    elif padding_free:
-        chosen, why, planned_tokens = _what_fits(
-            experiment, model_config, precision, memory, vocabulary, attention, quantization, shards
-        )
+    arguments = (experiment, model_config, precision, memory, vocabulary, attention, quantization, shards)
+    on_cpu, tokens = precision.device_type == "cpu", enough_tokens(experiment, precision.device_type)
+    planned = None
+    if padding_free:
+        fixed = None if kept is None else (kept.gradient_checkpointing, kept.dequantize)
+        chosen, why, planned = _what_fits(*arguments, fixed)
+        if kept is None:
+            planned_tokens = planned.most_tokens(memory)
+        else:
+            why = {"checkpointing": KEPT, "dequantize": KEPT}
+    elif on_cpu:
+        tokens = experiment.training.per_device_batch_size * experiment.tokenization.max_length
+        padded = Execution(False, False, attention, *chosen, shards=shards)
+        planned = footprint(experiment, model_config, precision, padded, quantization, vocabulary)
     checkpointing, dequantize = chosen
+    return_memory = on_cpu and (checkpointing or planned.resident(tokens) > memory)
     reasons: dict[str, Change] = {}
     if why_attention is not None:
         reasons["model.attn_implementation"] = (model.attn_implementation, attention, why_attention)
@@ -76,7 +85,15 @@ def choose_execution(
         used = "once, and kept so" if dequantize else "never"
         reasons["model.dequantize"] = ("auto", used, why["dequantize"])
     return Execution(
-        padding_free, why_padded is None, attention, checkpointing, dequantize, planned_tokens, shards, reasons
+        padding_free,
+        why_padded is None,
+        attention,
+        checkpointing,
+        dequantize,
+        planned_tokens,
+        shards,
+        return_memory,
+        reasons,
     )
 
 
@@ -94,11 +111,14 @@ def _what_fits(
     attention: str,
     quantization: str,
     shards: int,
-) -> tuple[tuple[bool, bool], dict[str, str], int]:
-    """Checkpointing and expanded weights or not, the fastest that fits; why; and room for how many tokens."""
+    fixed: tuple[bool, bool] | None,
+) -> tuple[tuple[bool, bool], dict[str, str], Footprint]:
+    """Checkpointing and expanded weights or not, the fastest that fits or the `fixed` one; why; and its footprint."""
     tokens = enough_tokens(experiment, precision.device_type)
     ways = [(False, False), (True, False)]
-    if quantization == "4bit" and experiment.model.dequantize == "auto":
+    if fixed is not None:
+        ways = [fixed]
+    elif quantization == "4bit" and experiment.model.dequantize == "auto":
         ways.insert(0, (False, True))
     peaks = {}
     for way in ways:  # the last one, if none fits: the probe will say
@@ -112,4 +132,4 @@ def _what_fits(
         "checkpointing": f"the plan without it is {peaks.get((False, False)) or peaks[way]} GiB {of}",
         "dequantize": f"the plan with weights expanded is {peaks.get((False, True))} GiB {of}",
     }
-    return way, why, planned.most_tokens(memory)
+    return way, why, planned

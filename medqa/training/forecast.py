@@ -148,6 +148,7 @@ def _way(
         "logits_and_loss": found.logits_and_loss.at(places),
         "inside_a_layer": max(0, found.layers.at(places) - found.activations.at(places)),
         "peak": peak,
+        "resident": found.resident(places) if machine.precision.device_type == "cpu" else None,
         "fits": peak <= machine.usable,
         "most_tokens": most,
     }
@@ -194,6 +195,11 @@ def show_forecast(console: Console, forecast: dict[str, Any]) -> None:
         table.add_row(part.replace("_", " "), f"{memory[part] / 2**20:,.1f}", end_section=part in parts[-2:])
     console.print(table)
     console.print("Logits and loss, and what is inside a layer, are not there at once: the larger counts.")
+    if memory["resident"] is not None:
+        console.print(
+            f"A CPU's allocator may keep freed memory: up to {memory['resident'] / 2**30:.2f} GiB in all. Where that "
+            "does not fit, and with gradient checkpointing, the run has it returned at once, and is slower."
+        )
 
     title = f"of {machine['usable'] / 2**30:.2f} GiB that a run may plan with; > is the way it takes"
     table = Table(title=title, title_justify="left")

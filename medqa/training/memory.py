@@ -1,5 +1,7 @@
 """Current and peak memory: the allocator's on a GPU, the resident set of this process on a CPU. All in bytes."""
 
+import ctypes
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ CGROUP = Path("/sys/fs/cgroup")
 SPARE = 0.9  # of what is free, what may be planned with: allocators round up, and others need some too
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+RETURNED = 2**20  # bytes; on a model of 40M parameters 128 KiB saved as much and was slower by a third
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,26 @@ def available_memory(device: torch.device, sharing: int = 1) -> int:
         cached = int(counts.get("inactive_file", 0))  # of files read; given up as soon as it is needed
         free = min(free, max(0, int(limit) - int(used) + cached))
     return int(SPARE * free / sharing)
+
+
+def return_freed_memory() -> bool:
+    """Have the C library return freed blocks of `RETURNED` bytes and more to the system at once.
+
+    glibc keeps what is freed: by default its threshold grows to 32 MiB with the blocks that are freed, and what lies
+    below it is returned only from the top of the heap. Returning it makes each large tensor's pages anew: the update
+    takes 1.4 to 1.8 times as long, and the same values.
+
+    Returns:
+        False where another C library serves, or where the user has decided (MALLOC_MMAP_THRESHOLD_, GLIBC_TUNABLES).
+    """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
+        return False
+    # Either option also ends the growth of both thresholds.
+    return bool(mallopt(M_MMAP_THRESHOLD, RETURNED)) and bool(mallopt(M_TRIM_THRESHOLD, RETURNED))
 
 
 def release(device: torch.device) -> None:
