@@ -7,6 +7,7 @@ a file that is read half, or shifted by a column, would train a model on nonsens
 import csv
 import io
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,10 +109,15 @@ def add_record(records: list[Record], record: Record, where: Path | str) -> None
 
 
 def matching_columns(columns: Iterable[str], wanted: frozenset[str], where: Path | str) -> dict[str, str]:
-    """Of `columns`, the wanted ones: lower-case name to the name as it is spelled."""
+    """Of `columns`, the wanted ones: lower-case name to the name as it is spelled.
+
+    A name that differs from a wanted one in compatibility forms or in characters that show nothing (a zero-width
+    space, a byte order mark) is that name.
+    """
     found: dict[str, str] = {}
     for column in columns:
-        name = column.strip().lower()
+        shown = (c for c in unicodedata.normalize("NFKC", column) if unicodedata.category(c) != "Cf")
+        name = "".join(shown).strip().lower()
         if name in found:
             raise UserError(f"{where}: two columns are called {name!r}; rename or remove one")
         if name in wanted:
@@ -127,19 +133,21 @@ def _utf8(path: Path) -> str:
         raise UserError(f"{error}; give a file that can be read whole") from error
     if not data.strip():
         raise UserError(f"{path}: the file is empty")
-    position, what = data.find(b"\0"), "a NUL byte"  # UTF-16 has them, too
-    if position < 0:
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            position, what = error.start, f"byte 0x{data[error.start]:02x}"
-        else:
-            if text.rstrip("\r\n").endswith(END_OF_FILE):
-                line = text.rstrip("\r\n").count("\n") + 1
-                raise UserError(f"{path}, line {line}: ends with Ctrl-Z, DOS's end-of-file character; remove it")
-            return text
-    line = data.count(b"\n", 0, position) + 1
-    raise UserError(f"{path}, line {line}: not UTF-8 text ({what}); save it again as UTF-8")
+    position = data.find(b"\0")
+    if position >= 0:
+        line = data.count(b"\n", 0, position) + 1
+        advice = "if it is UTF-16, save it again as UTF-8, else remove the byte"
+        raise UserError(f"{path}, line {line}: holds a NUL byte, which no text has; {advice}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        what = f"byte 0x{data[error.start]:02x}"
+        raise UserError(f"{path}, line {line}: not UTF-8 text ({what}); save it again as UTF-8") from error
+    if text.rstrip("\r\n").endswith(END_OF_FILE):
+        line = text.rstrip("\r\n").count("\n") + 1
+        raise UserError(f"{path}, line {line}: ends with Ctrl-Z, DOS's end-of-file character; remove it")
+    return text
 
 
 def _read_csv(path: Path, wanted: frozenset[str]) -> Table:
