@@ -16,6 +16,9 @@ from medqa.files import Damaged, read_json
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
+# Of a final adapter's directory: beside those of the adapter a model card and the files of a tokenizer.
+ADAPTER_DIR_FILES = {*ADAPTER_FILES, "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 # Of adapter_config.json, what this project's adapters are made of; of the rest, nothing may change what they compute.
 USED = {"r", "lora_alpha", "target_modules", "bias", "lora_dropout"}
 SAYS_NOTHING = {

@@ -23,13 +23,13 @@ from medqa.experiment_file import Locations, load_experiment
 from medqa.files import Damaged
 from medqa.hub import hub_reachable
 from medqa.length import is_complete
-from medqa.model.adapter_files import not_usable, plain_lora, read_adapter
+from medqa.model.adapter_files import ADAPTER_FILES, not_usable, plain_lora, read_adapter
 from medqa.model.base import add_lora, check_model, fit_adapter, load_base, load_tokenizer
 from medqa.model.base_files import base_fingerprint
 from medqa.model.execution import Execution
 from medqa.model.precision import Precision, resolve_precision
 from medqa.training.checkpoint import Fingerprints, newest_whole, read_identity, read_state
-from medqa.training.checkpoint_files import ADAPTER_FILES, CONTENT, checkpoints
+from medqa.training.checkpoint_files import CONTENT, checkpoints
 from medqa.training.environment import Settings
 from medqa.training.execution import choose_execution
 from medqa.training.manifest import MANIFEST, measure, verify

@@ -17,11 +17,11 @@ from medqa.config import Data, Experiment, Model
 from medqa.errors import UserError
 from medqa.files import UNFINISHED, copy_file
 from medqa.length import length
+from medqa.model.adapter_files import ADAPTER_FILES
 from medqa.model.base import save_tokenizer
 from medqa.prompts import prompt
 from medqa.tiny import BASE_DIR
 from medqa.training.checkpoint import Identity, RunState, save_adapter
-from medqa.training.checkpoint_files import ADAPTER_FILES
 from medqa.training.ending import Ending
 from medqa.training.environment import git_commit, versions
 from medqa.training.manifest import measure

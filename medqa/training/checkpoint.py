@@ -24,9 +24,9 @@ from medqa.errors import NotWritten, UserError
 from medqa.evaluation.loss import SplitLoss
 from medqa.files import UNFINISHED, Damaged, flush, parse_json, read_file
 from medqa.limits import MAX_JSON_BYTES
+from medqa.model.adapter_files import ADAPTER_FILES
 from medqa.model.base import adapter_weights, load_adapter_weights
 from medqa.training.checkpoint_files import (
-    ADAPTER_FILES,
     STATE_FILE,
     TRAINING_FILE,
     checkpoints,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from medqa.files import UNFINISHED, Damaged, copy_file, flush
+from medqa.model.adapter_files import ADAPTER_FILES
 from medqa.training.manifest import MANIFEST, read_manifest, verify
 
 NAME = re.compile(r"checkpoint-(\d{1,12})")
@@ -20,9 +21,6 @@ NAME = re.compile(r"checkpoint-(\d{1,12})")
 LEFTOVER = re.compile(rf"{NAME.pattern}(\.[0-9a-f]{{8}})?{re.escape(UNFINISHED)}")
 # What a network file system calls a removed file that a process still has open. It removes the file later by itself.
 STILL_OPEN = ".nfs"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
-# Of a final adapter's directory: beside those of the adapter a model card and the files of a tokenizer.
-ADAPTER_DIR_FILES = {*ADAPTER_FILES, "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 TRAINING_FILE = "training_state.pt"
 STATE_FILE = "state.json"
 CONTENT = (*ADAPTER_FILES, TRAINING_FILE, STATE_FILE)

@@ -23,8 +23,8 @@ import torch
 from medqa.config import Experiment
 from medqa.errors import Interrupted, UserError, writing
 from medqa.files import UNFINISHED, Damaged, flush, replacing
+from medqa.model.adapter_files import ADAPTER_DIR_FILES
 from medqa.training.checkpoint_files import (
-    ADAPTER_DIR_FILES,
     CHECKPOINT_FILES,
     checkpoints,
     copy_checkpoint,

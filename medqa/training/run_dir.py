@@ -17,10 +17,10 @@ from medqa.errors import UserError, note
 from medqa.files import UNFINISHED, Damaged, copy_file, read_json, write_json
 from medqa.length import is_complete
 from medqa.limits import MAX_COUNT
+from medqa.model.adapter_files import ADAPTER_DIR_FILES
 from medqa.places import check_place, require_utf8
 from medqa.training.checkpoint import Found, RunState, newest_whole
 from medqa.training.checkpoint_files import (
-    ADAPTER_DIR_FILES,
     CHECKPOINT_FILES,
     LEFTOVER,
     NAME,

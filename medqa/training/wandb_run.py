@@ -22,9 +22,9 @@ from medqa.evaluation.loss import fixed_subset
 from medqa.files import Damaged, Missing, read_file
 from medqa.hub import connects
 from medqa.limits import MAX_NETRC_BYTES
+from medqa.model.adapter_files import ADAPTER_DIR_FILES
 from medqa.places import check_place
 from medqa.terminal import without_credentials
-from medqa.training.checkpoint_files import ADAPTER_DIR_FILES
 from medqa.training.tracking import GLOBAL_STEP
 from medqa.training.wandb_feed import FINISH_SECONDS, UPLOAD_SHARE, failures
 from medqa.variables import is_on
