@@ -68,7 +68,7 @@ def choose_execution(
         padded = Execution(False, False, attention, *chosen, shards=shards)
         planned = footprint(experiment, model_config, precision, padded, quantization, vocabulary)
     checkpointing, dequantize = chosen
-    return_memory = on_cpu and (checkpointing or planned.resident(tokens) > memory)
+    return_memory = on_cpu and (checkpointing or (planned is not None and planned.resident(tokens) > memory))
     reasons: dict[str, Change] = {}
     if why_attention is not None:
         reasons["model.attn_implementation"] = (model.attn_implementation, attention, why_attention)
