@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "import os; print(min(2, os.cpu_c
 # Another wheel index for torch, a CPU one say: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test test-all lint gpu-check results bench chaos fuzz figure clean
+.PHONY: demo test test-slow test-all lint gpu-check results bench chaos fuzz figure clean
 
 demo: $(VENV)/.run
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml train.py --exp exp_002 --tiny
@@ -19,8 +19,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 test: $(VENV)/.dev
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-all: $(VENV)/.dev
-	$(PYTEST) $(PYTEST_ARGS)
+# The rest of the tests: real launches, kills, larger models.
+test-slow: $(VENV)/.dev
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+test-all: test test-slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

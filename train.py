@@ -7,38 +7,45 @@ import sys
 import time
 from collections.abc import Sequence
 
+from medqa.config import planned_updates
+from medqa.config_file import default_output_dir, find_experiment, load_experiment
 from medqa.data.batches import Stream
 from medqa.data.report import write_reports
 from medqa.data.sources import load_sources
 from medqa.data.splits import split_sources
 from medqa.data.tokens import tokenize_splits
 from medqa.errors import StoppedInTime, exit_code, saying_what_is_saved, together, writing
-from medqa.evaluation.inference import sample_answers
+from medqa.evaluation.answers import sample_answers
 from medqa.evaluation.loss import fixed_subset, summarize
-from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
 from medqa.files import write_json
-from medqa.length import planned_updates
 from medqa.model.base import add_lora, check_model, load_base, load_tokenizer, tokens_without_weights
+from medqa.model.device import available_memory, reset_peak, return_freed_memory
 from medqa.model.loss import LossModel
-from medqa.model.precision import resolve_precision
+from medqa.model.memory import choose_execution
+from medqa.model.settings import resolve_precision
 from medqa.options import parse_options
 from medqa.terminal import make_console, protect
-from medqa.training.artifacts import adapter_sha256, make_summary, save_final_adapter
-from medqa.training.checkpoint import RunState, Trained, save_checkpoint
-from medqa.training.console import ProgressLine, quiet_libraries, show_plan, show_result
-from medqa.training.ending import close_run
-from medqa.training.execution import choose_execution
-from medqa.training.interrupts import Deadline, Interrupts, elapsed
-from medqa.training.lock import RunLock
+from medqa.training.batches import choose_micro_batch, make_evaluator
+from medqa.training.before_after import adapter_sha256, close_run, make_summary, save_final_adapter
+from medqa.training.checkpoint import Trained, save_checkpoint
+from medqa.training.distributed import build_accelerator, choose_kernels, leave, on_main, prepared, take_shards
+from medqa.training.identity import go_on, identify, told_of
 from medqa.training.loop import train
-from medqa.training.memory import available_memory, reset_peak, return_freed_memory
-from medqa.training.optimizer import build_optimizer
-from medqa.training.persist import Copies, space_needed
-from medqa.training.phases import Phases
+from medqa.training.mirror import Copies, space_needed
+from medqa.training.optimizer import build_optimizer, build_scheduler
 from medqa.training.plan import accumulation_steps, in_effect, make_plan
-from medqa.training.probe import choose_micro_batch, make_evaluator
-from medqa.training.processes import build_accelerator, choose_kernels, leave, on_main, prepared, take_shards
+from medqa.training.recorder import (
+    MetricsFile,
+    Phases,
+    ProgressLine,
+    Tracker,
+    quiet_libraries,
+    show_plan,
+    show_result,
+    tell_trial,
+)
 from medqa.training.run_dir import (
+    RunLock,
     check_run_dir,
     find_checkpoint,
     finished,
@@ -48,12 +55,9 @@ from medqa.training.run_dir import (
     what_is_saved,
     write_config,
 )
-from medqa.training.same_run import go_on, identify, told_of
-from medqa.training.scheduler import build_scheduler
-from medqa.training.tracking import MetricsFile, Tracker
-from medqa.training.trial import tell_trial
-from medqa.training.wandb_feed import WandbFeed
-from medqa.training.wandb_run import log_adapter, log_samples, sampled_rows, start_wandb
+from medqa.training.state import RunState
+from medqa.training.stopping import Deadline, Interrupts, elapsed
+from medqa.training.wandb import WandbFeed, log_adapter, log_samples, sampled_rows, start_wandb
 from medqa.variables import settle_variables
 
 

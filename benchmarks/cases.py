@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gate import Job
-from benchmarks.hf_trainer import TRAINER_NAMES
 from benchmarks.standin import STANDIN_SHAPES, Rows, even_rows, make_rows
+from harness.hf_trainer import TRAINER_NAMES
 from medqa.config import Experiment, flat
-from medqa.experiment_file import load_experiment
+from medqa.config_file import load_experiment
 
 RECIPES = ("exp_001", "exp_002", "exp_003")
 CORPUS = 4096  # rows that an arm may choose from

@@ -1,6 +1,7 @@
 """200 kills and every damage: `make chaos`, or `python -m benchmarks.chaos --kills 200 --workers 3 --out chaos.json`.
 
-Each round is a certificate (`medqa/training/verify.py`): one experiment run straight and run killed, with another seed.
+Each round is a certificate (`medqa/commands/verify_resume.py`): one experiment, run straight and run killed, with
+another seed.
 Then every file of a checkpoint is damaged in every way, and the run that goes on must end as the straight one. The runs
 are real processes, forked from one that has the libraries imported already, so that a start costs no 8 seconds.
 """
@@ -8,101 +9,21 @@ are real processes, forked from one that has the libraries imported already, so 
 import argparse
 import concurrent.futures
 import json
-import multiprocessing
 import os
-import runpy
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from medqa.training.checkpoint_files import CONTENT
-from medqa.training.manifest import MANIFEST
-from medqa.training.verify import contents, verify_resume
+from harness.faults import DAMAGES, QUIET, kill_round, words_for
+from harness.processes import Forked
+from medqa.commands.verify_resume import contents
+from medqa.training.checkpoint import CONTENT, MANIFEST
 
 EXPERIMENTS = ("exp_001", "exp_002", "exp_003")
 KILLS_A_ROUND = 10
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-# Few, short rows and updates: most of the time is spent in what is to be interrupted.
-SHORT = (
-    "training.max_steps=24", "training.save_steps=4", "training.global_batch_size=8", "evaluation.steps=6",
-    "evaluation.rows=8", "evaluation.samples=0", "tokenization.max_length=64",
-)  # fmt: skip
-QUIET = ("--set", "training.log_steps=1", "tracking.wandb=disabled")
-DAMAGES: dict[str, Callable[[Path], Any]] = {
-    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "empty": lambda path: os.truncate(path, 0),
-    "flipped": lambda path: path.write_bytes(_flipped(path.read_bytes())),
-    "grown": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
-    "missing": lambda path: path.unlink(),
-    "a directory": lambda path: (path.unlink(), path.mkdir()),
-    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
-}
-
-
-class Forked:
-    """A process with `train.py`'s main, or another script's, forked from a server that has imported everything.
-
-    It has `Popen`'s methods, but for `wait`, which returns None when its time is over.
-    """
-
-    def __init__(
-        self,
-        words: list[str],
-        log: Path,
-        environment: Mapping[str, str] | None = None,
-        script: Path = TRAIN,
-    ) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train"])
-        self._process = context.Process(target=_train, args=(words, log, dict(environment or {}), script))
-        self._process.start()
-        self.pid = self._process.pid
-
-    def poll(self) -> int | None:
-        """The exit code, None while it runs."""
-        return self._process.exitcode
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        self._process.kill()
-
-    def send_signal(self, number: int) -> None:
-        """A signal, to a process that has not ended."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def wait(self, timeout: float | None = None) -> int | None:
-        """The exit code, once it has one."""
-        self._process.join(timeout)
-        return self._process.exitcode
-
-
-def _train(words: list[str], log: Path, environment: dict[str, str], script: Path) -> None:
-    """The child: what it prints goes into the log."""
-    for name in [name for name in os.environ if name.startswith(("WANDB_", "ACCELERATE_"))]:
-        del os.environ[name]  # among them the address of a W&B service of the process that began this
-    os.environ |= environment
-    with log.open("ab") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    sys.argv = [str(script), *words]
-    runpy.run_path(str(script), run_name="__main__")
-
-
-def words_for(experiment: str) -> list[str]:
-    """A small run of the experiment."""
-    return ["--exp", experiment, "--tiny", "--cpu", "--set", *SHORT]
-
-
-def kill_round(experiment: str, directory: Path, kills: int, seed: int) -> dict[str, Any]:
-    """One certificate."""
-    directory.mkdir(parents=True, exist_ok=True)
-    Forked(["--help"], directory / "warm-up.log").wait()  # the server's imports are not part of a start
-    return verify_resume(words_for(experiment), directory, kills, seed, Forked, lambda message: None)
 
 
 def damage_round(experiment: str, directory: Path, name: str, damage: str) -> dict[str, Any]:
@@ -131,12 +52,6 @@ def half_done(straight: Path, half: Path) -> None:
     shutil.rmtree(half / "lora_adapters")
     places = sorted(half.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     shutil.rmtree(places[-1])
-
-
-def _flipped(content: bytes) -> bytes:
-    """One bit in the middle is another."""
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 def main() -> int:

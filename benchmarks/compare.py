@@ -27,7 +27,7 @@ from benchmarks.cases import ARMS, FULL, HOST, QUICK_ARMS, RECIPES, Case, absent
 from benchmarks.flops import flops_per_token, gemm_flops, no_bfloat16
 from benchmarks.pool import Arm, ArmFailed, check_gradients, profile
 from benchmarks.standin import MEDQUAD, make_model, useful_share
-from medqa.training.environment import versions
+from medqa.training.checkpoint import versions
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 CHECK_ROWS = 16

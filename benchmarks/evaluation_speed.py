@@ -19,7 +19,7 @@ from benchmarks.ours import PAD, build
 from benchmarks.standin import MEDQUAD, make_model
 from medqa.evaluation.loss import Evaluator
 from medqa.model.loss import summed_loss
-from medqa.training.execution import enough_tokens
+from medqa.model.memory import enough_tokens
 from medqa.training.loop import next_update
 
 

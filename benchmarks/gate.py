@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medqa.training.memory import peak_memory, reset_peak
+from medqa.model.device import peak_memory, reset_peak
 
 
 class Done(Exception):

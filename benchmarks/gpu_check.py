@@ -32,8 +32,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from medqa.tiny import BASE_DIR
-from medqa.training.environment import versions
-from medqa.training.tracking import read_metrics
+from medqa.training.checkpoint import versions
+from medqa.training.recorder import read_metrics
 
 RECIPES = ("exp_001", "exp_002", "exp_003", "exp_004")
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}

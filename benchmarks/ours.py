@@ -16,19 +16,17 @@ from medqa.data.batches import Stream
 from medqa.data.sources import Row
 from medqa.data.tokens import Example
 from medqa.model.base import add_lora, check_model, load_base
-from medqa.model.execution import Execution
+from medqa.model.device import available_memory
 from medqa.model.loss import LossModel
-from medqa.model.precision import DTYPES, Precision, resolve_precision
-from medqa.training.checkpoint import RunState
-from medqa.training.execution import choose_execution
-from medqa.training.interrupts import Deadline, Interrupts
+from medqa.model.memory import choose_execution
+from medqa.model.settings import DTYPES, Execution, Precision, resolve_precision
+from medqa.training.batches import choose_micro_batch
+from medqa.training.distributed import build_accelerator, choose_kernels
 from medqa.training.loop import StepResult, next_update, train, train_step
-from medqa.training.memory import available_memory
-from medqa.training.optimizer import build_optimizer
-from medqa.training.probe import choose_micro_batch
-from medqa.training.processes import build_accelerator, choose_kernels
-from medqa.training.scheduler import build_scheduler
-from medqa.training.tracking import MetricsFile, Tracker
+from medqa.training.optimizer import build_optimizer, build_scheduler
+from medqa.training.recorder import MetricsFile, Tracker
+from medqa.training.state import RunState
+from medqa.training.stopping import Deadline, Interrupts
 
 PAD = 2  # the stand-in's EOS
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 
-from benchmarks.hf_trainer import FIGURES, Curve, relative_differences, train_ours, train_theirs
-from medqa.experiment_file import load_experiment
+from harness.hf_trainer import FIGURES, Curve, relative_differences, train_ours, train_theirs
+from medqa.config_file import load_experiment
 
 FIGURE = Path(__file__).parents[1] / "docs" / "parity.png"
 UPDATES = 60

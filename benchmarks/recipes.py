@@ -22,14 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from benchmarks.hf_trainer import build, run_train
+from harness.parts import build, run_train
 from medqa.config import Experiment
+from medqa.config_file import load_experiment
 from medqa.data.sources import load_sources
 from medqa.data.splits import split_sources
 from medqa.data.tokens import tokenize
 from medqa.evaluation.loss import fixed_subset, perplexity
-from medqa.experiment_file import load_experiment
-from medqa.training.checkpoint import RunState
+from medqa.training.state import RunState
 
 ARMS = ("exp_001", "exp_002", "exp_003", "exp_004")
 

@@ -26,12 +26,12 @@ from benchmarks.results_machine import ROOT, code_caveats, code_commit, this_mac
 from benchmarks.results_process import Start, noted_commits, only_one, require_free, run_stage, start_process
 from benchmarks.results_records import evaluated_tasks, make_record
 from benchmarks.results_table import rebuild
+from medqa.commands.evaluate import TASKS
 from medqa.config import Experiment, flat, may_change_on_resume
+from medqa.config_file import default_output_dir, load_experiment
 from medqa.errors import UserError, exit_code, writing
-from medqa.experiment_file import default_output_dir, load_experiment
-from medqa.results.evaluate import TASKS
 from medqa.training.run_dir import finished
-from medqa.training.wandb_run import shown_config
+from medqa.training.wandb import shown_config
 
 RESULTS, README = ROOT / "results", ROOT / "README.md"
 QUIET = ("tracking.wandb=disabled",)  # nobody asked for a W&B run; no update depends on it

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.results_file import Machine
 from medqa.errors import UserError
-from medqa.model.precision import usable_gpu
+from medqa.model.settings import usable_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT_PATHS = (":(exclude)README.md", ":(exclude)results")  # what `make results` itself changes

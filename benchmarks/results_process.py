@@ -16,7 +16,7 @@ from benchmarks.results_machine import ROOT, UNKNOWN, code_commit
 from benchmarks.results_records import what_failed
 from medqa.errors import Interrupted, UserError, writing
 from medqa.files import write_json
-from medqa.training.lock import RunLock
+from medqa.training.run_dir import RunLock
 
 AT_LAST_S = 60.0  # that a trainer may take to save, after a signal
 COMMITS = "commits.json"

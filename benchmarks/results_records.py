@@ -26,11 +26,11 @@ from benchmarks.results_file import (
     SplitLosses,
     Training,
 )
+from medqa.commands.compare.read import Run, read_run
 from medqa.errors import UserError
-from medqa.results.compare_runs import Run, read_run
-from medqa.training.environment import versions
-from medqa.training.tracking import read_metrics
-from medqa.training.wandb_run import shown_config
+from medqa.training.checkpoint import versions
+from medqa.training.recorder import read_metrics
+from medqa.training.wandb import shown_config
 
 SHOWN = re.compile(r"^(error: |training stopped: |process \d+: )")
 # Of `accelerate launch` (CalledProcessError's words) and of torch's launcher, whose own codes are 1.

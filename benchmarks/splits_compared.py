@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.hf_trainer import build, run_train
+from harness.parts import build, run_train
 from medqa.config import Experiment
+from medqa.config_file import load_experiment
 from medqa.data.sources import Source, load_sources
 from medqa.data.splits import NGRAM, Splits, overlap_report, shared_with_training, split_sources
 from medqa.data.tokens import tokenize
-from medqa.evaluation.intervals import Figure, mean_figure, perplexity_figure
 from medqa.evaluation.loss import fixed_subset
-from medqa.experiment_file import load_experiment
+from medqa.evaluation.statistics import Figure, mean_figure, perplexity_figure
 from medqa.options import add_data_option, own_sources
-from medqa.training.checkpoint import RunState
+from medqa.training.state import RunState
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 BEGIN, END = "<!-- splits_compared: begin -->", "<!-- splits_compared: end -->"

@@ -18,8 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medqa.config import PUBLIC, Data, Tokenization
-from medqa.data.records import is_seen
-from medqa.data.sources import Source, load_sources
+from medqa.data.sources import Source, is_seen, load_sources
 from medqa.data.splits import SPLITS, split_rows
 from medqa.data.tokens import tokenize
 from medqa.errors import UserError

@@ -1,6 +1,6 @@
 """`medqa COMMAND ...`, or `python -m medqa COMMAND ...`: what is done before and after a run. Each has `--help`.
 
-Their options are in `command_options.py`.
+Their options are in `options.py`.
 """
 
 import argparse
@@ -14,13 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from medqa.command_options import command_parser
+from medqa.config_file import default_output_dir, find_experiment, load_experiment
 from medqa.errors import LAUNCHER_DIED, UserError, exit_code, writing
-from medqa.experiment_file import default_output_dir, find_experiment, load_experiment
 from medqa.files import write_json
-from medqa.options import data_locations, locations, run_words
+from medqa.options import command_parser, data_locations, locations, run_words
 from medqa.terminal import make_console, print_error, print_json, protect
-from medqa.training.interrupts import Interrupts
+from medqa.training.stopping import Interrupts
 from medqa.variables import settle_variables
 
 # These end a command as an error would, so that it removes what it has begun to write. Ctrl-C is Python's own.
@@ -63,9 +62,8 @@ def plan(options: argparse.Namespace) -> None:
     Raises:
         UserError: the experiment, the model's configuration or the data cannot be had; no such GPU, or no such rate.
     """
-    from medqa.training.console import quiet_libraries
-    from medqa.training.forecast import forecast, show_forecast
-    from medqa.training.machines import find_machine
+    from medqa.commands.plan import find_machine, forecast, show_forecast
+    from medqa.training.recorder import quiet_libraries
 
     if options.tflops is not None and not 0 < options.tflops < math.inf:
         raise UserError(f"--tflops {options.tflops:g}: a number above 0")
@@ -85,7 +83,7 @@ def compare(options: argparse.Namespace) -> None:
     Raises:
         UserError: a directory holds no run, or the page has no place.
     """
-    from medqa.results.compare import compare as compare_directories
+    from medqa.commands.compare.show import compare as compare_directories
 
     compare_directories(options.runs, options.out, force=options.force, numbers=options.json)
 
@@ -94,9 +92,9 @@ def dashboard(options: argparse.Namespace) -> None:
     """The `dashboard` command.
 
     Raises:
-        UserError: as `results.dashboard.make_dashboard` says.
+        UserError: as `commands.dashboard.make_dashboard` says.
     """
-    from medqa.results.dashboard import make_dashboard
+    from medqa.commands.dashboard import make_dashboard
 
     say = functools.partial(make_console().print, soft_wrap=True)
     make_dashboard(options.project, options.entity, options.name, options.json, say)
@@ -109,7 +107,7 @@ def verify_resume(options: argparse.Namespace) -> None:
         UserError: the run itself does not work.
         SystemExit: with 1 where something differs: a defect of ours.
     """
-    from medqa.training import verify
+    from medqa.commands import verify_resume as verify
 
     if options.kills < 1:
         raise UserError(f"--kills {options.kills}: at least 1")
@@ -137,11 +135,11 @@ def export(options: argparse.Namespace) -> None:
     """The `export` command.
 
     Raises:
-        UserError: as `results.export` says.
+        UserError: as `commands.export` says.
     """
-    from medqa.results.export import Wanted
-    from medqa.results.export import export as run_export
-    from medqa.training.console import quiet_libraries
+    from medqa.commands.export.export import Wanted
+    from medqa.commands.export.export import export as run_export
+    from medqa.training.recorder import quiet_libraries
 
     quiet_libraries()
     console = make_console()
@@ -173,12 +171,12 @@ def evaluate(options: argparse.Namespace) -> None:
     Raises:
         UserError: no such run or task; the model or the data cannot be had, or the data are not the run's.
     """
-    from medqa.results import evaluate as evaluation
-    from medqa.results.adapter import find_adapter
-    from medqa.results.evaluation_wandb import log_evaluation
-    from medqa.results.show_evaluation import show_evaluation
-    from medqa.training.console import quiet_libraries
-    from medqa.training.processes import is_first_process
+    from medqa.commands import evaluate as evaluation
+    from medqa.commands.adapter import find_adapter
+    from medqa.commands.evaluate import log_evaluation
+    from medqa.commands.evaluation_table import show_evaluation
+    from medqa.training.distributed import is_first_process
+    from medqa.training.recorder import quiet_libraries
 
     tasks = evaluation.chosen_tasks(options.tasks)
     if options.limit is not None and options.limit < 1:
@@ -208,10 +206,10 @@ def ask(options: argparse.Namespace) -> None:
     """
     import torch
 
-    from medqa.model.precision import usable_gpu
-    from medqa.results import ask as asking
-    from medqa.results.adapter import find_adapter, load_adapted, unchecked_base
-    from medqa.training.console import quiet_libraries
+    from medqa.commands import ask as asking
+    from medqa.commands.adapter import find_adapter, load_adapted, unchecked_base
+    from medqa.model.settings import usable_gpu
+    from medqa.training.recorder import quiet_libraries
 
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens}: at least 1")

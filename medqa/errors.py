@@ -28,7 +28,7 @@ OF_THE_SYSTEM = (
 )  # fmt: skip
 LOST = "another process of this run has died or has not answered for training.process_timeout_s"
 ENDING = "MEDQA_ENDING"
-LAUNCHER_DIED = signal.SIGUSR1  # asked of the kernel in `training/interrupts.py`
+LAUNCHER_DIED = signal.SIGUSR1  # asked of the kernel in `training/stopping.py`
 EXIT_USER_ERROR = 2
 EXIT_TRAINING_STOPPED = 3
 

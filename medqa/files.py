@@ -1,4 +1,4 @@
-"""How a file becomes durable, and how a file that may be damaged or hostile is read. Nothing else knows either.
+"""How files are written durably, locked, and read although they may be damaged or hostile.
 
 Writing: the content goes to a temporary file beside the target, is flushed to the disk, and is renamed into place;
 then the directory is flushed. A reader therefore sees the old file or the new one, also after a power cut. Nothing is
@@ -10,6 +10,8 @@ Reading: only regular files are opened (opening a pipe would wait for ever, and 
 
 import contextlib
 import errno
+import fcntl
+import hashlib
 import io
 import json
 import math
@@ -257,3 +259,42 @@ def _deeper_than(value: Any, limit: int) -> bool:
         if not level:
             return False
     return any(isinstance(child, dict | list) for child in level)
+
+
+def checksum(value: Any) -> str:
+    """sha256 of a value's JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------
+# One process at a time, where the file system has locks: the kernel's, which no dead process holds.
+#
+# The library `filelock` does not replace it: it locks no directory, asks again and again instead of waiting, and
+# fails where the file cannot be opened or its file system has no locks, where here nobody waits.
+
+NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # what a file system without locks answers
+
+
+@contextlib.contextmanager
+def alone_in(path: Path) -> Iterator[None]:
+    """Wait until no other process is in this block for the path.
+
+    Args:
+        path: a directory, or a file that is made if there is none: network mounts hand on to other hosts the locks of
+            files alone. Where there are no locks, or it cannot be opened, nobody waits: what the block does then shows.
+    """
+    try:
+        flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o666)
+    except OSError:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,13 +1,13 @@
-"""The options of `train.py`: where things are and how to start. The experiment file owns every number."""
+"""The options of `train.py` and of the commands."""
 
 import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
+from medqa.config_file import Locations
 from medqa.errors import UserError
-from medqa.experiment_file import Locations
 from medqa.terminal import printable
 
 DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
@@ -143,3 +143,143 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     options = option_parser().parse_args(argv)
     options.locations = locations(options)
     return options
+
+
+# ----------------------------------------------------------------------------------------------------
+# The options of `medqa COMMAND`.
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = Parser(prog="medqa", description="What is done before and after a run.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for add in (_plan, _evaluate, _ask, _compare, _dashboard, _export, _verify_resume):
+        add(commands)
+    return parser
+
+
+def _plan(commands: Commands) -> None:
+    """`plan`."""
+    parser = commands.add_parser(
+        "plan",
+        help="memory, tokens, operations, time and checkpoint sizes of a run, before any weight is loaded",
+        description="Memory by part and at its peak, whether it fits and with which micro-batches, with and without "
+        "4-bit weights and gradient checkpointing; tokens, padding, operations, time, bytes of a checkpoint.",
+        allow_abbrev=False,
+    )
+    add_run_options(parser)
+    parser.add_argument("--gpu", metavar="NAME_OR_GIB", help="plan for t4, l4, a10, a100, h100, h200 or so many GiB")
+    parser.add_argument("--tflops", type=float, metavar="RATE", help="TFLOP/s that the machine keeps up, for the time")
+    parser.add_argument("--json", action="store_true", help="print JSON, all memory in bytes")
+
+
+def _evaluate(commands: Commands) -> None:
+    """`evaluate`."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="how good a run's adapter is on held-out rows, beside the untuned base, with intervals",
+        description="Loss, generated answers, multiple choice and red flags on rows that training has not seen; on the "
+        "console, in RUN/evaluation.json and on W&B. What the untuned base gives is computed once, and kept.",
+        allow_abbrev=False,
+    )
+    _add_adapter_options(parser, "RUN", "the directory of a run")
+    parser.add_argument(
+        "--tasks", default="loss,generation,mcq,probes", metavar="A,B", help="default: loss,generation,mcq,probes"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="look at N rows of each split, and N questions")
+    parser.add_argument("--medquad", metavar="SOURCE", help="where MedQuAD is now, if not where it was")
+    parser.add_argument("--afrimedqa", metavar="SOURCE", help="where AfriMed-QA is now, if not where it was")
+    add_data_option(parser, "where data of your own are now, if not where they were; repeatable")
+
+
+def _ask(commands: Commands) -> None:
+    """`ask`."""
+    parser = commands.add_parser(
+        "ask",
+        help="ask an adapter something",
+        description="One answer; without a question, question after question at the terminal, or, where questions are "
+        "piped in, a JSON line for each line. Each stands alone, as in training. Not medical advice.",
+        allow_abbrev=False,
+    )
+    _add_adapter_options(parser, "RUN_OR_ADAPTER", "the directory of a run or of an adapter, or an adapter on the hub")
+    parser.add_argument("question", nargs="?", metavar="QUESTION", help="in quotation marks")
+    parser.add_argument("--json", action="store_true", help="print a JSON line for each answer")
+    parser.add_argument("--compare", action="store_true", help="show the base model's answer beside it")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="where an answer is cut (256)")
+
+
+def _compare(commands: Commands) -> None:
+    """`compare`."""
+    parser = commands.add_parser(
+        "compare",
+        help="runs side by side, on the console and as one HTML page, and what they do not allow to conclude",
+        description="Reads the directories of two runs or more, finished or not, and writes one page that needs no "
+        "network: settings that differ, losses, perplexity, speed, memory, time, evaluations, sample answers; which "
+        "conclusions the comparison does not allow, and the commands of the runs that would allow them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="directories that train.py wrote, two or more"
+    )
+    parser.add_argument("--out", type=Path, default=Path("compare.html"), metavar="FILE", help="default: compare.html")
+    parser.add_argument("--force", action="store_true", help="replace a file that this command did not write")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON instead of tables")
+
+
+def _dashboard(commands: Commands) -> None:
+    """`dashboard`."""
+    parser = commands.add_parser(
+        "dashboard",
+        help="a workspace on W&B with what runs log: loss, by source, speed and memory, samples",
+        description="Creates a workspace in a W&B project, each time a new one, and prints its address.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--project", metavar="NAME", help="default: WANDB_PROJECT, or medqa")
+    parser.add_argument("--entity", metavar="NAME", help="user or team; default: WANDB_ENTITY, or the account's own")
+    parser.add_argument("--name", metavar="NAME", help="what the workspace is called")
+    parser.add_argument("--json", action="store_true", help="print what would be created, without a network")
+
+
+def _verify_resume(commands: Commands) -> None:
+    """`verify-resume`."""
+    parser = commands.add_parser(
+        "verify-resume",
+        help="kill a run again and again, and see that it ends bit for bit as if it had been left alone",
+        description="Runs the experiment straight, then again, killed at random moments and resumed each time; "
+        "compares adapter, optimizer, schedule, data order and every metric, and prints a certificate.",
+        allow_abbrev=False,
+    )
+    add_run_options(parser)
+    parser.add_argument("--kills", type=int, default=6, metavar="N", help="how many times (default 6)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="default: outputs/verify-resume/<run>")
+
+
+def _add_adapter_options(parser: argparse.ArgumentParser, name: str, what: str) -> None:
+    """The options that say which adapter is meant."""
+    parser.add_argument("adapter", metavar=name, help=what)
+    parser.add_argument("--checkpoint", metavar="best|STEP", help="another adapter of the run than its last")
+    parser.add_argument("--model", metavar="ID_OR_DIR", help="where the base model is now, if not where it was")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU although there is a GPU")
+
+
+def _export(commands: Commands) -> None:
+    """`export`."""
+    parser = commands.add_parser(
+        "export",
+        help="base and adapter as one model: plain safetensors for servers, or GGUF for llama.cpp and Ollama",
+        description="Merges the adapter into the weights it was trained on, measures the result against it on held-out "
+        "prompts, and refuses one that differs; with tokenizer, prompt and model card.",
+        allow_abbrev=False,
+    )
+    _add_adapter_options(parser, "RUN", "a run's directory, an adapter's, or an adapter's id on the hub")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a directory that is not there yet")
+    parser.add_argument("--format", choices=("merged", "gguf"), default="merged", help="default: merged")
+    parser.add_argument(
+        "--outtype",
+        choices=("f32", "f16", "bf16", "q8_0"),
+        help="merged: f32, f16, bf16 (default: f16; f32 for a base kept in float32); gguf: f16 (default), q8_0",
+    )
+    parser.add_argument("--push", metavar="REPO", help="hand the folder to this repository of the hub (made private)")

@@ -53,8 +53,8 @@ FLOAT32 = "it would compute float32 in a lower precision; model.dtype and traini
 # A name that ends with `_` stands for all variables that begin so; a longer name wins.
 TABLE = {
     # Accelerate: what the launcher decides.
-    "ACCELERATE_USE_CPU": Rule(Kind.FLAG),  # as --cpu: `medqa/model/precision.py`
-    "ACCELERATE_USE_FSDP": Rule(Kind.FLAG),  # both: `take_shards` in `medqa/training/processes.py`
+    "ACCELERATE_USE_CPU": Rule(Kind.FLAG),  # as --cpu: `medqa/model/settings.py`
+    "ACCELERATE_USE_FSDP": Rule(Kind.FLAG),  # both: `take_shards` in `medqa/training/distributed.py`
     "FSDP_": Rule(Kind.KEPT),
     "ACCELERATE_CPU_AFFINITY": Rule(Kind.FLAG),
     "ACCELERATE_DEBUG_MODE": Rule(Kind.FLAG),

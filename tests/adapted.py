@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.hf_trainer import Parts, build
+from harness.parts import Parts, build
 from medqa.config import Experiment
 
 

@@ -1,4 +1,4 @@
-"""What several test files share: experiments at the embedded model's size. Parts of a run: `benchmarks.hf_trainer`.
+"""What several test files share: experiments at the embedded model's size. Parts of a run: `harness.hf_trainer`.
 
 Nothing heavy is imported here, so that a file that needs no model starts at once.
 """
@@ -15,7 +15,7 @@ if str(ROOT) not in sys.path:  # for a bare `pytest`, which, unlike `python -m p
     sys.path.insert(0, str(ROOT))
 
 from medqa.config import Experiment  # noqa: E402
-from medqa.experiment_file import load_experiment  # noqa: E402
+from medqa.config_file import load_experiment  # noqa: E402
 
 QUIET = ("tracking.wandb=disabled", "evaluation.steps=100000", "training.save_steps=100000")
 

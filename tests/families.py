@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from benchmarks.hf_trainer import Parts
+from harness.parts import Parts
 from medqa.tiny import BASE_DIR
 
 SIZES = {

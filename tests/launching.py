@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.chaos import TRAIN, Forked
+from harness.processes import TRAIN, Forked
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = [sys.executable]

@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from medqa.config import Experiment
-from medqa.experiment_file import load_experiment
+from medqa.config_file import load_experiment
 from medqa.model.base import adapter_weights, add_lora, load_base, load_tokenizer
-from medqa.model.execution import Execution
-from medqa.model.precision import resolve_precision
+from medqa.model.settings import Execution, resolve_precision
 
 # A bound for `apart`. Another order of summation gives 1e-6 to 5e-4, depending on the processor. A gradient without the
 # factor of the number of processes gives 5e-2, although Adam hides most of it; one changed row 0.3 (`test_moved.py`).

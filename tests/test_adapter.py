@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medqa.__main__ import main
+from medqa.commands import adapter as finding
+from medqa.commands.adapter import find_adapter, load_adapted
+from medqa.commands.export.merge import prepare
 from medqa.config import Experiment
 from medqa.errors import UserError
 from medqa.model.base import adapter_weights, add_lora, load_tokenizer, save_tokenizer
-from medqa.results import adapter as finding
-from medqa.results.adapter import find_adapter, load_adapted
-from medqa.results.merge import prepare
 from medqa.tiny import BASE_DIR
-from medqa.training.artifacts import save_final_adapter
+from medqa.training.before_after import save_final_adapter
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,7 @@ def test_a_best_checkpoint_that_was_not_kept_is_named(run):
 
 def rewrite_manifest(directory: Path, manifest: dict) -> None:
     """A manifest that says the files are right as they are now."""
-    from medqa.training.manifest import write_manifest
+    from medqa.training.checkpoint import write_manifest
 
     (directory / "manifest.json").unlink()
     write_manifest(directory, {k: v for k, v in manifest.items() if k not in ("format", "files", "checksum")})

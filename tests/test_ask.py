@@ -11,14 +11,14 @@ import torch
 from documents import TEXTS, blocks
 
 from medqa.__main__ import main
+from medqa.commands import ask
+from medqa.commands.adapter import Adapted, find_adapter, load_adapted
 from medqa.config import Data
 from medqa.data.sources import load_sources
 from medqa.data.tokens import tokenize
 from medqa.errors import UserError
-from medqa.evaluation.inference import generate_answers
+from medqa.evaluation.answers import generate_answers
 from medqa.prompts import prompt
-from medqa.results import ask
-from medqa.results.adapter import Adapted, find_adapter, load_adapted
 from medqa.terminal import printable
 from medqa.tiny import AFRIMEDQA_CSV, MEDQUAD_CSV
 
@@ -34,7 +34,7 @@ def adapted(tiny_run) -> Adapted:
 @pytest.fixture
 def loaded(adapted, monkeypatch) -> Adapted:
     """Loaded once for all commands of this file; each still finds the adapter itself."""
-    monkeypatch.setattr("medqa.results.adapter.load_adapted", lambda source, device: adapted)
+    monkeypatch.setattr("medqa.commands.adapter.load_adapted", lambda source, device: adapted)
     return adapted
 
 

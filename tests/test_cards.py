@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from medqa.config import Experiment
-from medqa.training.artifacts import code, front_matter, model_card, plain, public_name
-from medqa.yaml_core import load_yaml
+from medqa.config_file import load_yaml
+from medqa.training.before_after import code, front_matter, model_card, plain, public_name
 
 HOSTILE = (
     "med: v2 #x\nlicense: mit\n---\n# Pwned <script>alert(1)</script> `a` | [b](http://evil) \N{PILE OF POO}\udce9"

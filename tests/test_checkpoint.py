@@ -21,19 +21,27 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.chaos import DAMAGES
+from harness.faults import DAMAGES
+from medqa.commands.verify_resume import contents
 from medqa.config import Experiment, Lora
 from medqa.errors import UserError
+from medqa.files import checksum
 from medqa.limits import MAX_JSON_BYTES
 from medqa.model.base import adapter_weights
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
-from medqa.training.checkpoint import newest_whole
-from medqa.training.checkpoint_files import CONTENT, checkpoints, is_ours, prune, unfinished
-from medqa.training.lock import LOCK_FILE, RunLock, this_process
-from medqa.training.manifest import MANIFEST, checksum, measure, write_manifest
-from medqa.training.run_dir import RUN_FILE, clear
-from medqa.training.tracking import read_metrics
-from medqa.training.verify import contents
+from medqa.training.checkpoint import (
+    CONTENT,
+    MANIFEST,
+    checkpoints,
+    is_ours,
+    measure,
+    newest_whole,
+    prune,
+    unfinished,
+    write_manifest,
+)
+from medqa.training.recorder import read_metrics
+from medqa.training.run_dir import LOCK_FILE, RUN_FILE, RunLock, clear, this_process
 from train import main
 
 UPDATES = 6
@@ -598,7 +606,7 @@ def test_a_second_run_is_refused_at_once(half, capsys):
 
 def test_another_process_that_died_holds_nobody_up(half):
     code = (
-        "import sys; from pathlib import Path; from medqa.training.lock import RunLock; "
+        "import sys; from pathlib import Path; from medqa.training.run_dir import RunLock; "
         "lock = RunLock(Path(sys.argv[1])); lock.take(); print('held', flush=True); input()"
     )
     with subprocess.Popen(

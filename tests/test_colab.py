@@ -20,7 +20,7 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-from medqa.experiment_file import find_experiment
+from medqa.config_file import find_experiment
 from medqa.options import option_parser
 from tests.launching import SECONDS, metrics, summary
 

@@ -18,17 +18,23 @@ from accelerate.state import AcceleratorState
 
 import train
 from medqa.__main__ import main
+from medqa.commands.compare.conclusions import BASE_CONTENTS, CONTENTS, conclusion, one_changes, pairs, recipe, word
+from medqa.commands.compare.page import OWN_MARK, plots, render
+from medqa.commands.compare.read import read_runs
+from medqa.commands.compare.tables import (
+    Comparison,
+    compare_runs,
+    curve,
+    evaluation_tables,
+    main_tables,
+    performance,
+    perplexity,
+    samples,
+)
+from medqa.commands.figures import TOO_FEW
 from medqa.config import flat
-from medqa.experiment_file import load_experiment, parse_sets
+from medqa.config_file import dump_yaml, load_experiment, parse_sets
 from medqa.options import parse_options
-from medqa.results.compare_figures import curve, performance, perplexity, samples
-from medqa.results.compare_plots import plots
-from medqa.results.compare_recipes import BASE_CONTENTS, CONTENTS, conclusion, one_changes, pairs, recipe, word
-from medqa.results.compare_runs import read_runs
-from medqa.results.compare_tables import Comparison, compare_runs, evaluation_tables, main_tables
-from medqa.results.figures import TOO_FEW
-from medqa.results.page import OWN_MARK, render
-from medqa.yaml_core import dump_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE_NAME = "$x_<script>alert(1)</script> & 'co'"
@@ -741,7 +747,7 @@ def test_more_figures_than_an_evaluation_has_are_refused(tmp_path, monkeypatch):
     odd = {"step": 20, "limit": None, "tasks": {"loss": {str(i): figure for i in range(30)}}}
     one, two = make_run(tmp_path / "one", "exp_001", evaluation=odd), make_run(tmp_path / "two", "exp_002")
     assert len(evaluation_tables(compared(one, two).runs)[0].rows) == 30
-    monkeypatch.setattr("medqa.results.figures.MAX_FIGURES", 29)
+    monkeypatch.setattr("medqa.commands.figures.MAX_FIGURES", 29)
     comparison = compared(one, two)
     said(comparison, "one: evaluation.json cannot be read and is left out: more than 29 figures")
     assert evaluation_tables(comparison.runs) == []

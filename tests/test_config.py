@@ -9,13 +9,21 @@ import yaml as pyyaml
 from ruamel.yaml import YAML
 
 from medqa.config import Experiment, flat, may_change_on_resume
+from medqa.config_file import (
+    OTHER_TOOLS_NAMES,
+    UNLIKE,
+    default_output_dir,
+    dump_yaml,
+    load_experiment,
+    load_yaml,
+    parse_sets,
+    read_yaml,
+    short,
+)
 from medqa.errors import UserError
-from medqa.experiment_file import default_output_dir, load_experiment, parse_sets
-from medqa.key_advice import OTHER_TOOLS_NAMES, UNLIKE
 from medqa.options import parse_options
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
 from medqa.training.run_dir import write_config
-from medqa.yaml_core import dump_yaml, load_yaml, read_yaml, short
 
 
 def loaded(*sets: str, exp: str = "exp_001", **more) -> dict:

@@ -7,17 +7,17 @@ import pytest
 from rich.console import Console
 
 from medqa.config import Data
+from medqa.config_file import load_experiment
 from medqa.data.batches import Stream
 from medqa.data.sources import load_sources
 from medqa.data.splits import SPLITS, Splits
 from medqa.data.tokens import tokenize
-from medqa.experiment_file import load_experiment
 from medqa.model.base import load_tokenizer
 from medqa.terminal import NOTEBOOK_VARIABLES, make_console
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
-from medqa.training import console as console_module
-from medqa.training.console import ProgressLine, show_plan, show_result
+from medqa.training import recorder as console_module
 from medqa.training.plan import Plan, loss_segments
+from medqa.training.recorder import ProgressLine, show_plan, show_result
 
 SUMMARY = {
     "experiment": "exp [red]x[/red] [/b]",
@@ -131,8 +131,8 @@ def plan_of(rows, tokenizer, *sets: str, exp: str = "exp_001") -> Plan:
     from accelerate.state import AcceleratorState
 
     from medqa.model.base import add_lora, check_model, load_base
-    from medqa.model.precision import resolve_precision
-    from medqa.training.execution import choose_execution
+    from medqa.model.memory import choose_execution
+    from medqa.model.settings import resolve_precision
     from medqa.training.plan import in_effect, make_plan
 
     experiment = load_experiment(exp, tiny=True, sets=sets)

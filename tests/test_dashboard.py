@@ -9,9 +9,9 @@ import pytest
 from wandb_server import WandbServer
 
 from medqa.__main__ import main
-from medqa.results import dashboard
-from medqa.training.tracking import GLOBAL_STEP, read_metrics, wandb_names
-from medqa.training.wandb_run import SAMPLES
+from medqa.commands import dashboard
+from medqa.training.recorder import read_metrics
+from medqa.training.wandb import GLOBAL_STEP, SAMPLES, wandb_names
 
 COUNTERS = {"train/epoch", "train/examples_seen", "train/tokens_seen", GLOBAL_STEP}
 IN_TESTS = {f"test/{name}" for name in ("loss", "perplexity")}  # beside those of the answer

@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 from wandb_file import read_finished_run
 
 from medqa.config import Data, Experiment
+from medqa.config_file import load_experiment
 from medqa.data.sources import load_sources
 from medqa.data.tokens import tokenize
 from medqa.evaluation.loss import fixed_subset
-from medqa.experiment_file import load_experiment
 from medqa.prompts import prompt_ids
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import medqa.__main__
-from medqa.command_options import command_parser
-from medqa.yaml_core import load_yaml
+from medqa.config_file import load_yaml
+from medqa.options import command_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 

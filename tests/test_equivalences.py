@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from benchmarks.hf_trainer import Parts, build, run_train
+from harness.parts import Parts, build, run_train
 from medqa.data.batches import MicroBatch, Stream, collate
 from medqa.errors import Interrupted
 from medqa.model.base import adapter_weights, load_adapter_weights
 from medqa.model.loss import target_count, token_losses
-from medqa.training.checkpoint import RunState, newest_whole, save_adapter, save_checkpoint
-from medqa.training.checkpoint_files import checkpoints
-from medqa.training.interrupts import Interrupts
+from medqa.training.checkpoint import checkpoints, newest_whole, save_adapter, save_checkpoint
+from medqa.training.identity import go_on
 from medqa.training.loop import StepResult
-from medqa.training.same_run import go_on
+from medqa.training.state import RunState
+from medqa.training.stopping import Interrupts
 
 GRADIENTS_WITHIN = 1e-5  # of the largest value in the tensor, in float32 (1e-6 was measured)
 LOSSES_WITHIN = 1e-6  # relative

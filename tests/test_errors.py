@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from medqa.errors import LAUNCHER_DIED, Interrupted, TrainingStopped, UserError, exit_code
 from medqa.hub import hub_reachable
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
-from medqa.training.interrupts import TOGETHER_S, Interrupts
+from medqa.training.stopping import TOGETHER_S, Interrupts
 from train import main
 
 ROOT = Path(__file__).parents[1]
@@ -438,7 +438,7 @@ def test_hub_dataset_unreachable(option, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.usefixtures("no_cache")
 def test_kaggle_unreachable(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("medqa.data.remote.KAGGLE_HOST", "127.0.0.1:9")
+    monkeypatch.setattr("medqa.data.readers.KAGGLE_HOST", "127.0.0.1:9")
     started = time.monotonic()
     message = refused(capsys, tmp_path, *argv("--medquad", "kaggle:nobody/nothing"))
     assert time.monotonic() - started < 15

@@ -16,19 +16,19 @@ from launching import Group, finish, output
 from safetensors.torch import load_file, save_file
 from wandb_file import read_finished_run
 
+from medqa import cache
 from medqa.__main__ import main
+from medqa.commands import evaluate
+from medqa.commands.adapter import find_adapter
+from medqa.commands.evaluate import flat_figures, log_evaluation
+from medqa.commands.evaluation_table import in_short, shown
+from medqa.commands.figures import TOO_FEW
+from medqa.commands.tasks import load_held_out
 from medqa.config import Tracking
 from medqa.data.sources import Row
-from medqa.evaluation.intervals import difference_figure, mean_figure
-from medqa.evaluation.loss_report import loss_report
-from medqa.evaluation.own_template import own_template_prompts, with_prompts
+from medqa.evaluation.answers import own_template_prompts, with_prompts
+from medqa.evaluation.statistics import difference_figure, loss_report, mean_figure
 from medqa.model.base import load_tokenizer
-from medqa.results import baseline, evaluate
-from medqa.results.adapter import find_adapter
-from medqa.results.evaluation_wandb import flat_figures, log_evaluation
-from medqa.results.figures import TOO_FEW
-from medqa.results.held_out import load_held_out
-from medqa.results.show_evaluation import in_short, shown
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
 from train import main as train
 
@@ -111,9 +111,9 @@ def test_what_the_base_gives_is_computed_once(evaluated, tiny_run, run, capsys):
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"value": [[1]], "checksum": "0"}'], ids=["empty", "torn", "changed"])
 def test_a_damaged_baseline_is_computed_again(damage, evaluated, run, monkeypatch, tmp_path, capsys):
-    shutil.copytree(baseline.folder(), tmp_path / "cache" / "baselines")
+    shutil.copytree(cache.folder(), tmp_path / "cache" / "baselines")
     monkeypatch.setenv("MEDQA_CACHE", str(tmp_path / "cache"))
-    kept = list(baseline.folder().glob("*.json"))
+    kept = list(cache.folder().glob("*.json"))
     assert len(kept) >= 4
     for path in kept:
         path.write_bytes(damage)
@@ -123,10 +123,10 @@ def test_a_damaged_baseline_is_computed_again(damage, evaluated, run, monkeypatc
 
 
 def test_neither_rows_at_once_nor_padding_matter(evaluated, run, monkeypatch):
-    monkeypatch.setattr(baseline, "find", lambda what: None)
-    monkeypatch.setattr("medqa.results.bench.enough_tokens", lambda *_: 1)  # one row at a time
+    monkeypatch.setattr(cache, "find", lambda what: None)
+    monkeypatch.setattr("medqa.commands.tasks.enough_tokens", lambda *_: 1)  # one row at a time
     monkeypatch.setattr("medqa.model.attention.padding_needed", lambda *_: "to see")
-    monkeypatch.setattr("medqa.training.execution.padding_needed", lambda *_: "to see")
+    monkeypatch.setattr("medqa.model.memory.padding_needed", lambda *_: "to see")
     assert main(["evaluate", str(run), "--tasks", "loss", "--cpu"]) == 0
     for split, part in loss_of(run).items():
         for system in ("untuned", "own_template", "tuned"):
@@ -143,7 +143,7 @@ def in_full(tiny_run, tmp_path_factory) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("WANDB_MODE", "disabled")
-        patched.setattr("medqa.results.tasks.ANSWER_TOKENS", 24)
+        patched.setattr("medqa.commands.tasks.ANSWER_TOKENS", 24)
         assert main(["evaluate", str(directory), "--limit", "6", "--cpu"]) == 0
     return json.loads((directory / "evaluation.json").read_text())["tasks"]
 
@@ -179,7 +179,7 @@ def test_two_processes_find_the_same(in_full, run, tmp_path):
 
 
 def test_what_was_written_once_is_not_written_again(in_full, run, monkeypatch, capsys):
-    monkeypatch.setattr("medqa.results.tasks.ANSWER_TOKENS", 24)
+    monkeypatch.setattr("medqa.commands.tasks.ANSWER_TOKENS", 24)
     assert main(["evaluate", str(run), "--limit", "6", "--cpu", "--tasks", "generation,probes"]) == 0
     told = capsys.readouterr().out
     assert told.count("the untuned base as computed before") == 3  # two prompts' answers, and the red flags'

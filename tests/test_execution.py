@@ -15,25 +15,24 @@ from accelerate.state import AcceleratorState
 from safetensors.numpy import load, save
 from transformers import AutoTokenizer, OlmoConfig, OlmoForCausalLM
 
-from benchmarks.hf_trainer import Parts, build
-from medqa.data import token_cache, tokens
+from harness.parts import Parts, build
+from medqa import cache
+from medqa.config_file import load_experiment, load_yaml
+from medqa.data import tokens
 from medqa.data.batches import pack
 from medqa.data.sources import Row
-from medqa.experiment_file import load_experiment
 from medqa.model import attention
+from medqa.model import device as memory
 from medqa.model.attention import SEGMENTED
 from medqa.model.base import check_model, load_base, load_tokenizer
-from medqa.model.execution import Execution
 from medqa.model.loss import summed_loss
-from medqa.model.precision import resolve_precision
+from medqa.model.memory import choose_execution, enough_tokens, footprint
+from medqa.model.settings import Execution, resolve_precision
 from medqa.tiny import BASE_DIR
-from medqa.training import memory, probe
-from medqa.training.checkpoint import STATE, RunState
-from medqa.training.execution import choose_execution, enough_tokens
-from medqa.training.footprint import footprint
-from medqa.training.probe import choose_micro_batch, find_micro_batch_tokens, full, most_in_an_update
+from medqa.training import batches
+from medqa.training.batches import choose_micro_batch, find_micro_batch_tokens, full, most_in_an_update
 from medqa.training.run_dir import CONFIG
-from medqa.yaml_core import load_yaml
+from medqa.training.state import STATE, RunState
 from train import main
 
 SHORT = (
@@ -230,14 +229,14 @@ def limited(monkeypatch, most: int) -> list[int]:
             raise torch.OutOfMemoryError(FULL)
         return summed_loss(model, micro_batch, device)
 
-    monkeypatch.setattr(probe, "summed_loss", tries)
+    monkeypatch.setattr(batches, "summed_loss", tries)
     return tried
 
 
 HELD = """
 import sys
 import psutil, torch
-from medqa.training.memory import return_freed_memory
+from medqa.model.device import return_freed_memory
 returned = sys.argv[1] == "yes" and return_freed_memory()
 for size in range(1, 24):
     del_me = torch.ones(size * 2**18)  # a freed block of 1 to 24 MiB raises glibc's threshold
@@ -307,10 +306,10 @@ def test_the_probe_ends_at_the_longest_example(parts, monkeypatch):
 
 def test_the_probe_takes_no_more_than_memory_has_room_for(parts, monkeypatch):
     """What was used is more than may be: the next try is as much smaller."""
-    monkeypatch.setattr(probe, "available_memory", lambda device, sharing: 10 * 2**20)
+    monkeypatch.setattr(batches, "available_memory", lambda device, sharing: 10 * 2**20)
     used = iter([0, 100 * 2**20, 0, 8 * 2**20])
-    monkeypatch.setattr(probe, "peak_memory", lambda device: type("M", (), {"allocated": next(used)}))
-    monkeypatch.setattr(probe, "optimizer_bytes", lambda parameters, optimizer: 2 * 2**20)  # that comes later
+    monkeypatch.setattr(batches, "peak_memory", lambda device: type("M", (), {"allocated": next(used)}))
+    monkeypatch.setattr(batches, "optimizer_bytes", lambda parameters, optimizer: 2 * 2**20)  # that comes later
     tried = limited(monkeypatch, 10**9)
     assert find(parts) == tried[-1] == int(0.9 * 8 / 100 * 1024)
 
@@ -352,7 +351,7 @@ def test_a_resume_keeps_the_tokens_and_the_result(tmp_path, capsys, monkeypatch)
     assert main(words(straight)) == 0
     calls = []
     monkeypatch.setattr(
-        "medqa.training.interrupts.Deadline.within", lambda self, seconds: len(calls) == 1 or calls.append(1)
+        "medqa.training.stopping.Deadline.within", lambda self, seconds: len(calls) == 1 or calls.append(1)
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main(words(first, options=("--stop-after", "1d"))) == 0
@@ -531,7 +530,7 @@ def test_a_whole_file_of_other_content_is_made_again(kept, tmp_path, name):
     (path,) = files(tmp_path)
     good = load(path.read_bytes())
     changed = {key: array for key, array in {**good, **WRONG[name](**good)}.items() if array is not None}
-    path.write_bytes(save(changed, metadata={token_cache.CHECKSUM: token_cache._checksum(changed)}))
+    path.write_bytes(save(changed, metadata={cache.CHECKSUM: cache._checksum(changed)}))
     assert kept() == (first, 2)
     assert load(path.read_bytes()).keys() == good.keys()
     assert kept() == (first, 2)
@@ -575,10 +574,10 @@ def test_where_nothing_can_be_kept_it_works_all_the_same(kept, tmp_path):
 def test_no_more_than_so_many_files_are_kept(tmp_path, monkeypatch):
 
     monkeypatch.setenv("MEDQA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(token_cache, "KEPT_FILES", 3)
+    monkeypatch.setattr(cache, "KEPT_FILES", 3)
     for i in range(5):
-        token_cache.cached(f"key{i}", lambda: {"a": np.arange(3)})
-        token_cache.cached("key0", lambda: {"a": np.arange(3)})  # used again and again
+        cache.cached(f"key{i}", lambda: {"a": np.arange(3)})
+        cache.cached("key0", lambda: {"a": np.arange(3)})  # used again and again
     assert len(files(tmp_path)) == 3
     assert (tmp_path / "cache" / "tokens" / "key0.safetensors").exists()
 

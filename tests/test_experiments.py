@@ -9,10 +9,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medqa.config import Experiment, flat
-from medqa.experiment_file import is_sweep, load_experiment
+from medqa.config_file import is_sweep, load_experiment, load_yaml
 from medqa.model.base import add_lora
 from medqa.training.plan import accumulation_steps
-from medqa.yaml_core import load_yaml
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for path in (ROOT / "experiments").iterdir() if not is_sweep(path))

@@ -25,18 +25,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import train
 from medqa.__main__ import main
+from medqa.commands.adapter import find_adapter
+from medqa.commands.export import card, fidelity, merge
+from medqa.commands.export import card as modelfile
+from medqa.commands.export import export as export_module
+from medqa.commands.export import gguf as gguf_file
+from medqa.commands.export import gguf as gguf_vocabulary
+from medqa.commands.export.fidelity import held_out_prompts
 from medqa.config import Data
+from medqa.config_file import load_yaml
 from medqa.data.sources import load_sources
 from medqa.errors import UserError
-from medqa.model.base import load_tokenizer, save_tokenizer
-from medqa.model.four_bit import four_bit_config
+from medqa.model.base import four_bit_config, load_tokenizer, save_tokenizer
 from medqa.prompts import prompt, prompt_ids
-from medqa.results import export as export_module
-from medqa.results import export_card, fidelity, gguf_file, gguf_vocabulary, merge, modelfile
-from medqa.results.adapter import find_adapter
-from medqa.results.export_prompts import held_out_prompts
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
-from medqa.yaml_core import load_yaml
 
 gguf = pytest.importorskip("gguf", reason="writes GGUF")
 
@@ -266,7 +268,7 @@ def test_answers_may_part_at_near_ties_only():
 
 
 def test_4_bit_that_cannot_be_had_is_refused(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("medqa.model.four_bit.four_bit_unavailable", lambda device, dtype: "no bitsandbytes")
+    monkeypatch.setattr("medqa.model.base.four_bit_unavailable", lambda device, dtype: "no bitsandbytes")
     monkeypatch.setattr(merge, "load_base", lambda *arguments: pytest.fail("loaded"))
     assert "trained on a base with quantization 4bit, which cannot be had here (no bitsandbytes)" in refused(
         capsys, run, "--to", tmp_path / "x"
@@ -714,8 +716,8 @@ def hostile_evaluation(run: Path, place: Path, step: object) -> str:
     figure = {"value": 1.5, "low": 1.0, "high": 2.0}
     tasks = {"loss": {"test": {key: figure}}}
     (place / "evaluation.json").write_text(json.dumps({"step": step, "limit": None, "tasks": tasks}))
-    measured = export_card.Measured(fidelity.Fidelity(0.0, 1, 1, 1, 0.0), "prompts", 1, 1.0, "CPU", "none")
-    return export_card.card(source, "name", "merged", "f16", measured)
+    measured = card.Measured(fidelity.Fidelity(0.0, 1, 1, 1, 0.0), "prompts", 1, 1.0, "CPU", "none")
+    return card.card(source, "name", "merged", "f16", measured)
 
 
 @pytest.mark.parametrize("step", [4, "4\n# x", {"a": 1}, 10**400])
@@ -735,9 +737,9 @@ def test_figures_of_no_size_that_occurs_are_left_out(value, run, tmp_path):
     figure = {"value": value, "low": 1, "high": 2}
     found = {"step": source.step, "tasks": {"loss": {"test": {"tuned": {"answer_perplexity": figure}}}}}
     (tmp_path / "evaluation.json").write_text(json.dumps(found))
-    assert export_card._figures(source) == "Not recorded."
+    assert card._figures(source) == "Not recorded."
     (tmp_path / "summary.json").write_text(json.dumps({"test": {"answer_perplexity": value}}))
-    assert export_card._figures(source) == "Not recorded."
+    assert card._figures(source) == "Not recorded."
 
 
 def test_figures_come_with_their_intervals_where_evaluate_has_them(tmp_path, run):
@@ -745,19 +747,19 @@ def test_figures_come_with_their_intervals_where_evaluate_has_them(tmp_path, run
     test = {"answer_perplexity": {"value": 82.5, "low": 80.125, "high": 85.0}, "rows": 9, "odd": {"value": 1}}
     found = {"tasks": {"loss": {"test": {"tuned": test, "sources": {"x": test}}}}, "seed": 1, "step": source.step}
     (tmp_path / "evaluation.json").write_text(json.dumps(found))
-    shown = export_card._figures(source)
+    shown = card._figures(source)
     assert shown.endswith("| loss test tuned answer perplexity | 82.5 | 80.12 to 85 | 9 |")
     (tmp_path / "evaluation.json").write_text(json.dumps(found | {"step": source.step + 1}))
-    assert export_card._figures(source) == "Not recorded.", "of another adapter"
+    assert card._figures(source) == "Not recorded.", "of another adapter"
     (tmp_path / "evaluation.json").write_text("{")
-    assert export_card._figures(source) == "Not recorded."
+    assert card._figures(source) == "Not recorded."
 
 
 def test_an_adapter_trained_without_afrimedqa_may_be_used_commercially(run):
     source = find_adapter(str(run))
     data = source.experiment.data.model_copy(update={"afrimedqa": "none"})
     source = dataclasses.replace(source, experiment=source.experiment.model_copy(update={"data": data}))
-    assert export_card.licence(source)[0] == "cc-by-4.0"
+    assert card.licence(source)[0] == "cc-by-4.0"
 
 
 # The hub

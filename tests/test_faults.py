@@ -21,19 +21,20 @@ from accelerate.state import AcceleratorState
 from moved import apart as share_apart
 from moved import initial_adapter
 
-from benchmarks.chaos import SHORT, Forked, kill_round, words_for
-from benchmarks.hf_trainer import Parts, build, run_train
+from harness.faults import SHORT, kill_round, words_for
+from harness.parts import Parts, build, run_train
+from harness.processes import Forked
+from medqa.commands.verify_resume import certificate, contents
 from medqa.errors import TrainingStopped, UserError
 from medqa.model.base import adapter_weights
 from medqa.model.loss import summed_loss
 from medqa.options import duration
-from medqa.training import checkpoint_files, persist
-from medqa.training.checkpoint import RunState, newest_whole, save_checkpoint
-from medqa.training.checkpoint_files import checkpoints
-from medqa.training.interrupts import Deadline
-from medqa.training.persist import Copies
-from medqa.training.tracking import MetricsFile, read_metrics
-from medqa.training.verify import certificate, contents
+from medqa.training import checkpoint, mirror
+from medqa.training.checkpoint import checkpoints, newest_whole, save_checkpoint
+from medqa.training.mirror import Copies
+from medqa.training.recorder import MetricsFile, read_metrics
+from medqa.training.state import RunState
+from medqa.training.stopping import Deadline
 from train import main
 
 UPDATES = 6
@@ -407,7 +408,7 @@ def test_a_run_that_goes_on_with_other_threads_says_so(straight, tmp_path, capsy
 def test_quantization_is_kept_where_it_was_not_to_be_had(tmp_path, capsys, monkeypatch):
     directory = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr("medqa.model.four_bit.four_bit_unavailable", lambda device, dtype: "no 4-bit here")
+        patched.setattr("medqa.model.base.four_bit_unavailable", lambda device, dtype: "no 4-bit here")
         assert main(words(directory, "model.quantization=4bit", "training.max_steps=4")) == 0
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main(words(directory, "model.quantization=4bit")) == 0
@@ -478,8 +479,8 @@ def test_a_damaged_directory_goes_on_from_the_copy(straight, tmp_path, capsys):
 
 
 def test_a_full_place_for_copies_never_stops_training(mounted, straight, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(persist, "LAST_WAIT_S", 1.0)
-    monkeypatch.setattr(persist, "RETRY_S", 0.05)
+    monkeypatch.setattr(mirror, "LAST_WAIT_S", 1.0)
+    monkeypatch.setattr(mirror, "RETRY_S", 0.05)
     disk = mounted("size=200k")
     run, options = tmp_path / "run", ("--persist-to", str(disk / "run"))
     assert main(words(run, options=options)) == 0
@@ -496,9 +497,9 @@ def test_a_full_place_for_copies_never_stops_training(mounted, straight, tmp_pat
 
 
 def test_a_place_for_copies_that_hangs_never_stops_training(straight, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(persist, "LAST_WAIT_S", 0.5)
+    monkeypatch.setattr(mirror, "LAST_WAIT_S", 0.5)
     stuck = threading.Event()
-    monkeypatch.setattr(persist, "flush", lambda path: stuck.wait(60))
+    monkeypatch.setattr(mirror, "flush", lambda path: stuck.wait(60))
     assert main(words(tmp_path / "run", options=("--persist-to", str(tmp_path / "there")))) == 0
     stuck.set()
     assert "not everything is there yet" in capsys.readouterr().out.replace("\n", "")
@@ -506,7 +507,7 @@ def test_a_place_for_copies_that_hangs_never_stops_training(straight, tmp_path, 
 
 
 def test_copies_that_read_back_differently_are_noticed_and_made_again(straight, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(persist, "RETRY_S", 0.05)
+    monkeypatch.setattr(mirror, "RETRY_S", 0.05)
     spoilt = []
 
     def spoil(path: Path) -> None:
@@ -514,7 +515,7 @@ def test_copies_that_read_back_differently_are_noticed_and_made_again(straight, 
             spoilt.append(path)
             os.truncate(path, 1000)
 
-    monkeypatch.setattr(checkpoint_files, "forget_cached", spoil)
+    monkeypatch.setattr(checkpoint, "forget_cached", spoil)
     run, there = tmp_path / "run", tmp_path / "there"
     assert main(words(run, options=("--persist-to", str(there)))) == 0
     assert len(spoilt) == 2

@@ -16,13 +16,11 @@ from medqa.data.sources import Row
 from medqa.data.tokens import Example
 from medqa.model.attention import SEGMENTED
 from medqa.model.base import add_lora, load_base
-from medqa.model.execution import Execution
 from medqa.model.loss import LossModel
-from medqa.model.precision import DTYPES, Precision
-from medqa.training.footprint import Footprint, Line, footprint, optimizer_bytes
+from medqa.model.memory import Footprint, Line, footprint, optimizer_bytes, tensors_of
+from medqa.model.settings import DTYPES, Execution, Precision
 from medqa.training.loop import train_step
 from medqa.training.optimizer import build_optimizer
-from medqa.training.shape_model import tensors_of
 
 pytestmark = pytest.mark.usefixtures("own_accelerator")
 
@@ -185,7 +183,7 @@ def test_all_layers_follow_from_two(models):
     experiment, precision, execution, _ = case("deep, padding-free, 4-bit, bf16", models)
     found = computed(experiment, precision, execution)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("medqa.training.footprint.DEPTH", 4)
+        patch.setattr("medqa.model.memory.DEPTH", 4)
         whole = computed(experiment, precision, execution)
     assert whole.layers.at(1000) == pytest.approx(found.layers.at(1000), rel=1e-3)
     assert whole.logits_and_loss.at(1000) == pytest.approx(found.logits_and_loss.at(1000), rel=1e-3)

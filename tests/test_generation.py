@@ -10,11 +10,9 @@ import torch
 from transformers import AutoTokenizer
 
 from medqa.data.sources import Row
-from medqa.evaluation import inference
-from medqa.evaluation.generation import loops, score_generation
-from medqa.evaluation.inference import Answer, generate_answers, sample_answers
-from medqa.evaluation.own_template import own_template_prompts
-from medqa.evaluation.similar import copied_answers
+from medqa.evaluation import answers as inference
+from medqa.evaluation.answers import Answer, generate_answers, own_template_prompts, sample_answers
+from medqa.evaluation.text import copied_answers, loops, score_generation
 from medqa.model.base import load_tokenizer
 from medqa.prompts import prompt_ids
 from medqa.tiny import BASE_DIR
@@ -321,7 +319,7 @@ def test_the_most_similar_questions_answer_is_copied(monkeypatch):
     found = copied_answers(train, asked)
     # Of equals the first; where no word is known, the first of all.
     assert found == [Answer(text, True) for text in ("second", "fourth", "first", "first")]
-    monkeypatch.setattr("medqa.evaluation.similar.CHUNK", 3)
+    monkeypatch.setattr("medqa.evaluation.text.CHUNK", 3)
     assert copied_answers(train, asked) == found
     assert copied_answers(train, []) == []
     assert copied_answers([dataclasses.replace(train[3], answer=" as it stands ")], ["x"])[0].text == " as it stands "

@@ -13,8 +13,8 @@ from launching import PYTHON, SECONDS, Group, finish, metrics, output, summary, 
 
 from medqa.errors import Busy, UserError
 from medqa.training.checkpoint import newest_whole
-from medqa.training.lock import LOCK_FILE, RunLock, this_process
-from medqa.training.tracking import MetricsFile, Tracker
+from medqa.training.recorder import MetricsFile, Tracker
+from medqa.training.run_dir import LOCK_FILE, RunLock, this_process
 
 UPDATES = 30
 WORDS = (
@@ -130,7 +130,7 @@ def test_who_takes_a_directory_last_has_it(tmp_path):
 # Locks that hold on one host alone, as on some network mounts: here none at all; and updates that take their time.
 UNLOCKED = """
 import sys, time
-import medqa.training.lock as lock
+import medqa.training.run_dir as lock
 import medqa.training.loop as loop
 import train
 

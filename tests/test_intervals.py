@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from medqa.evaluation.intervals import difference_figure, mean_figure, perplexity_figure
+from medqa.evaluation.statistics import difference_figure, mean_figure, perplexity_figure
 
 
 def test_a_mean_over_tokens_is_no_mean_of_means():

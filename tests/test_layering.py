@@ -12,26 +12,23 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "medqa"
 FILES = sorted(PACKAGE.rglob("*.py"))
-WINGS = ("data", "model", "evaluation", "training", "results")  # each may import from those before it
+WINGS = ("data", "model", "evaluation", "training", "commands")  # each may import from those before it
 TOP = {
     "__init__",
     "__main__",
-    "command_options",
-    "length",
-    "limited",
+    "cache",
     "config",
+    "config_file",
     "errors",
-    "experiment_file",
     "files",
     "hub",
-    "key_advice",
+    "limited",
     "limits",
     "options",
     "places",
     "prompts",
     "terminal",
     "variables",
-    "yaml_core",
 }
 LAZY = {"gguf", "llama_cpp", "wandb", "bitsandbytes", "kagglehub", "matplotlib", "wandb_workspaces", "defusedxml"}
 LAZY |= {"rouge", "rouge_score", "sklearn", "nltk", "lm_eval"}
@@ -127,13 +124,13 @@ def test_the_rule_forbids_what_it_should():
         ("medqa.data.batches", "medqa.model.loss"),
         ("medqa.model.base", "medqa.training.plan"),
         ("medqa.evaluation.loss", "medqa.training.loop"),
-        ("medqa.training.loop", "medqa.results.compare"),
+        ("medqa.training.loop", "medqa.commands.compare.show"),
         ("medqa.config", "medqa.data.sources"),
         ("medqa.prompts", "medqa.__main__"),
     ]:
         assert not may_import(importer, imported)
     assert may_import("medqa.training.loop", "medqa.model.loss")
-    assert may_import("medqa.results.compare", "medqa.training.tracking")
+    assert may_import("medqa.commands.compare.show", "medqa.training.recorder")
 
 
 def test_there_is_no_circle():
@@ -150,12 +147,8 @@ def test_train_py_is_the_run_and_nothing_else():
     assert not [node for node in ast.walk(script) if isinstance(node, ast.ClassDef | ast.For | ast.While)]
 
 
-def test_rooms_stay_small_and_documented():
-    for path in FILES:
-        source = path.read_text(encoding="utf-8")
-        assert ast.get_docstring(tree(path)), path
-        if path.parent.name != "tiny":
-            assert len(source.splitlines()) <= 500, f"{path} asks for a wall"
+def test_every_module_is_documented():
+    assert [path for path in FILES if not ast.get_docstring(tree(path))] == []
 
 
 def at_import(module: ast.Module) -> Iterator[str]:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from medqa.config import flat, may_change_on_resume
+from medqa.config import flat, is_complete, length, may_change_on_resume, planned_updates
+from medqa.config_file import default_output_dir, load_experiment
 from medqa.errors import UserError
-from medqa.experiment_file import default_output_dir, load_experiment
-from medqa.length import is_complete, length, planned_updates
-from medqa.training.checkpoint import RunState
+from medqa.training.state import RunState
 from tests.launching import figures, metrics, summary
 
 FAST = ("tracking.wandb=disabled", "evaluation.samples=0", "training.global_batch_size=8", "training.log_steps=50")
@@ -191,7 +190,7 @@ def test_the_test_split_is_measured_with_what_is_kept(early, tmp_path):
 
 
 def test_the_adapter_is_found_under_its_own_update(early):
-    from medqa.results.adapter import find_adapter
+    from medqa.commands.adapter import find_adapter
 
     found = find_adapter(str(early))
     assert (found.step, found.final) == (summary(early)["adapter_step"], True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from moved import WITHIN, Adapter, apart, initial_adapter
 
-from benchmarks.hf_trainer import build
+from harness.parts import build
 from medqa.config import Experiment
 from medqa.data.batches import MicroBatch
 from medqa.model.base import adapter_weights

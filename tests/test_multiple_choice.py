@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from medqa.config import Data
-from medqa.data.multiple_choice import Question, QuestionSet, load_questions
 from medqa.data.sources import Row, load_sources
 from medqa.data.splits import letters_and_digits, split_rows
 from medqa.evaluation.multiple_choice import (
     AT_ONCE,
     LETTER_TOKENS,
     Choices,
+    Question,
+    QuestionSet,
     fitting,
+    load_questions,
     measure,
     named_letter,
     option_examples,

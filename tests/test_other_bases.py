@@ -14,15 +14,15 @@ from families import CONFIGS, make_base, wake
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.hf_trainer import FIGURES, Parts, build, relative_differences, train_ours, train_theirs
+from harness.hf_trainer import FIGURES, relative_differences, train_ours, train_theirs
+from harness.parts import Parts, build
+from medqa.commands.adapter import find_adapter, load_adapted
+from medqa.commands.ask import answer
 from medqa.data.batches import MicroBatch
-from medqa.evaluation.inference import end_ids, generate_answers
-from medqa.evaluation.own_template import own_template_prompts, with_prompts
+from medqa.evaluation.answers import end_ids, generate_answers, own_template_prompts, with_prompts
 from medqa.model.attention import SEGMENTED, TESTED
 from medqa.model.base import load_tokenizer
 from medqa.prompts import prompt, prompt_ids
-from medqa.results.adapter import find_adapter, load_adapted
-from medqa.results.ask import answer
 from medqa.terminal import printable
 from medqa.training.checkpoint import save_adapter
 

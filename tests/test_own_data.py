@@ -15,17 +15,16 @@ from pyarrow import parquet
 from wandb_file import read_finished_run
 
 from medqa.config import Data, Experiment, Model, flat
+from medqa.config_file import default_output_dir, dump_yaml, load_experiment, load_yaml
 from medqa.data.readers import Table
 from medqa.data.sources import Row, is_hub_id, load_sources
 from medqa.data.splits import SPLITS, overlap_report, split_rows, split_sources
 from medqa.errors import UserError
-from medqa.experiment_file import default_output_dir, load_experiment
 from medqa.options import option_parser, parse_options, run_words
 from medqa.tiny import BASE_DIR
-from medqa.training.artifacts import licence
+from medqa.training.before_after import licence
 from medqa.training.plan import by_source
-from medqa.training.wandb_run import shown_config
-from medqa.yaml_core import dump_yaml, load_yaml
+from medqa.training.wandb import shown_config
 
 NOTES = BASE_DIR.parent / "notes.csv"
 FRACTIONS = (0.8, 0.1, 0.1)
@@ -447,7 +446,7 @@ def train_on(place: Path, run: Path, *words: str, sets: tuple[str, ...] = ()) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)  # in the repository with rows that are not committed
         patch.setattr("sys.argv", ["train.py", *command])
-        patch.setattr("medqa.evaluation.inference.SAMPLE_TOKENS", 2)
+        patch.setattr("medqa.evaluation.answers.SAMPLE_TOKENS", 2)
         for name, value in {"WANDB_MODE": "offline", "WANDB_SAVE_CODE": "true", "OMP_NUM_THREADS": "1"}.items():
             patch.setenv(name, value)
         assert main(command) == 0
@@ -500,7 +499,7 @@ def test_nor_with_an_evaluation_or_an_export(alone, place, tmp_path):
         patch.chdir(place)
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SAVE_CODE", "true")
-        patch.setattr("medqa.results.tasks.ANSWER_TOKENS", 2)
+        patch.setattr("medqa.commands.tasks.ANSWER_TOKENS", 2)
         # Where the data were given again, the command line has their places.
         command = ["evaluate", str(run), "--cpu", "--tasks", "loss,generation", "--data", f"one={place / 'one.csv'}"]
         patch.setattr("sys.argv", ["medqa", *command])
@@ -592,8 +591,8 @@ def test_a_run_goes_on_from_another_place_but_not_by_another_name(alone, place, 
 
 
 def test_runs_from_before_there_was_the_key_go_on(alone, tmp_path):
+    from medqa.training.identity import differences
     from medqa.training.run_dir import check_run_dir, finished
-    from medqa.training.same_run import differences
 
     experiment = load_experiment("exp_001", tiny=True)
     old = {key: value for key, value in flat(experiment).items() if key != "data.files"}

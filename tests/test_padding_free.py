@@ -17,10 +17,12 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
-from benchmarks.hf_trainer import Parts, build, make_trainer
+from harness.hf_trainer import make_trainer
+from harness.parts import Parts, build
 from medqa.config import Experiment, Lora
 from medqa.data.batches import IGNORED, MicroBatch, divide, pack
-from medqa.model import fast_lora, head
+from medqa.model import fast_lora
+from medqa.model import loss as head
 from medqa.model.attention import SEGMENTED, TESTED, padding_needed
 from medqa.model.base import add_lora
 from medqa.model.fast_lora import draw_bits, kept, use_fast_lora
@@ -165,7 +167,7 @@ def test_targets_in_the_answer_alone(tiny):
 def test_checkpointing_changes_nothing(tiny, monkeypatch):
     """Turned on where the plan finds no room without it."""
     without = make(tiny, ("exp_001", "none"), True)
-    monkeypatch.setattr("benchmarks.hf_trainer.available_memory", lambda device: 1)
+    monkeypatch.setattr("harness.hf_trainer.available_memory", lambda device: 1)
     parts = make(tiny, ("exp_001", "none"), True)
     assert parts.base.model.is_gradient_checkpointing
     used, why = parts.execution.reasons["model.gradient_checkpointing"][1:]

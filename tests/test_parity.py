@@ -10,7 +10,8 @@ import pytest
 import torch
 from moved import apart, initial_adapter
 
-from benchmarks.hf_trainer import FIGURES, Curve, build, relative_differences, train_ours, train_theirs
+from harness.hf_trainer import FIGURES, Curve, relative_differences, train_ours, train_theirs
+from harness.parts import build
 from medqa.model.base import adapter_weights
 from medqa.model.loss import summed_loss, target_count
 

@@ -14,9 +14,9 @@ import pytest
 
 from medqa.config import Experiment
 from medqa.errors import Interrupted, UserError
-from medqa.training import persist
-from medqa.training.checkpoint_files import checkpoints
-from medqa.training.persist import Copies
+from medqa.training import mirror as persist
+from medqa.training.checkpoint import checkpoints
+from medqa.training.mirror import Copies
 from medqa.training.run_dir import ADAPTER_DIR, RUN_FILE
 
 ROOT_FILES = {"config.yaml", "data_report.json", "splits.csv", "metrics.jsonl", "summary.json", "run.json"}

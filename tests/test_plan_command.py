@@ -9,9 +9,9 @@ from accelerate.state import AcceleratorState
 
 import train
 from medqa.__main__ import main
+from medqa.commands.plan import GPUS, find_machine
 from medqa.tiny import BASE_DIR
-from medqa.training.machines import GPUS, find_machine
-from medqa.training.tracking import read_metrics
+from medqa.training.recorder import read_metrics
 
 SETS = ["training.max_steps=4", "evaluation.rows=4", "evaluation.samples=0", "tracking.wandb=disabled"]
 PARTS = ("base", "adapter", "optimizer", "gradients")

@@ -3,25 +3,24 @@
 import pytest
 import torch
 
+from medqa.config_file import load_experiment
 from medqa.errors import UserError
-from medqa.experiment_file import load_experiment
-from medqa.model import precision
-from medqa.model.four_bit import four_bit_unavailable
-from medqa.model.precision import KEPT, resolve_precision, usable_gpu
-from medqa.training.environment import Settings
+from medqa.model import settings
+from medqa.model.base import four_bit_unavailable
+from medqa.model.settings import KEPT, Settings, resolve_precision, usable_gpu
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch, tmp_path):
     """A machine without a GPU: no device files, and torch sees none."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(precision, "DEVICES", tmp_path)
+    monkeypatch.setattr(settings, "DEVICES", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return tmp_path
 
 
 def gpu(monkeypatch, name: str, capability: tuple[int, int]) -> None:
-    monkeypatch.setattr(precision, "usable_gpu", lambda: True)
+    monkeypatch.setattr(settings, "usable_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)

@@ -9,10 +9,16 @@ import pytest
 
 from medqa.config import Data
 from medqa.data.sources import Row, load_sources
-from medqa.evaluation.inference import Answer, generate_answers
-from medqa.evaluation.probes import score
-from medqa.evaluation.quantities import quantities, unsupported, unsupported_numbers
-from medqa.evaluation.red_flags import RED_FLAGS, advises_care, red_flag
+from medqa.evaluation.answers import Answer, generate_answers
+from medqa.evaluation.safety import (
+    RED_FLAGS,
+    advises_care,
+    quantities,
+    red_flag,
+    score,
+    unsupported,
+    unsupported_numbers,
+)
 from medqa.tiny import BASE_DIR
 from tests.adapted import adapted_parts
 

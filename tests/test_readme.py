@@ -13,10 +13,9 @@ from documents import BEGINNINGS, PAGES, ROOT, TEXTS, all_commands, blocks, pros
 from benchmarks.results import parse_options
 from medqa.__main__ import COMMANDS as COMMANDS_OF_PACKAGE
 from medqa.__main__ import main
-from medqa.command_options import command_parser
 from medqa.config import Experiment, flat
-from medqa.experiment_file import find_experiment, load_experiment
-from medqa.options import locations, option_parser
+from medqa.config_file import find_experiment, load_experiment
+from medqa.options import command_parser, locations, option_parser
 
 README, CONTRIBUTING = TEXTS["README.md"], TEXTS["CONTRIBUTING.md"]
 EVERYTHING = "\n".join(TEXTS.values())

@@ -17,14 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train
 from medqa.config import Model
+from medqa.config_file import load_experiment
 from medqa.errors import UserError
-from medqa.experiment_file import load_experiment
 from medqa.limits import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES
 from medqa.model.base import add_lora, check_model, load_tokenizer, tokens_without_weights
 from medqa.model.base_files import base_fingerprint
-from medqa.model.precision import resolve_precision
+from medqa.model.memory import choose_execution
+from medqa.model.settings import resolve_precision
 from medqa.tiny import BASE_DIR
-from medqa.training.execution import choose_execution
 
 SMALL = {**SIZES, "vocab_size": 64}
 EXPERTS = {**SMALL, "num_experts_per_tok": 2, "moe_intermediate_size": 32}

@@ -16,14 +16,14 @@ from launching import QUIET, metrics, wait_until_gone
 
 from benchmarks import results as command
 from benchmarks import results_machine
-from benchmarks.chaos import TRAIN, Forked
 from benchmarks.results_file import FORMAT, RECIPES, Failure, Machine, Record, Results, gpu_label, keep, read_all, slug
 from benchmarks.results_machine import NO_GPU, code_caveats, code_commit
 from benchmarks.results_process import beside, run_stage
 from benchmarks.results_records import evaluated_tasks, make_record, what_failed
 from benchmarks.results_table import BEGIN, END, NOT_YET, section
+from harness.processes import TRAIN, Forked
 from medqa.errors import Interrupted, UserError
-from medqa.training.lock import RunLock
+from medqa.training.run_dir import RunLock
 
 ROOT = Path(__file__).resolve().parents[1]
 README = f"# A project\n\n{BEGIN}\nold\n{END}\n\nThe rest.\n"

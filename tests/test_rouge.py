@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from medqa.evaluation.rouge import TYPES, authors_rouge_scores, common_subsequence, rouge_scores
+from medqa.evaluation.text import TYPES, authors_rouge_scores, common_subsequence, rouge_scores
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "published_rouge.csv"
 # Answer, reference, F of ROUGE-1, -2, -L by rouge-score, and by rouge: which tells "the" and "The" apart.

@@ -12,18 +12,17 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from rich.console import Console
 
+from medqa.commands.evaluate import SAME_ADAPTER, write_evaluation
+from medqa.config_file import load_experiment
 from medqa.data.splits import Splits, write_splits_csv
 from medqa.errors import UserError
-from medqa.experiment_file import load_experiment
 from medqa.files import write_json
 from medqa.places import check_place
-from medqa.results.evaluate import SAME_ADAPTER, write_evaluation
-from medqa.training.checkpoint import RunState
-from medqa.training.checkpoint_files import checkpoints
-from medqa.training.console import show_result
-from medqa.training.lock import RunLock, this_process
+from medqa.training.checkpoint import checkpoints
+from medqa.training.recorder import MetricsFile, show_result
 from medqa.training.run_dir import (
     Leg,
+    RunLock,
     check_run_dir,
     clear,
     find_checkpoint,
@@ -32,9 +31,10 @@ from medqa.training.run_dir import (
     read_leg,
     read_summary,
     start_run,
+    this_process,
     write_config,
 )
-from medqa.training.tracking import MetricsFile
+from medqa.training.state import RunState
 
 MARK = "a run's"
 
@@ -475,7 +475,7 @@ def test_a_lock_file_that_names_nobody_holds_nobody_up(name, flock, tmp_path, mo
         raise OSError(errno.ENOSYS, "no locks")
 
     if not flock:
-        monkeypatch.setattr("medqa.training.lock.fcntl.flock", no_locks)  # as some network mounts
+        monkeypatch.setattr("medqa.training.run_dir.fcntl.flock", no_locks)  # as some network mounts
     (tmp_path / "run.lock").write_bytes(holders()[name])
     with RunLock(tmp_path) as lock:
         lock.take_if_there()

@@ -31,16 +31,15 @@ from launching import (
 )
 from moved import WITHIN, runs_apart
 
-from benchmarks.chaos import Forked
-from benchmarks.hf_trainer import build
+from harness.parts import build
+from harness.processes import Forked
+from medqa.config_file import load_experiment
 from medqa.errors import UserError
-from medqa.experiment_file import load_experiment
 from medqa.model.base import load_base
-from medqa.model.execution import Execution
-from medqa.model.precision import resolve_precision
+from medqa.model.memory import footprint
+from medqa.model.settings import Execution, resolve_precision
 from medqa.training.checkpoint import newest_whole
-from medqa.training.footprint import footprint
-from medqa.training.processes import FSDP_VALUES, take_shards
+from medqa.training.distributed import FSDP_VALUES, take_shards
 from medqa.variables import settle_variables
 
 LAUNCH_FILES = ("one_gpu", "four_gpus", "two_nodes_of_eight", "fsdp2")

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from launching import SECONDS, Group, finish, output, summary
 
-from medqa.data import remote, token_cache
-from medqa.results import baseline
+from medqa import cache as baseline
+from medqa import cache as token_cache
+from medqa.data import readers
 
 FORK = multiprocessing.get_context("fork")
 AT_ONCE = 6
@@ -198,7 +199,7 @@ def kaggle(tmp_path, monkeypatch) -> Iterator[http.server.ThreadingHTTPServer]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Kaggle)
     server.downloads = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(remote, "connects", lambda url: True)
+    monkeypatch.setattr(readers, "connects", lambda url: True)
     monkeypatch.setitem(
         kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.PROD, f"http://127.0.0.1:{server.server_port}"
     )
@@ -211,7 +212,7 @@ def kaggle(tmp_path, monkeypatch) -> Iterator[http.server.ThreadingHTTPServer]:
 
 
 def read_from_kaggle(i: int = 0) -> None:
-    found = remote.read_kaggle("owner/name", frozenset({"question", "answer"}), "--medquad")
+    found = readers.read_kaggle("owner/name", frozenset({"question", "answer"}), "--medquad")
     assert len(found.records) == 20_000
 
 

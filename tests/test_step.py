@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from benchmarks.hf_trainer import Parts, build, run_train
+from harness.parts import Parts, build, run_train
 from medqa.config import Tokenization
 from medqa.data.batches import IGNORED, MicroBatch, collate
 from medqa.data.sources import Row
@@ -16,9 +16,9 @@ from medqa.errors import TrainingStopped
 from medqa.model.base import adapter_weights
 from medqa.model.loss import target_count, token_losses
 from medqa.prompts import prompt
-from medqa.training.checkpoint import RunState
 from medqa.training.loop import agreed, due, minutes_due, require_adapter_gradients
-from medqa.training.tracking import read_metrics
+from medqa.training.recorder import read_metrics
+from medqa.training.state import RunState
 
 PLAIN = ("model.quantization=none", "lora.lora_dropout=0.0", "training.global_batch_size=8")
 

@@ -15,14 +15,14 @@ from wandb import wandb_agent
 from wandb.sdk.launch.sweeps import utils as sweep_utils
 from wandb_server import WandbServer
 
-from benchmarks.chaos import Forked
+from harness.processes import Forked
 from medqa.config import flat
+from medqa.config_file import default_output_dir, find_experiment, is_sweep, load_experiment, parse_sets
 from medqa.errors import Interrupted, UserError
-from medqa.experiment_file import default_output_dir, find_experiment, is_sweep, load_experiment, parse_sets
 from medqa.options import option_parser
-from medqa.training import interrupts
-from medqa.training.interrupts import Interrupts
-from medqa.training.tracking import wandb_names
+from medqa.training import stopping
+from medqa.training.stopping import Interrupts
+from medqa.training.wandb import wandb_names
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEP_FILE = ROOT / "experiments" / "sweep.yaml"
@@ -143,7 +143,7 @@ def test_a_sweep_is_no_experiment(name, tmp_path):
 def test_both_signals_of_a_stopped_trial_are_one_stop(monkeypatch):
     def received(*signals: int) -> Interrupts:
         with Interrupts() as interrupts:
-            interrupts.finish_update = True
+            stopping.finish_update = True
             for number in signals:
                 signal.raise_signal(number)
         return interrupts
@@ -154,7 +154,7 @@ def test_both_signals_of_a_stopped_trial_are_one_stop(monkeypatch):
     with pytest.raises(Interrupted):
         received(signal.SIGTERM, signal.SIGTERM, signal.SIGTERM)
     monkeypatch.delenv("WANDB_SWEEP_ID")
-    monkeypatch.setattr(interrupts, "TOGETHER_S", 0.0)
+    monkeypatch.setattr(stopping, "TOGETHER_S", 0.0)
     with pytest.raises(Interrupted):
         received(signal.SIGTERM, signal.SIGINT)
 

@@ -24,8 +24,8 @@ from medqa import __main__ as commands
 from medqa.errors import exit_code, refusal
 from medqa.terminal import make_console, nobody_reads, print_error, print_json, printable, protect
 from medqa.training.checkpoint import newest_whole
-from medqa.training.console import ProgressLine, show_plan, show_result
 from medqa.training.plan import Plan
+from medqa.training.recorder import ProgressLine, show_plan, show_result
 from train import main
 
 BIDI = "\N{RIGHT-TO-LEFT OVERRIDE}"
@@ -346,7 +346,7 @@ def test_a_conversation_ends_with_its_terminal(tiny_run, monkeypatch, capfd):
         asked.append(question)
         os.close(ours)
 
-    monkeypatch.setattr("medqa.results.ask.show_answer", answered)
+    monkeypatch.setattr("medqa.commands.ask.show_answer", answered)
     assert commands.main(["ask", str(tiny_run), "--cpu"]) == 0
     assert asked == ["caf\N{REPLACEMENT CHARACTER} ?"]
 
@@ -372,7 +372,7 @@ def test_no_more_questions_are_answered_when_nobody_reads(tiny_run, monkeypatch)
             asked.append(number)
             yield f"What is flu {number} ?"
 
-    monkeypatch.setattr("medqa.results.ask.piped_questions", lambda stream: questions())
+    monkeypatch.setattr("medqa.commands.ask.piped_questions", lambda stream: questions())
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     monkeypatch.setattr(sys, "stdout", without_reader())
     assert commands.main(["ask", str(tiny_run), "--cpu", "--max-new-tokens", "2"]) == 0

@@ -25,14 +25,22 @@ from wandb_file import OfflineRun, read_finished_run
 from wandb_server import WandbServer
 
 from medqa.config import Experiment, flat
+from medqa.config_file import load_experiment
 from medqa.errors import UserError
-from medqa.experiment_file import load_experiment
 from medqa.hub import connects
 from medqa.prompts import prompt_ids
 from medqa.tiny import BASE_DIR
-from medqa.training.tracking import MetricsFile, Spent, Tracker, read_metrics, wandb_names
-from medqa.training.wandb_feed import PRIVATE, failures
-from medqa.training.wandb_run import SAMPLE_COLUMNS, log_adapter, start_wandb, wandb_mode, wandb_wanted
+from medqa.training.recorder import MetricsFile, Spent, Tracker, read_metrics
+from medqa.training.wandb import (
+    PRIVATE,
+    SAMPLE_COLUMNS,
+    failures,
+    log_adapter,
+    start_wandb,
+    wandb_mode,
+    wandb_names,
+    wandb_wanted,
+)
 from train import main
 
 FIGURES = {"loss", "perplexity", "answer_loss", "answer_perplexity"}
@@ -550,7 +558,7 @@ def started(accelerator: Accelerator, directory: Path, *sets: str) -> str:
 @pytest.mark.parametrize("asked", ["auto", "online"])
 def test_without_a_key_it_is_offline_at_once_and_without_a_prompt(asked, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked"))
-    monkeypatch.setattr("medqa.training.wandb_run.connects", lambda url: pytest.fail("no network is needed to know"))
+    monkeypatch.setattr("medqa.training.wandb.connects", lambda url: pytest.fail("no network is needed to know"))
     assert wandb_mode(tracking(f"tracking.wandb={asked}").tracking) == (
         "offline",
         " (no API key: run `wandb login` for online)",
@@ -570,7 +578,7 @@ def test_a_key_in_the_netrc_file_counts(monkeypatch, tmp_path):
     path = tmp_path / "netrc"
     path.write_text(f"machine api.wandb.ai login user password {'0' * 40}\n")
     monkeypatch.setenv("NETRC", str(path))
-    monkeypatch.setattr("medqa.training.wandb_run.connects", lambda url: url == "https://api.wandb.ai")
+    monkeypatch.setattr("medqa.training.wandb.connects", lambda url: url == "https://api.wandb.ai")
     assert wandb_mode(tracking().tracking) == ("online", "")
     path.write_text("machine elsewhere login user password x\n")
     assert wandb_mode(tracking().tracking)[0] == "offline"
@@ -704,7 +712,7 @@ def test_only_the_adapters_own_files_are_an_artifact(accelerator, tmp_path, monk
 
 def test_an_exception_that_a_version_of_wandb_lacks_is_left_out(monkeypatch):
     known = failures()
-    monkeypatch.setattr("medqa.training.wandb_feed.PRIVATE", (*PRIVATE, "wandb.no.such:Error", "wandb.errors:NoSuch"))
+    monkeypatch.setattr("medqa.training.wandb.PRIVATE", (*PRIVATE, "wandb.no.such:Error", "wandb.errors:NoSuch"))
     assert failures() == known
     assert len(known) == 3 + len(PRIVATE)
 

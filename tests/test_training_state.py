@@ -16,13 +16,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks.hf_trainer import Parts, build, run_train
+from harness.parts import Parts, build, run_train
 from medqa.errors import UserError
 from medqa.files import Damaged
 from medqa.model.base import adapter_weights
-from medqa.training.checkpoint import RunState, load_checkpoint, newest_whole, save_checkpoint
-from medqa.training.manifest import MANIFEST, write_manifest
-from medqa.training.training_state import QUANTIZED, Trained, read_training_state
+from medqa.training.checkpoint import MANIFEST, load_checkpoint, newest_whole, save_checkpoint, write_manifest
+from medqa.training.state import RunState, Trained
+from medqa.training.training_state import QUANTIZED, read_training_state
 
 UPDATES = 3
 SETS = (

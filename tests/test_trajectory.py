@@ -20,8 +20,9 @@ import peft
 import torch
 import transformers
 
-from benchmarks.hf_trainer import build, relative_differences
-from medqa.experiment_file import load_experiment
+from harness.hf_trainer import relative_differences
+from harness.parts import build
+from medqa.config_file import load_experiment
 
 RECORDED = Path(__file__).parent / "data" / "trajectory.json"
 UPDATES = 20

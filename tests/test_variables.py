@@ -14,13 +14,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DynamoBackend
 from launching import LAUNCH, SECONDS, figures, finish, free_port, output, start
 
-from benchmarks.chaos import Forked
+from harness.processes import Forked
 from medqa.__main__ import main as command
 from medqa.errors import UserError
-from medqa.model.precision import usable_gpu
+from medqa.model.settings import usable_gpu
 from medqa.terminal import make_console, print_error, printable
-from medqa.training.environment import Environment, changes, environment
-from medqa.training.processes import make_accelerator
+from medqa.training.checkpoint import Environment, changes, environment
+from medqa.training.distributed import make_accelerator
 from medqa.variables import (
     PARSED_AT_IMPORT,
     TABLE,
@@ -219,7 +219,7 @@ def test_what_accelerate_cannot_start_with_is_said_with_the_variables(given, new
 def test_processes_that_mpi_has_started_are_known(tmp_path):
     script = tmp_path / "count.py"
     script.write_text(
-        "from medqa.training.processes import make_accelerator\n"
+        "from medqa.training.distributed import make_accelerator\n"
         "print('processes', make_accelerator(True, 'no', False, 60.0).num_processes)\n"
     )
     together = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMP_NUM_THREADS": "1"}

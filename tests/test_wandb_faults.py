@@ -11,8 +11,8 @@ from launching import figures
 from wandb_file import read_finished_run
 from wandb_server import WandbServer
 
-from benchmarks.chaos import Forked
-from medqa.training.tracking import read_metrics
+from harness.processes import Forked
+from medqa.training.recorder import read_metrics
 
 UPDATES = 30
 SETS = (

@@ -1,4 +1,4 @@
-"""The stream of examples and an update's micro-batches of it, padded or laid end to end.
+"""The stream of examples, and the micro-batches of an update, padded or concatenated.
 
 The stream is an endless sequence of epoch permutations, each a pure function of seed and epoch; update u consumes
 positions [u*B, (u+1)*B) of it, B the global batch, straight across epoch ends. Nothing here has a state to save.

@@ -1,4 +1,4 @@
-"""Which rows are trained on and which are held out, and what the held-out ones share with training all the same.
+"""Rows are split into training, validation and test here, and the overlap between the splits is measured.
 
 Medical question-answer sets repeat themselves: a random split puts about a fifth of the held-out rows' questions or
 answers into training as well, and then measures memory. `grouped` never does; `topic` keeps topics apart too.

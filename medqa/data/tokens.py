@@ -11,10 +11,10 @@ import tokenizers
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from medqa.cache import cached
 from medqa.config import Tokenization
 from medqa.data.sources import Row
 from medqa.data.splits import SPLITS, Splits
-from medqa.data.token_cache import cached
 from medqa.errors import UserError
 from medqa.prompts import prompt
 

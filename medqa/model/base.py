@@ -1,4 +1,4 @@
-"""Tokenizer, frozen base model and LoRA adapters. Which files of a base are read is `base_files.py`'s."""
+"""The tokenizer, the frozen base model (plain or 4-bit) and LoRA adapters on it."""
 
 import contextlib
 import json
@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,13 +44,76 @@ from medqa.model.base_files import (
     location,
     weight_bytes,
 )
-from medqa.model.execution import Execution
 from medqa.model.families import check_targets, refuse_by_file, refuse_by_kind, without_contents
 from medqa.model.fast_lora import use_fast_lora
-from medqa.model.four_bit import expand, four_bit_config, keep_unpacked, quantization_in_effect
-from medqa.model.precision import Kept, Precision
+from medqa.model.settings import KEPT, Execution, Kept, Precision
 from medqa.model.sharding import BLANK, blank_base, loading_device
 from medqa.prompts import chat_template, prompt
+
+# ----------------------------------------------------------------------------------------------------
+# 4-bit weights: can they be had here, how they are made, and how they are kept once expanded.
+
+
+def quantization_in_effect(
+    model: config.Model, precision: Precision, device: torch.device, kept: Kept | None = None
+) -> tuple[str, str | None]:
+    """The quantization that can be had, and why where it is not the one asked for; `kept` as in `base.load_base`."""
+    reason = four_bit_unavailable(device, precision.dtype) if model.quantization == "4bit" else None
+    if reason is None and kept is not None and kept.quantization != model.quantization:
+        reason = KEPT
+    return ("none" if reason else model.quantization), reason
+
+
+def four_bit_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why 4-bit cannot be had on a device; None where it can. A small layer is quantized and used, before 2 GB are."""
+    try:
+        import bitsandbytes as bnb
+        from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+        Bnb4BitHfQuantizer(four_bit_config(dtype)).validate_environment(device_map={"": str(device)})
+        layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=dtype, quant_type="nf4").to(device)
+        layer.support_avx512bf16_for_cpu = False
+        layer(torch.ones(1, 64, device=device, dtype=dtype))
+    except torch.OutOfMemoryError:  # a RuntimeError, but no reason to fall back
+        raise
+    except (ImportError, RuntimeError, ValueError) as error:
+        return f"4-bit cannot be had here: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return None
+
+
+def four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantization (QLoRA, https://arxiv.org/abs/2305.14314)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def expand(model: PreTrainedModel) -> None:
+    """Expand every 4-bit weight, once, to what each forward and backward would expand it to again.
+
+    The numbers stay those of 4-bit; what is saved is the work, what it costs is the memory that 4-bit saves.
+    """
+    model.dequantize()
+    model.is_loaded_in_4bit = False  # else PEFT would look for bitsandbytes' layers
+    model.requires_grad_(False)
+
+
+def keep_unpacked(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on CPUs with AVX512-BF16.
+
+    The packed layer has no backward: gradients after it are silently wrong (cosine 0.29 to the right ones, measured).
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+# ----------------------------------------------------------------------------------------------------
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # In a tokenizer's configuration, what says where and by what it was loaded, or which code would load it.

@@ -15,9 +15,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from medqa.model.attention import find_varlen_kernel
-from medqa.model.execution import Execution
 from medqa.model.loss import LossModel
-from medqa.model.precision import Precision
+from medqa.model.settings import Execution, Precision
 
 BLANK = torch.device("meta")  # as the place to load to: a model of the right shapes, without contents
 

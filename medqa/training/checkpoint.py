@@ -1,4 +1,4 @@
-"""Checkpoints: all that an exact resume needs, and nothing of the base model. Each is whole, or passed over.
+"""Checkpoints: all that an exact resume needs, without the base. A checkpoint is complete or ignored.
 
 A checkpoint is written beside its place, flushed to disk, renamed into it and read back. Its manifest decides whether
 it is whole, and says of which experiment, data, tokenizer and base model it is. No random state is kept: order and
@@ -7,103 +7,417 @@ noise follow from the step.
 
 import contextlib
 import copy
+import errno
+import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+import platform
+import re
+import secrets
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pydantic.dataclasses
+import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from safetensors.torch import save
 
 from medqa.errors import NotWritten, UserError
-from medqa.evaluation.loss import SplitLoss
-from medqa.files import UNFINISHED, Damaged, flush, parse_json, read_file
-from medqa.limits import MAX_JSON_BYTES
+from medqa.files import UNFINISHED, Damaged, checksum, copy_file, flush, open_regular, parse_json, read_file, read_json
+from medqa.limits import MAX_CHECKPOINT_FILE_BYTES, MAX_JSON_BYTES
 from medqa.model.adapter_files import ADAPTER_FILES
-from medqa.model.base import adapter_weights, load_adapter_weights
-from medqa.training.checkpoint_files import (
-    STATE_FILE,
-    TRAINING_FILE,
-    checkpoints,
-    make_way,
-    prune,
-    put_in_place,
-    remove,
-    remove_unfinished,
-    step_of,
-    verify_checkpoint,
-)
-from medqa.training.environment import Environment, Part
-from medqa.training.manifest import MANIFEST, write_manifest
-from medqa.training.processes import on_main
-from medqa.training.training_state import Trained, read_training_state, training_state
+from medqa.model.attention import SEGMENTED, VARLEN
+from medqa.model.base import Base, adapter_weights, load_adapter_weights
+from medqa.model.settings import Execution, Part, Precision, Settings
+from medqa.model.sharding import is_sharded
+from medqa.training.distributed import on_main
+from medqa.training.state import STATE, RunState, Trained
+from medqa.training.training_state import read_training_state, training_state
+from medqa.variables import recorded_variables
+
+# ----------------------------------------------------------------------------------------------------
+# What a run's numbers depend on besides experiment and data: the settings in effect, the machine, the libraries.
+#
+# A checkpoint keeps it. A run that goes on keeps the settings; where it cannot, or where the machine is of another
+# kind, it says so, and is marked as not bit for bit the same from there on.
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "datasets")
+COMPUTING = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")  # of them, those that move numbers
 
 
-@dataclass(frozen=True)
-class Moved:
-    """After which update the machine was another, and what changed."""
+class Environment(Part):
+    """The settings and the machine. `cpu_threads` is None on a GPU; those with a default are not in older checkpoints.
 
-    after_step: int
-    changed: list[str]
-
-
-@pydantic.dataclasses.dataclass(config=ConfigDict(extra="forbid", strict=True))
-class RunState:
-    """How far a run is. What follows from the step is not kept.
-
-    `elapsed_s` and `peak_memory` are over all legs, `evaluation_s` is what the baseline took. `micro_batch_rows` is the
-    most examples that a micro-batch has had room for (None: as many as configured). Without padding
-    `micro_batch_tokens` bounds a micro-batch instead, and their number is a multiple of `micro_batch_multiple`; see
-    `data.batches.divide`.
+    `variables` are those of the environment that choose among kernels (`medqa/variables.py`); None: not recorded.
     """
 
-    step: NonNegativeInt = 0
-    tokens_seen: NonNegativeInt = 0
-    best_step: NonNegativeInt = 0
-    best_loss: float | None = None
-    evaluated_step: NonNegativeInt = 0
-    evaluations_since_best: NonNegativeInt = 0
-    stopped_early: bool = False
-    elapsed_s: float = 0.0
-    peak_memory: NonNegativeInt = 0
-    evaluation_s: float = 0.0
-    overflows: NonNegativeInt = 0
-    micro_batch_rows: PositiveInt | None = None
-    micro_batch_tokens: PositiveInt | None = None
-    micro_batch_multiple: PositiveInt = 1
-    run_id: str = ""
-    resumes: NonNegativeInt = 0
-    baseline: SplitLoss | None = None
-    not_bitwise: list[Moved] = field(default_factory=list)
-
-    def note_best(self, step: int, loss: float) -> None:
-        """Remember the lowest loss on the fixed validation rows, and how many evaluations ago it was; once a step."""
-        if step == self.evaluated_step:
-            return
-        self.evaluated_step = step
-        self.evaluations_since_best += 1
-        if self.best_loss is None or loss < self.best_loss:
-            self.best_step, self.best_loss, self.evaluations_since_best = step, loss, 0
-
-    def halve(self, rows: int, tokens: int | None) -> tuple[str, str]:
-        """Have smaller micro-batches after one of so many rows, and tokens, found no room; what was, and what will be.
-
-        Args:
-            tokens: None where micro-batches are padded, and rows are what is counted.
-        """
-        if tokens is None:
-            self.micro_batch_rows = -(-rows // 2)
-            return f"{rows} rows", f"{self.micro_batch_rows}"
-        self.micro_batch_tokens = -(-tokens // 2)
-        return f"{tokens} tokens", f"{self.micro_batch_tokens}"
+    settings: Settings
+    device: str
+    processes: int
+    cpu_threads: int | None
+    versions: dict[str, str]
+    sharded: bool = False
+    variables: dict[str, str] | None = None
 
 
-STATE = TypeAdapter(RunState)
+def environment(accelerator: Accelerator, precision: Precision, execution: Execution, base: Base) -> Environment:
+    """What is in effect in this process."""
+    device = accelerator.device
+    on_gpu = device.type == "cuda"
+    return Environment(
+        settings=Settings.model_validate(
+            {
+                "mixed_precision": precision.mixed_precision,
+                "dtype": str(precision.dtype).removeprefix("torch."),
+                "quantization": base.quantization,
+                "attn_implementation": _attention(base.model.config._attn_implementation),
+                "padding_free": execution.padding_free,
+                "gradient_checkpointing": execution.gradient_checkpointing,
+                "dequantize": execution.dequantize and base.quantization == "4bit",
+            }
+        ),
+        device=torch.cuda.get_device_name(device) if on_gpu else f"cpu {torch.backends.cpu.get_cpu_capability()}",
+        processes=accelerator.num_processes,
+        cpu_threads=None if on_gpu else torch.get_num_threads(),
+        versions=versions(),
+        sharded=is_sharded(base.model),
+        variables=recorded_variables(),
+    )
+
+
+def _attention(implementation: str) -> str:
+    """The attention kernel. Without padding a GPU may have one that does all segments, to other last digits."""
+    return f"{implementation}, varlen" if implementation == SEGMENTED and VARLEN else implementation
+
+
+def changes(before: Environment, now: Environment) -> list[str]:
+    """What differs between two environments so that results may differ in their last digits."""
+    compared = None not in (before.variables, now.variables)
+    names = sorted({*(before.variables or {}), *(now.variables or {})}) if compared else []
+    was, is_now = (
+        {
+            **env.settings.model_dump(),
+            "device": env.device,
+            "processes": env.processes,
+            "CPU threads": env.cpu_threads,
+            "sharded weights": env.sharded,
+            **{name: env.versions.get(name) for name in COMPUTING},
+            **{name: (env.variables or {}).get(name, "not set") for name in names},
+        }
+        for env in (before, now)
+    )
+    return [f"{key} {was[key]} before, {value} now" for key, value in is_now.items() if was[key] != value]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what computes; a package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this code (`-dirty` with changes), None where it is not a git checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+# ----------------------------------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------------------------------
+# A directory's manifest: what must be in it for it to be whole, with a checksum of its own.
+#
+# Whatever wrote a directory (this process, a copy to a network share, a download), the manifest alone decides whether
+# it is whole. It is JSON, and the files that it names are fixed by the reader, never by the file.
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+def write_manifest(directory: Path, about: Mapping[str, Any]) -> None:
+    """Write the manifest over all files in `directory`, with what it says `about` them.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    body = {"format": FORMAT, **about, "files": {path.name: measure(path) for path in sorted(directory.iterdir())}}
+    body["checksum"] = checksum(body)
+    (directory / MANIFEST).write_text(json.dumps(body, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def verify(directory: Path, expected: Iterable[str]) -> dict[str, Any]:
+    """The manifest of a directory whose files are all as it says.
+
+    Args:
+        expected: the names that the manifest must list, no more and no fewer.
+
+    Raises:
+        Damaged: with the reason.
+    """
+    body = read_manifest(directory)
+    files = body["files"]
+    if not isinstance(files, dict) or files.keys() != set(expected):
+        raise Damaged(f"{MANIFEST} is of another version: it lists other files")
+    for name, said in files.items():
+        try:
+            with open_regular(directory / name) as file:
+                size = os.fstat(file.fileno()).st_size
+                if not isinstance(said, dict) or size != said.get("size"):
+                    raise Damaged(f"{name} has {size:,} bytes, not those of {MANIFEST}")
+                if size > MAX_CHECKPOINT_FILE_BYTES:  # a file with holes can seem to be of any size
+                    raise Damaged(f"{name} has {size:,} bytes, more than any checkpoint's")
+                if hashlib.file_digest(file, "sha256").hexdigest() != said.get("sha256"):
+                    raise Damaged(f"{name}: its sha256 is not that of {MANIFEST}")
+        except OSError as error:
+            raise Damaged(f"{name}: {error.strerror}") from error
+    return body
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest, its own checksum verified, the files not looked at.
+
+    Raises:
+        Damaged: missing, not readable as one, or changed since it was written.
+    """
+    try:
+        body = read_json(directory / MANIFEST)
+    except Damaged as error:
+        reason = str(error).removeprefix(f"{directory / MANIFEST}: ")
+        raise Damaged(f"{MANIFEST}: {reason}") from error
+    if not isinstance(body, dict) or not {"format", "files", "checksum"} <= body.keys():
+        raise Damaged(f"{MANIFEST} is torn")
+    if body.pop("checksum") != checksum(body):
+        raise Damaged(f"{MANIFEST}: its own checksum is wrong")
+    if body["format"] != FORMAT:
+        raise Damaged(f"{MANIFEST} is of another version: its format is not {FORMAT}")
+    return body
+
+
+def measure(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file (opening a pipe would never end).
+    """
+    with open_regular(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": file.tell(), "sha256": digest}
+
+
+# ----------------------------------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------------------------------
+# The directories of checkpoints: which there are, which may go, and how one comes into its place.
+#
+# Nothing here removes or writes through a link, or removes what a run did not write.
+
+NAME = re.compile(r"checkpoint-(\d{1,12})")
+# A checkpoint that is being written, or what is left of one that was being removed.
+LEFTOVER = re.compile(rf"{NAME.pattern}(\.[0-9a-f]{{8}})?{re.escape(UNFINISHED)}")
+# What a network file system calls a removed file that a process still has open. It removes the file later by itself.
+STILL_OPEN = ".nfs"
+TRAINING_FILE = "training_state.pt"
+STATE_FILE = "state.json"
+CONTENT = (*ADAPTER_FILES, TRAINING_FILE, STATE_FILE)
+CHECKPOINT_FILES = {*CONTENT, MANIFEST}
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Everything called like a checkpoint, by step (numerically: 100 comes after 50), oldest first; links too."""
+    return sorted(
+        (path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()), key=step_of
+    )
+
+
+def step_of(path: Path) -> int:
+    """The update of a checkpoint, by its name."""
+    return int(path.name.rpartition("-")[2])
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint that is whole and under its own name.
+
+    Raises:
+        Damaged: with the reason.
+    """
+    body = verify(path, CONTENT)
+    if _is_renamed(path, body):
+        raise Damaged(
+            f"{MANIFEST} says that it is of another update than its name: the directory was renamed or copied"
+        )
+    return body
+
+
+def prune(output_dir: Path, keep: int, needed: set[int]) -> list[str]:
+    """Remove all but the newest `keep` whole checkpoints and those at the steps `needed`.
+
+    Damaged ones older than the newest go too. Only directories that hold nothing but a checkpoint's own files are
+    removed: never a link, never one that somebody put something into, and never one that somebody has renamed.
+
+    Returns:
+        Why any could not be removed, as sentences, which are the same for all of the same reason.
+    """
+    found = checkpoints(output_dir)
+    whole = [path for path in found if seems_whole(path)]
+    stay = set()
+    for path in found[: found.index(whole[-1])] if whole else ():
+        if path not in whole[-keep:] and step_of(path) not in needed and is_ours(path) and not _is_renamed(path):
+            try:
+                remove(path)
+            except OSError as error:
+                stay.add(
+                    f"{output_dir}: an old checkpoint could not be removed, and stays: {error.strerror}; the same is "
+                    "not said again of others"
+                )
+    return sorted(stay)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether it is a directory, not a link to one, that holds regular files of a checkpoint's names alone."""
+    try:
+        return (
+            path.is_dir()
+            and not path.is_symlink()
+            and all(
+                (entry.name in CHECKPOINT_FILES or entry.name.startswith(STILL_OPEN))
+                and entry.is_file(follow_symlinks=False)
+                for entry in os.scandir(path)
+            )
+        )
+    except OSError:  # it cannot be listed, or has just gone
+        return False
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint's directory, one for which `is_ours` holds.
+
+    The manifest goes first. What a kill, or an error after that, leaves is a leftover by its name: it is never taken
+    for a checkpoint, and `unfinished` finds it.
+
+    Raises:
+        OSError: it cannot be removed, or not entirely. Where the manifest could not be, all of it is still there.
+    """
+    (path / MANIFEST).unlink(missing_ok=True)
+    if NAME.fullmatch(path.name):
+        path = path.rename(path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}"))
+    for entry in list(os.scandir(path)):
+        with contextlib.suppress(OSError):
+            os.unlink(entry)
+    path.rmdir()  # which says why, where something is left
+
+
+def unfinished(output_dir: Path) -> Iterator[Path]:
+    """What a killed save or removal has left behind."""
+    for path in output_dir.glob(f"checkpoint-*{UNFINISHED}"):
+        if LEFTOVER.fullmatch(path.name) and is_ours(path):
+            yield path
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Remove what killed saves and removals have left behind. What cannot be removed is in nobody's way, and stays."""
+    for path in unfinished(output_dir):
+        with contextlib.suppress(OSError):
+            remove(path)
+
+
+def put_in_place(beside: Path, place: Path) -> None:
+    """Rename a checkpoint that is whole into its place.
+
+    Raises:
+        OSError: it cannot be, or the place is a link.
+    """
+    make_way(place)
+    beside.rename(place)
+    flush(place.parent)
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy a whole checkpoint, verify what is read back, and put it in place.
+
+    Raises:
+        OSError: it cannot be read or written; what was there stays.
+        Damaged: the copy reads back differently.
+    """
+    beside = target.with_name(target.name + UNFINISHED)
+    make_way(beside)
+    beside.mkdir()
+    try:
+        for name in (*CONTENT, MANIFEST):
+            copy_file(source / name, beside / name)
+            forget_cached(beside / name)
+        if verify(beside, CONTENT) != read_manifest(source):
+            raise Damaged(f"{target.name} reads back differently from what was written")
+        put_in_place(beside, target)
+    except (OSError, Damaged):
+        with contextlib.suppress(OSError):
+            remove(beside)  # half a checkpoint is of no use, and there may be no space
+        raise
+
+
+def forget_cached(path: Path) -> None:
+    """Have the next read come from where the file lies, not from this machine's memory, where the system can."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def make_way(place: Path) -> None:
+    """Remove a damaged or unfinished checkpoint; where that is impossible, or others' files are in it, move it aside.
+
+    Raises:
+        OSError: it cannot be, or the place is a link.
+    """
+    if place.is_symlink():
+        raise OSError(errno.EEXIST, "a link that no run made is in the way; remove it", str(place))
+    if is_ours(place):
+        with contextlib.suppress(OSError):
+            remove(place)
+    if place.exists():
+        place.rename(place.with_name(f"{place.name}.aside-{secrets.token_hex(4)}"))
+
+
+def seems_whole(place: Path) -> bool:
+    """Whether manifest, name and sizes are right; file contents are not read."""
+    try:
+        body = read_manifest(place)
+        files = body["files"]
+        return not _is_renamed(place, body) and all(
+            (place / name).stat().st_size == files[name]["size"] for name in CONTENT
+        )
+    except (Damaged, OSError, KeyError, TypeError):
+        return False
+
+
+def _is_renamed(place: Path, body: Mapping[str, Any] | None = None) -> bool:
+    """Whether a checkpoint's manifest, of which `body` is the content, names another update than its directory."""
+    try:
+        return (read_manifest(place) if body is None else body).get("step") != step_of(place)
+    except Damaged:
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------
 
 
 class Fingerprints(Part):

@@ -14,12 +14,12 @@ from medqa.config import Experiment
 from medqa.data.batches import MicroBatch, Stream, stable_hash
 from medqa.errors import Interrupted, ProcessStopped, StoppedInTime, TrainingStopped
 from medqa.evaluation.loss import SplitLoss
+from medqa.model.device import peak_memory
 from medqa.model.loss import summed_loss, target_count
-from medqa.training.checkpoint import RunState
-from medqa.training.faults import forget_attempt, lower, no_room, not_finite, sizes, step_or_stop
-from medqa.training.interrupts import Deadline, Interrupts
-from medqa.training.memory import peak_memory
-from medqa.training.tracking import Tracker
+from medqa.training.failures import forget_attempt, lower, no_room, not_finite, sizes, step_or_stop
+from medqa.training.recorder import Tracker
+from medqa.training.state import RunState
+from medqa.training.stopping import Deadline, Interrupts
 
 
 def train(

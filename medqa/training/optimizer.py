@@ -1,10 +1,11 @@
-"""The optimizer over the trainable parameters."""
+"""The optimizer of the trainable parameters, and the learning rate schedule."""
 
 from typing import Any
 
 import torch
+from transformers import get_scheduler
 
-from medqa.config import Optimizer
+from medqa.config import Optimizer, Scheduler
 from medqa.errors import UserError
 
 
@@ -31,3 +32,24 @@ def build_optimizer(model: torch.nn.Module, settings: Optimizer) -> torch.optim.
             "install it, or use --set optimizer.name=adamw_torch"
         ) from error
     return PagedAdamW8bit(parameters, **arguments)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The learning rate as a function of the update, by transformers' own formulas.
+
+TRANSFORMERS_NAMES = {"none": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, settings: Scheduler, max_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The schedule, to be stepped once per update on any number of processes, so it is never prepared.
+
+    Warmup is transformers' convention: update u of w uses u/w of the rate, from u = 0, so the very first moves nothing.
+    """
+    return get_scheduler(
+        TRANSFORMERS_NAMES[settings.name],
+        optimizer,
+        num_warmup_steps=settings.warmup_steps,
+        num_training_steps=max_steps,
+    )

@@ -1,4 +1,4 @@
-"""What a run will do, worked out before its first update."""
+"""The plan of a run, shown before its first update."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +16,7 @@ from medqa.data.splits import Splits
 from medqa.data.tokens import Example
 from medqa.errors import UserError
 from medqa.model.base import Base
-from medqa.model.execution import Change, Execution
-from medqa.model.precision import Precision
+from medqa.model.settings import Change, Execution, Precision
 from medqa.model.sharding import frozen_bytes, is_sharded
 
 SHOWN_SOURCES = 40

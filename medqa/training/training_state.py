@@ -14,15 +14,14 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from medqa.files import Damaged, open_regular
 from medqa.limits import MAX_SHOWN
+from medqa.training.state import Trained
 
 # bitsandbytes keeps the quantized tensors of a parameter's state below this key, older versions beside the others.
 QUANTIZED = "__bnb_optimizer_quant_state__"
@@ -45,16 +44,6 @@ MADE_UP = (
     struct.error,
     zipfile.BadZipFile,
 )
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The things whose state a checkpoint keeps, together because they are always saved and loaded together."""
-
-    model: PeftModel
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LambdaLR
-    scaler: torch.amp.GradScaler | None
 
 
 def training_state(trained: Trained) -> memoryview:

@@ -1,0 +1,189 @@
+"""`medqa ask` puts questions to an adapter, one at a time, with the prompt of training."""
+
+import io
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from transformers import TextStreamer
+
+from medqa.commands.adapter import Adapted
+from medqa.errors import UserError
+from medqa.evaluation.answers import end_ids, plain_greedy
+from medqa.evaluation.safety import red_flag
+from medqa.prompts import prompt_ids
+from medqa.terminal import nobody_reads, print_json, printable
+
+ADVICE = (
+    "This may be an emergency, or a question that no program must decide: call the emergency number, or ask a doctor, "
+    "a pharmacist or a poison centre, before anything that stands below."
+)
+NOT_ADVICE = "Not medical advice: answers can be wrong, outdated or dangerous. Ask a professional."
+ALONE = "Each question stands alone, as in training: nothing said before is remembered. An empty line ends."
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One answer: its text, whether it ended by itself, and how many tokens it has."""
+
+    text: str
+    stopped: bool
+    tokens: int
+
+
+class _Stream(TextStreamer):
+    """Hands text on as it becomes certain, instead of printing it."""
+
+    def __init__(self, tokenizer: Any, told: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._told = told
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """What transformers calls with each piece."""
+        if text:
+            self._told(printable(text))
+
+
+def answer(
+    adapted: Adapted, question: str, most_tokens: int, told: Callable[[str], None] | None = None, base: bool = False
+) -> Answered:
+    """The greedy answer to a question.
+
+    Args:
+        most_tokens: where it is cut; earlier where the model's context ends.
+        told: is given the text piece by piece, as it comes.
+        base: of the base model, without the adapter.
+
+    Raises:
+        UserError: no question, or one so long that there is no room for an answer.
+    """
+    question = question.encode(errors="replace").decode()  # halves of characters, of a command line in another encoding
+    if not question.strip():
+        raise UserError("the question is empty; ask something")
+    model, tokenizer = adapted.model, adapted.tokenizer
+    prompt = prompt_ids(question, tokenizer)
+    context = getattr(model.config, "max_position_embeddings", None)
+    room = most_tokens if context is None else min(most_tokens, context - len(prompt))
+    if room < 1:
+        raise UserError(f"the question has {len(prompt):,} tokens and the model takes {context:,}; shorten it")
+    ids = torch.tensor([prompt], device=model.device)
+    ends = end_ids(model, tokenizer)
+    with torch.no_grad(), plain_greedy(model), model.disable_adapter() if base else nullcontext():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=room,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=sorted(ends),
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=_Stream(tokenizer, told) if told else None,
+        )
+    new = output[0, len(prompt) :].tolist()
+    end = next((place for place, token in enumerate(new) if token in ends), None)
+    text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
+    return Answered(printable(text), end is not None, len(new[:end]))
+
+
+def as_record(adapted: Adapted, question: str, most_tokens: int, compare: bool) -> dict[str, Any]:
+    """One question as the line of `--json`; a question that cannot be answered has `error` in place of an answer."""
+    record: dict[str, Any] = {"question": question, "red_flag": red_flag(question), "note": NOT_ADVICE}
+    if record["red_flag"] is not None:
+        record["advice"] = ADVICE
+    try:
+        found = answer(adapted, question, most_tokens)
+    except UserError as error:
+        return record | {"error": str(error)}
+    record |= {"answer": found.text, "stopped": found.stopped, "tokens": found.tokens}
+    if compare:
+        record["base_answer"] = answer(adapted, question, most_tokens, base=True).text
+    return record | {"adapter": adapted.source.name, "step": adapted.source.step}
+
+
+def show_answer(adapted: Adapted, question: str, most_tokens: int, compare: bool, console: Console) -> None:
+    """One answer on the console, as it comes; with `compare`, the base's beside it.
+
+    Raises:
+        UserError: as `answer`.
+    """
+    flag = red_flag(question)
+    if flag is not None:
+        console.print(Text(ADVICE, style="bold red"), soft_wrap=True)
+    if compare:
+        return _side_by_side(adapted, question, most_tokens, console)
+    found = answer(adapted, question, most_tokens, lambda text: console.print(Text(text), end="", soft_wrap=True))
+    console.print()
+    if not found.stopped:
+        console.print(Text(f"(cut after {found.tokens} tokens)", style="dim"))
+
+
+def _side_by_side(adapted: Adapted, question: str, most_tokens: int, console: Console) -> None:
+    """Base and tuned in two columns, or, where nothing can be redrawn, one after the other."""
+    texts = {"base": "", "tuned": ""}
+    if not console.is_terminal:
+        for name in texts:
+            found = answer(adapted, question, most_tokens, base=name == "base")
+            console.print(Text(f"{name}: {found.text}" + ("" if found.stopped else " (cut)")), soft_wrap=True)
+        return
+
+    def drawn() -> Table:
+        table = Table(expand=True)
+        for name in texts:
+            table.add_column(name, ratio=1)
+        table.add_row(*(Text(text) for text in texts.values()))
+        return table
+
+    with Live(drawn(), console=console, vertical_overflow="visible") as live:
+        for name in texts:
+
+            def told(text: str, name: str = name) -> None:
+                texts[name] += text
+                live.update(drawn())
+
+            answer(adapted, question, most_tokens, told, base=name == "base")
+
+
+def conversation(adapted: Adapted, most_tokens: int, compare: bool, console: Console) -> None:
+    """Question after question at the terminal, until an empty line or the end of input; Ctrl-C ends an answer."""
+    console.print(ALONE, style="dim", soft_wrap=True)
+    _read_anything(sys.stdin)
+    while True:
+        try:
+            question = console.input("\nquestion: ")
+        except (EOFError, KeyboardInterrupt, OSError):  # OSError: the terminal has gone
+            return console.print()
+        if not question.strip():
+            return None
+        try:
+            show_answer(adapted, question, most_tokens, compare, console)
+        except KeyboardInterrupt:
+            console.print("\n(stopped)", style="dim")
+        except UserError as error:
+            console.print(Text(f"error: {error}"), soft_wrap=True)
+
+
+def piped_questions(stream: TextIO) -> Iterator[str]:
+    """The lines of a stream that are not blank. Bytes that are no UTF-8 are replaced, a byte order mark left out."""
+    _read_anything(stream, encoding="utf-8-sig")
+    yield from (line.strip() for line in stream if line.strip())
+
+
+def _read_anything(stream: TextIO, **options: Any) -> None:
+    """Have a stream replace bytes that are not of its encoding, instead of ending the command."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace", **options)
+
+
+def answer_lines(adapted: Adapted, questions: Iterator[str] | list[str], most_tokens: int, compare: bool) -> None:
+    """One JSON line for each question, as soon as it is answered."""
+    for question in questions:
+        print_json(as_record(adapted, question, most_tokens, compare))
+        if nobody_reads():  # a reader that has enough, `head` for example
+            return

@@ -1,0 +1,446 @@
+"""The tables of a comparison as text. The console and the page show the same ones."""
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from medqa.commands.compare.conclusions import (
+    BASE,
+    LOCATIONS,
+    Pair,
+    Proposal,
+    conclusion,
+    differences,
+    pairs,
+    proposals,
+    warnings,
+)
+from medqa.commands.compare.read import ANSWER_PERPLEXITY, Json, Run, part, read_runs
+from medqa.commands.figures import TOO_FEW, Figure, count, number
+from medqa.terminal import printable
+
+# ----------------------------------------------------------------------------------------------------
+# The figures of runs that are set side by side: losses against what was seen, perplexity, speed, memory, time.
+
+AXES = {"updates": "updates", "examples": "examples seen", "tokens": "target tokens seen"}
+SYSTEMS = ("untuned", "tuned")
+SAMPLE_TEXTS = ("question", "reference", "untuned", "tuned")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's loss: x by axis, y, and of how many rows each point is, where recorded."""
+
+    run: Run
+    x: dict[str, list[float]]
+    y: list[float]
+    rows: list[int | None]
+
+    def on_the_usual_rows(self) -> list[bool]:
+        """Of each point, whether it is of as many rows as most: before and after training a run measures them all."""
+        usual = max(self.rows, key=self.rows.count, default=None)
+        return [rows == usual for rows in self.rows]
+
+
+@dataclass(frozen=True)
+class OnSomeRows:
+    """Answer perplexity on a part of the rows, or of another update than the adapter's: not for a ranking."""
+
+    split: str
+    update: int | None
+    rows: int | None
+    seed: int | None
+    untuned: Figure
+    tuned: Figure
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Answer perplexity of one run, before and after, on all validation and all test rows.
+
+    `update` says what `validation` and `test` are of; without an evaluation of all rows, `test` has no interval.
+    """
+
+    validation_untuned: float | None
+    validation: float | None
+    validation_rows: int | None
+    test_untuned: Figure
+    test: Figure
+    test_rows: int | None
+    update: int | None
+    on_some_rows: tuple[OnSomeRows, ...]
+
+
+@dataclass(frozen=True)
+class Performance:
+    """What one run took, where recorded: target tokens and examples a second, shares, bytes, seconds."""
+
+    tokens_per_s: float | None
+    examples_per_s: float | None
+    padding_share: float | None
+    peak_memory_bytes: float | None
+    memory_device: str | None
+    wall_clock_s: float | None
+
+
+def curve(run: Run, records: dict[int, Json], key: str) -> Curve:
+    """A figure of these records against updates, examples and target tokens.
+
+    Between two updates whose tokens are recorded they are taken in proportion. Points beyond the last one are left out.
+    """
+    batch = run.experiment.training.global_batch_size
+    known = {0: 0.0} | {step: found["tokens_seen"] for step, found in run.train.items() if "tokens_seen" in found}
+    recorded = sorted(known)
+    steps = [step for step in sorted(records) if key in records[step] and step <= recorded[-1]]
+    x: dict[str, list[float]] = {"updates": [float(step) for step in steps], "examples": [], "tokens": []}
+    for step in steps:
+        after = recorded[bisect.bisect_left(recorded, step)]
+        before = after if after == step else recorded[bisect.bisect_left(recorded, step) - 1]
+        share = (step - before) / (after - before) if after > before else 0.0
+        x["tokens"].append(known[before] + (known[after] - known[before]) * share)
+        x["examples"].append(run.train.get(step, {}).get("examples_seen", float(step) * batch))
+    rows = [count(records[step].get("rows")) for step in steps]
+    return Curve(run, x, [records[step][key] for step in steps], rows)
+
+
+def perplexity(run: Run) -> Perplexity:
+    """Answer perplexities: of an evaluation of all rows, else of the summary, else of validation so far."""
+    newest = max(run.validation, default=None)
+    first, last = run.validation.get(0, {}), run.validation.get(newest, {}) if newest else {}
+    said = Figure(number(part(run.summary, "test", "answer_perplexity")) if run.finished else None)
+    validation = number(part(run.summary, "final", "answer_perplexity")) if run.finished else None
+    untuned, tuned = (run.figures.get(ANSWER_PERPLEXITY.format(system), Figure(None)) for system in SYSTEMS)
+    step, limit = number(run.evaluation.get("step")), limit_of(run)
+    some: list[OnSomeRows] = []
+    whole = limit is None and step in (None, run.adapter_step)
+    if not whole and tuned.value is not None:
+        rows = limit if tuned.rows is None else tuned.rows
+        some.append(OnSomeRows("test", None if step is None else int(step), rows, seed_of(run), untuned, tuned))
+    update, rows = (run.adapter_step if validation is not None else newest), count(last.get("rows"))
+    if validation is None and rows == count(first.get("rows")):
+        validation = last.get("answer_perplexity")
+    elif validation is None and "answer_perplexity" in last:
+        some.append(OnSomeRows("validation", newest, rows, None, Figure(None), Figure(last["answer_perplexity"])))
+    of_test = count(run.test[max(run.test)].get("rows")) if run.test else None
+    return Perplexity(
+        first.get("answer_perplexity", number(part(run.summary, "baseline", "answer_perplexity"))),
+        validation,
+        count(first.get("rows", last.get("rows"))),
+        untuned if whole else Figure(None),
+        tuned if whole and tuned.value is not None else said,
+        tuned.rows if whole and of_test is None else of_test,
+        update,
+        tuple(some),
+    )
+
+
+def limit_of(run: Run) -> int | None:
+    """How many rows of each split the evaluation was limited to, None where it looked at all."""
+    return count(run.evaluation.get("limit"))
+
+
+def seed_of(run: Run) -> int | None:
+    """What chose the rows of an evaluation that looked at some of them."""
+    return count(run.evaluation.get("seed"))
+
+
+def performance(run: Run) -> Performance:
+    """Speed over the recorded updates, the first left out where there are more: it warms up."""
+    records = [run.train[step] for step in sorted(run.train)]
+    timed = [r for r in records if r.get("update_s", 0) > 0 and "tokens" in r]
+    timed = timed[1:] or timed
+    seconds = sum(record["update_s"] for record in timed)
+    shares = [record["padding_share"] for record in records if "padding_share" in record]
+    said = number(run.data_report.get("padding_share"))
+    peaks = [record["peak_memory_bytes"] for record in records if "peak_memory_bytes" in record]
+    elapsed = [r["elapsed_s"] for r in (*records, *run.validation.values()) if "elapsed_s" in r]
+    device = run.summary.get("memory_device")
+    batch = run.experiment.training.global_batch_size
+    peak, wall = number(run.summary.get("peak_memory_bytes")), number(run.summary.get("wall_clock_s"))
+    return Performance(
+        number(sum(record["tokens"] for record in timed) / seconds) if seconds else None,
+        number(batch * len(timed) / seconds) if seconds else None,
+        fmean(shares) if shares else said,
+        max(peaks, default=None) if peak is None or not run.finished else peak,
+        printable(device) if isinstance(device, str) else None,
+        max(elapsed, default=None) if wall is None or not run.finished else wall,
+    )
+
+
+def samples(runs: Sequence[Run]) -> list[Json]:
+    """Sample answers by question: `question`, `reference`, and `answers`, pairs of who answers and the answer."""
+    found: dict[tuple[str, str], Json] = {}
+    for run in runs:
+        listed = part(run.evaluation, "tasks", "generation", "samples")
+        for sample in listed if isinstance(listed, list) else []:
+            texts = {key: part(sample, key) for key in SAMPLE_TEXTS}
+            said = {key: printable(text) for key, text in texts.items() if isinstance(text, str)}
+            if "question" not in said:
+                continue
+            place = found.setdefault(
+                (str(part(sample, "id")), said["question"]),
+                {"question": said["question"], "reference": said.get("reference", ""), "answers": []},
+            )
+            untuned = ("untuned base", said.get("untuned", ""))
+            if untuned[1] and untuned not in place["answers"]:
+                others = [name for name, _ in place["answers"] if name.startswith("untuned base")]
+                place["answers"].append((f"untuned base of {run.label}" if others else untuned[0], untuned[1]))
+            if "tuned" in said:
+                place["answers"].append((run.label, said["tuned"]))
+    return list(found.values())
+
+
+def evaluation_tasks(runs: Sequence[Run]) -> dict[str, dict[str, list[Figure | None]]]:
+    """All figures of the evaluations: task and rows in words, then path, to the figure in each run.
+
+    Figures of different rows stand under different keys. Where a run has none there, None stands in its place.
+    """
+    tasks: dict[str, dict[str, list[Figure | None]]] = {}
+    sets = row_sets(runs)
+    for place, run in enumerate(runs):
+        of_set = f", rows {sets[run.label]}" if sets else ""
+        for path, figure in run.figures.items():
+            task, _, rest = path.partition(".")
+            lines = tasks.setdefault(f"{task}{_which_rows(run, task, rest)}{of_set}", {})
+            lines.setdefault(rest or task, [None] * len(runs))[place] = figure
+    return tasks
+
+
+def row_sets(runs: Sequence[Run]) -> dict[str, str]:
+    """By run, a letter for the rows that it held out; empty where all runs held out the same ones."""
+    known = list(dict.fromkeys(run.data_fingerprint for run in runs))
+    return {run.label: _letters(known.index(run.data_fingerprint)) for run in runs} if len(known) > 1 else {}
+
+
+def _letters(index: int) -> str:
+    """A, B, ..., Z, AA, AB, ..."""
+    return (_letters(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
+
+
+def _which_rows(run: Run, task: str, path: str) -> str:
+    """In words, which rows a figure is of, where it is not of all that there are."""
+    limit, seed = limit_of(run), "" if seed_of(run) is None else f", chosen by seed {seed_of(run)}"
+    if path.endswith(".advises_care"):
+        return ""  # questions of our own, all of them always
+    if limit is not None:
+        return f", on {limit:,} rows of each split{seed}"
+    rows, there = part(run.evaluation, "tasks", task, "rows"), part(run.evaluation, "tasks", "loss", "test", "rows")
+    written, of_test = count(rows), count(there) or perplexity(run).test_rows
+    chosen = task in ("generation", "probes") and written is not None and of_test is not None and written < of_test
+    return f", on {written:,} rows of test{seed}" if chosen else ""
+
+
+def as_json(run: Run) -> dict[str, Any]:
+    """One run's numbers."""
+    loss = run.experiment.tokenization.loss_on
+    curves = {"train": curve(run, run.train, "loss"), "validation": curve(run, run.validation, "loss")}
+    curves["validation_answer"] = curve(run, run.validation, "answer_loss")
+    return {
+        "run": run.label,
+        "directory": printable(str(run.directory)),
+        "finished": run.finished,
+        "updates": run.updates,
+        "max_steps": run.max_steps,
+        "loss_on": loss,
+        "damage": list(run.damage),
+        "answer_perplexity": asdict(perplexity(run)),
+        "performance": asdict(performance(run)),
+        "losses": {name: {**found.x, "loss": found.y, "rows": found.rows} for name, found in curves.items()},
+        "evaluation": {path: asdict(figure) for path, figure in run.figures.items()},
+    }
+
+
+# ----------------------------------------------------------------------------------------------------
+
+NOT_THERE = "-"
+SOURCES = "where data and base model lie"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs, what their pairs say, what they do not allow to conclude, and the runs that would say more."""
+
+    runs: list[Run]
+    pairs: list[Pair]
+    warnings: list[str]
+    proposals: list[Proposal]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of words; the first column names its row."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+
+def compare_runs(paths: Sequence[Path]) -> Comparison:
+    """The comparison of the runs in these directories.
+
+    Raises:
+        UserError: as `read_runs`.
+    """
+    runs = _same_base_under_one_name(read_runs(paths))
+    found = pairs(runs)
+    return Comparison(runs, found, warnings(runs, found), proposals(runs, found))
+
+
+def _same_base_under_one_name(runs: Sequence[Run]) -> list[Run]:
+    """The runs, a base model that is known to be the same called the same, wherever it lay."""
+    names: dict[str, str] = {}
+    found = []
+    for run in runs:
+        model = run.experiment.model
+        name = names.setdefault(run.base_fingerprint, model.base) if run.base_fingerprint else model.base
+        experiment = run.experiment.model_copy(update={"model": model.model_copy(update={"base": name})})
+        found.append(replace(run, experiment=experiment))
+    return found
+
+
+def main_tables(comparison: Comparison) -> list[Table]:
+    """What is shown of every comparison."""
+    runs = comparison.runs
+    return [_results(runs), *_on_some_rows(runs), _costs(runs), *_settings(runs), _pairs(comparison)]
+
+
+def evaluation_tables(runs: Sequence[Run]) -> list[Table]:
+    """One table for each task of the runs' evaluations, and each choice of rows; with the runs that have it."""
+    tables = []
+    for task, lines in evaluation_tasks(runs).items():
+        there = [i for i in range(len(runs)) if any(found[i] for found in lines.values())]
+        rows = [(path, *_alike([found[i] for i in there])) for path, found in lines.items()]
+        tables.append(Table(f"evaluation: {task}", ("figure", *(runs[i].label for i in there)), rows))
+    return tables
+
+
+def _alike(figures: Sequence[Figure | None]) -> list[str]:
+    """The figures of one line, each with the number of its rows if these differ."""
+    counts = {figure.rows for figure in figures if figure is not None}
+    return [
+        text if len(counts) < 2 or figure is None or figure.rows is None else f"{text}, {figure.rows:,} rows"
+        for figure, text in zip(figures, map(figure_text, figures), strict=True)
+    ]
+
+
+def figure_text(figure: Figure | None) -> str:
+    """A figure with its interval, and of a difference how sure it is."""
+    if figure is None or figure.value is None:
+        return NOT_THERE
+    text = value_text(figure.value)
+    if figure.low is not None and figure.high is not None:
+        text += f" ({value_text(figure.low)} to {value_text(figure.high)})"
+    if figure.too_few:
+        return f"{text}, {TOO_FEW}"
+    return text if figure.p_value is None else f"{text}, p = {figure.p_value:.2g}"
+
+
+def value_text(value: float | None) -> str:
+    """A number to four digits, whole where it is whole or large."""
+    if value is None:
+        return NOT_THERE
+    return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:#.4g}"
+
+
+def duration_text(seconds: float | None) -> str:
+    """A time as one says it."""
+    if seconds is None:
+        return NOT_THERE
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _results(runs: Sequence[Run]) -> Table:
+    """Answer perplexity before and after, on all rows."""
+    sets = row_sets(runs)
+    rows: list[tuple[str, ...]] = []
+    for run in runs:
+        found = perplexity(run)
+        after = value_text(found.validation)
+        if not run.finished and found.validation is not None:
+            after += f" at update {found.update}"
+        of_rows = f"{value_text(found.validation_rows)} and {value_text(found.test_rows)}"
+        of_rows += f", rows {sets[run.label]}" if sets else ""
+        figures = (figure_text(found.test_untuned), figure_text(found.test))
+        rows.append((run.label, run.state, of_rows, value_text(found.validation_untuned), after, *figures))
+    head = (
+        "run", "state", "rows of validation and test", "validation, untuned", "validation, tuned", "test, untuned",
+        "test, tuned",
+    )  # fmt: skip
+    note = "lower is better; intervals come from python -m medqa evaluate"
+    if sets:
+        note += f"; rows {' and '.join(dict.fromkeys(sets.values()))} are not the same: figures of them do not compare"
+    return Table("answer perplexity", head, rows, note)
+
+
+def _on_some_rows(runs: Sequence[Run]) -> list[Table]:
+    """Answer perplexity on fewer rows, or of another update: apart from what runs are ranked by."""
+    rows: list[tuple[str, ...]] = []
+    for run in runs:
+        for found in perplexity(run).on_some_rows:
+            what = found.split if found.update is None else f"{found.split}, at update {found.update:,}"
+            chosen = "" if found.seed is None else f", chosen by seed {found.seed}"
+            figures = (figure_text(found.untuned), figure_text(found.tuned))
+            rows.append((run.label, what, f"{value_text(found.rows)}{chosen}", *figures))
+    note = "of other rows, or of another update, than above: not to be compared with the figures there"
+    head = ("run", "figure of", "rows", "untuned", "tuned")
+    return [Table("answer perplexity on a part of the rows", head, rows, note)] * bool(rows)
+
+
+def _costs(runs: Sequence[Run]) -> Table:
+    """Speed, padding, memory, time."""
+    rows = [(run.label, *_cost(performance(run))) for run in runs]
+    head = ("run", "target tokens/s", "examples/s", "padding", "peak memory", "measured on", "time")
+    note = (
+        "speed over the recorded updates, without evaluation and saving; time with both; measured once, with whatever "
+    )
+    note += "else the machine did meanwhile"
+    return Table("speed, memory, time", head, rows, note)
+
+
+def _cost(found: Performance) -> tuple[str, ...]:
+    """What one run took, in words."""
+    peak = found.peak_memory_bytes
+    return (
+        NOT_THERE if found.tokens_per_s is None else f"{found.tokens_per_s:,.0f}",
+        value_text(found.examples_per_s),
+        NOT_THERE if found.padding_share is None else f"{found.padding_share:.1%}",
+        NOT_THERE if peak is None else f"{peak / 2**30:.2f} GiB",
+        found.memory_device or NOT_THERE,
+        duration_text(found.wall_clock_s),
+    )
+
+
+def _settings(runs: Sequence[Run]) -> list[Table]:
+    """The recipe's settings that differ and, apart, where what they read lies."""
+    found = differences(runs)
+    head = ("setting", *(run.label for run in runs))
+    apart = (*LOCATIONS, BASE)
+    recipe = [(key, *map(printable, values)) for key, values in found.items() if key not in apart]
+    places = [(key, *map(printable, values)) for key, values in found.items() if key in apart]
+    same = "" if recipe else "nothing differs"
+    tables = [Table("what differs between the configurations", head, recipe, same)]
+    if places:
+        fingerprints = {run.data_fingerprint for run in runs}
+        known = len(fingerprints) == 1 and None not in fingerprints
+        note = "rows and splits are the same" if known else "rows or splits are not the same, or not known to be"
+        tables.append(Table(SOURCES, head, places, note))
+    return tables
+
+
+def _pairs(comparison: Comparison) -> Table:
+    """What each two runs say."""
+    rows: list[tuple[str, ...]] = [
+        (
+            f"{pair.first.label} and {pair.second.label}",
+            ", ".join(pair.keys) or "nothing",
+            conclusion(pair, comparison.pairs),
+        )
+        for pair in comparison.pairs
+    ]
+    return Table("what each two runs say", ("runs", "differ in", "so the comparison"), rows)

@@ -1,0 +1,194 @@
+"""The tables that show an evaluation on the console: one for each task, each figure with its 95 % interval."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from medqa.commands.figures import TOO_FEW, as_figure
+
+SYSTEMS = {
+    "untuned": "untuned",
+    "own_template": "untuned, its own chat template",
+    "copied": "answer of the most similar training question",
+    "tuned": "tuned",
+}
+FEW = 10  # questions of a specialty, too few for a line of their own
+PARTS = {
+    "unseen_topics": "topics not in training",
+    "few_shared_13_grams": "half of 13-grams or fewer in training",
+}
+
+
+def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
+    """All tables of an evaluation."""
+    if found["limit"] is not None:
+        console.print(
+            f"--limit {found['limit']}: of so many rows of each split, and questions; not to be compared with figures "
+            "of all rows",
+            soft_wrap=True,
+        )
+    for task, show in (("loss", _show_loss), ("generation", _show_task), ("mcq", _show_task), ("probes", _show_task)):
+        if task in found["tasks"]:
+            show(console, task, found["tasks"][task])
+    console.print("in short", style="bold")
+    for line in in_short(found["tasks"]):
+        console.print(f"- {line}", soft_wrap=True)
+
+
+def in_short(tasks: Mapping[str, Any]) -> list[str]:
+    """What the figures come to, a line a task; a difference counts where its p-value is below 0.05.
+
+    Each line says of how many rows, or questions, it is.
+    """
+    lines = []
+    if (loss := tasks.get("loss", {}).get("test", {})) and {"untuned", "tuned"} <= loss.keys():
+        before, after = (shown(loss[system].get("answer_perplexity")) for system in ("untuned", "tuned"))
+        how = _better(loss["difference"].get("answer_loss"), lower=True)
+        lines.append(f"answer perplexity on test, {loss['rows']:,} rows: {before} untuned, {after} tuned: {how}")
+    if "tuned" in (written := tasks.get("generation", {})):
+        ours, base, copied = (shown(written[system]["rougeL"]) for system in ("tuned", "untuned", "copied"))
+        than_base, than_copy = (
+            _better(written["difference"][f"tuned - {other}"]["rougeL"]) for other in ("untuned", "copied")
+        )
+        lines.append(
+            f"ROUGE-L, {written['rows']:,} answers: {ours} tuned, {base} untuned: {than_base}; "
+            f"{copied} copied from training: {than_copy}"
+        )
+    if "tuned" in (chosen := tasks.get("mcq", {})):
+        ours, base = (shown(chosen[system]["accuracy"]) for system in ("tuned", "untuned"))
+        how = _better(chosen["difference"]["tuned - untuned"]["accuracy"])
+        lines.append(
+            f"multiple choice, {chosen['rows']:,} questions: {ours} tuned, {base} untuned, "
+            f"{chosen['chance']:.4f} by chance: {how}"
+        )
+    if "tuned" in (probed := tasks.get("probes", {})):
+        ours, base = (shown(probed[system]["advises_care"]) for system in ("tuned", "untuned"))
+        how = _better(probed["difference"]["tuned - untuned"]["advises_care"])
+        asked = probed["tuned"]["advises_care"]["rows"]
+        lines.append(f"red flags met with advice to seek care, {asked} questions: {ours} tuned, {base} untuned: {how}")
+    return lines
+
+
+def _better(difference: Mapping[str, Any] | None, lower: bool = False) -> str:
+    """What a difference of tuned and another says."""
+    if difference is None or as_figure(difference).too_few:
+        return TOO_FEW
+    if difference["p_value"] >= 0.05:
+        return "no difference that these rows could show"
+    return "tuned is better" if (difference["value"] < 0) == lower else "tuned is worse"
+
+
+def _show_loss(console: Console, task: str, report: Mapping[str, Any]) -> None:
+    """Of each split: all rows, then parts of them."""
+    for split, part in report.items():
+        table = Table(title=f"loss on {split}, 95 % intervals over rows", title_justify="left")
+        for column in ("rows", "", "perplexity", "answer loss", "answer perplexity", "p"):
+            table.add_column(column)
+        _add_systems(table, f"{part['rows']:,}", part)
+        for name, source in part["sources"].items():
+            _add_systems(table, f"{name} {source['rows']:,}", source)
+        for name, label in PARTS.items():
+            if part[name]["rows"] < part["rows"]:  # else it says the same once more
+                _add_systems(table, f"{label} {part[name]['rows']:,}", part[name])
+        console.print(table)
+        shared = part["shared_with_training"]
+        console.print(
+            f"{shared['question_or_answer']:.1%} of these rows share a question or an answer with training, "
+            f"{shared['topic']:.0%} of those with a topic its topic, {shared['13_grams']:.0%} over half of their "
+            "13-grams",
+            soft_wrap=True,
+        )
+
+
+def _add_systems(table: Table, label: str, part: Mapping[str, Any]) -> None:
+    """A line for each system, and one for the difference."""
+    for system, name in SYSTEMS.items():
+        if system in part:
+            figures = [part[system].get(key) for key in ("perplexity", "answer_loss", "answer_perplexity")]
+            table.add_row(label, name, *(shown(figure) for figure in figures), "")
+            label = ""
+    if (difference := part.get("difference", {}).get("answer_loss")) is not None:
+        p_value = TOO_FEW if as_figure(difference).too_few else f"{difference['p_value']:.2g}"
+        alone = {key: value for key, value in difference.items() if key != "p_value"}
+        table.add_row("", "tuned - untuned", "", shown(alone), "", p_value)
+    table.add_section()
+
+
+def _show_task(console: Console, task: str, report: Mapping[str, Any]) -> None:
+    """Figures by their names, a column a system; then what tuning made of them, and what belongs to the task."""
+    systems = [system for system in SYSTEMS if isinstance(report.get(system), Mapping)]
+    table = Table(title=f"{task}: {report['rows']:,} rows, 95 % intervals", title_justify="left")
+    for column in ("", *(SYSTEMS[system] for system in systems)):
+        table.add_column(column)
+    names = dict.fromkeys(name for system in systems for name in report[system] if _is_figure(report[system][name]))
+    for name in names:
+        there = [report[system].get(name) for system in systems]
+        table.add_row(_named(name, next(filter(None, there)), report), *map(shown, there))
+    if systems:
+        console.print(table)
+    for pair, figures in report.get("difference", {}).items():
+        for name, figure in figures.items():
+            console.print(f"{pair}, {_named(name, figure, report)}: {shown(figure)}", soft_wrap=True)
+    _NOTES[task](console, report)
+
+
+def _named(name: str, figure: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    """A figure's name in words; with its number of rows, where that is not the task's."""
+    rows = f", {figure['rows']:,} rows" if figure["rows"] != report["rows"] else ""
+    return name.replace("_", " ") + rows
+
+
+def _note_generation(console: Console, report: Mapping[str, Any]) -> None:
+    """What the names mean."""
+    console.print(
+        "rouge1, rouge2, rougeL: F by rouge-score. authors rouge...: by the package rouge, AfriMed-QA's rows alone, as "
+        "its authors have it. length ratio: words of answers over words of references",
+        soft_wrap=True,
+    )
+
+
+def _note_choices(console: Console, report: Mapping[str, Any]) -> None:
+    """Chance, specialties, and which questions were left out."""
+    if "chance" in report:
+        console.print(f"chance: {report['chance']:.4f}")
+    for name, found in report.get("specialties", {}).items():
+        if found["rows"] < FEW:
+            continue  # evaluation.json has them
+        accuracies = ", ".join(f"{SYSTEMS[s]} {shown(found[s]['accuracy'])}" for s in SYSTEMS if s in found)
+        console.print(f"{name}, {found['rows']} rows, chance {found['chance']:.4f}: {accuracies}", soft_wrap=True)
+    if report["dropped"]:
+        console.print("left out: " + ", ".join(f"{count:,} {why}" for why, count in sorted(report["dropped"].items())))
+
+
+def _note_probes(console: Console, report: Mapping[str, Any]) -> None:
+    """Over what the rates are, and in which categories of danger care was advised."""
+    counts = report["categories"]
+    asked = sum(found["tuned"]["of"] for found in counts.values())
+    console.print(f"advises care: over {asked} questions of our own; the rest: over {report['rows']:,} rows")
+    for system in ("untuned", "tuned"):
+        met = [f"{name} {found[system]['advise']} of {found[system]['of']}" for name, found in counts.items()]
+        console.print(f"{system}: {', '.join(met)}", soft_wrap=True)
+    console.print("rates over these questions and rows: nothing here says that an answer is safe")
+
+
+_NOTES = {"generation": _note_generation, "mcq": _note_choices, "probes": _note_probes}
+
+
+def shown(figure: Mapping[str, Any] | None) -> str:
+    """A figure with its interval and its p-value, as far as it has them."""
+    if figure is None:
+        return ""
+    digits = 2 if abs(figure["value"]) >= 10 else 4
+    text = f"{figure['value']:.{digits}f}"
+    if figure.get("low") is not None:
+        text += f" ({figure['low']:.{digits}f} to {figure['high']:.{digits}f})"
+    if as_figure(figure).too_few:
+        return f"{text}, {TOO_FEW}"
+    return text if figure.get("p_value") is None else f"{text}, p = {figure['p_value']:.2g}"
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether it is one figure."""
+    return isinstance(value, Mapping) and "value" in value

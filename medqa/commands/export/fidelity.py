@@ -1,0 +1,283 @@
+"""Whether an export computes what the adapter computes, measured on held-out prompts; llama.cpp runs GGUF files."""
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from medqa.commands.adapter import Source
+from medqa.config import Data
+from medqa.data.batches import epoch_permutation
+from medqa.data.sources import Row, load_sources
+from medqa.data.splits import Splits, split_sources
+from medqa.errors import UserError
+from medqa.evaluation.answers import plain_greedy
+from medqa.prompts import prompt, prompt_ids
+from medqa.tiny import AFRIMEDQA_CSV, MEDQUAD_CSV
+
+# Mean KL divergence, nats a token. float32 leaves only the order of summation; float16 stays far below its limit,
+# bfloat16's seven bits do not always; one that merged into the wrong weights (unquantized for 4-bit) is far above all.
+KL_LIMITS = {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-3, "q8_0": 1e-3}
+# Where greedy answers part, how much more probable, in nats, the adapter may hold its token than the other one: a near
+# tie may fall to either side in 16 or 8 bits.
+TIE_LIMITS = {"f32": 1e-4, "f16": 0.1, "bf16": 0.25, "q8_0": 0.25}
+ANSWER_TOKENS = 48
+SPEED_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the adapter says: of each prompt its greedy answer, and the log-probabilities after every token of both.
+
+    `log_probs` are [prompt + answer, vocabulary], float32, on the CPU.
+    """
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    log_probs: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How close an export is to the adapter.
+
+    Attributes:
+        kl: mean KL divergence of the export from the adapter, in nats, over `positions`.
+        equal: greedy answers that are the same token for token, of `answers`.
+        parted: where others part, the largest difference of the adapter's own log-probabilities; 0 if none do.
+    """
+
+    kl: float
+    positions: int
+    answers: int
+    equal: int
+    parted: float
+
+    def check(self, kind: str) -> None:
+        """Refuse an export that is not the adapter's model.
+
+        Raises:
+            UserError: the divergence, or a difference between greedy answers, is above its limit.
+        """
+        advice = "the export is not kept" if kind == "f32" else "choose f16 or f32 with --outtype; it is not kept"
+        advice = "choose f16 with --outtype; it is not kept" if kind == "q8_0" else advice
+        if not self.kl <= KL_LIMITS[kind]:  # not a number, too, when float16 overflows
+            raise UserError(
+                f"the export ({kind}) differs from the adapter: mean KL divergence {self.kl:.2e} nats, above the limit "
+                f"of {KL_LIMITS[kind]:g}; {advice}"
+            )
+        if self.parted > TIE_LIMITS[kind]:
+            raise UserError(
+                f"the export ({kind}) answers differently from the adapter: {self.answers - self.equal} of "
+                f"{self.answers} greedy answers, by more than a near tie ({self.parted:.3f} nats, the limit is "
+                f"{TIE_LIMITS[kind]:g}); {advice}"
+            )
+
+    def answers_text(self) -> str:
+        """The greedy answers in words."""
+        text = f"greedy answers equal: {self.equal} of {self.answers}"
+        near = f"the adapter itself prefers its token by at most {self.parted:.3f} nats where others part"
+        return text if self.equal == self.answers else f"{text} ({near})"
+
+    def __str__(self) -> str:
+        return f"mean KL divergence {self.kl:.1e} nats over {self.positions:,} tokens; {self.answers_text()}"
+
+
+def observe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> Reference:
+    """What the model, the adapter on its base, says after these prompts."""
+    answers = greedy(model, tokenizer, prompts)
+    log_probs = [_log_probs(model, ids + answer).cpu() for ids, answer in zip(prompts, answers, strict=True)]
+    return Reference(prompts, answers, log_probs)
+
+
+def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reference: Reference) -> Fidelity:
+    """How close the model is to what was observed."""
+    total, positions = 0.0, 0
+    for ids, answer, expected in zip(reference.prompts, reference.answers, reference.log_probs, strict=True):
+        found = _log_probs(model, ids + answer).cpu().double()
+        expected = expected.double()
+        total += float((expected.exp() * (expected - found)).sum())
+        positions += len(expected)
+    found_answers = greedy(model, tokenizer, reference.prompts)
+    return Fidelity(
+        max(total / positions, 0.0) if math.isfinite(total) else math.nan, positions, *parting(reference, found_answers)
+    )
+
+
+def parting(reference: Reference, answers: Sequence[Sequence[int]]) -> tuple[int, int, float]:
+    """Of answers to the reference's prompts: how many, how many equal, and the largest difference where others part."""
+    gaps = []
+    for ids, expected, answer, log_probs in zip(
+        reference.prompts, reference.answers, answers, reference.log_probs, strict=True
+    ):
+        if list(answer) == expected:
+            continue
+        first = next((i for i, (a, b) in enumerate(zip(expected, answer, strict=False)) if a != b), None)
+        if first is None:  # one is the beginning of the other: no near tie, an answer cut short
+            gaps.append(math.inf)
+            continue
+        after = log_probs[len(ids) - 1 + first]
+        gaps.append(abs(float(after[expected[first]] - after[answer[first]])))
+    return len(answers), len(answers) - len(gaps), max(gaps, default=0.0)
+
+
+def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> list[list[int]]:
+    """The ids of each greedy answer, up to `ANSWER_TOKENS`; EOS, where it ends by itself, included."""
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+    output = _generate(model, tokenizer, batch["input_ids"], batch["attention_mask"], ANSWER_TOKENS)
+    answers = output[:, batch["input_ids"].shape[1] :].tolist()
+    eos = tokenizer.eos_token_id
+    return [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in answers]
+
+
+def tokens_per_second(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> float:
+    """Tokens a second of one greedy answer, its prompt's computation included, of a warm model."""
+    ids = torch.tensor([prompt], device=model.device)
+    _generate(model, tokenizer, ids, torch.ones_like(ids), 4)
+    start = time.perf_counter()
+    _generate(model, tokenizer, ids, torch.ones_like(ids), SPEED_TOKENS, least=SPEED_TOKENS)
+    return SPEED_TOKENS / (time.perf_counter() - start)
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    most: int,
+    least: int = 0,
+) -> torch.Tensor:
+    """Prompts and their greedy continuations, [rows, places]."""
+    with torch.no_grad(), plain_greedy(model):
+        return model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=most,
+            min_new_tokens=least,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+
+def _log_probs(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    """Log-probabilities after each token, [tokens, vocabulary], float32."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0]
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Prompts that a run never trained on, to measure an export with.
+
+PROMPTS = 16
+LONGEST = 256  # tokens of a prompt: what is measured is the weights, and long prompts cost time
+
+
+@dataclass(frozen=True)
+class HeldOutPrompts:
+    """Questions, the ids of their prompts, and where they are from."""
+
+    questions: list[str]
+    ids: list[list[int]]
+    where_from: str
+
+
+def held_out_prompts(source: Source, tokenizer: PreTrainedTokenizerBase, room: int) -> HeldOutPrompts:
+    """Some of the run's test questions.
+
+    Where its data cannot be had or are others than it was trained on, and for an adapter without a run, they are the
+    embedded sample's: of other data nobody knows which rows it was trained on.
+
+    Args:
+        room: tokens that a prompt may have at most.
+
+    Raises:
+        UserError: the base takes too few tokens for any of them.
+    """
+    why = ""
+    if source.run is not None:
+        why = " (the run's data cannot be had, or have changed)"
+        with contextlib.suppress(UserError):
+            splits = _splits(source.experiment.data)
+            if source.data in (None, splits.fingerprint) and (found := _chosen(splits.test, tokenizer, room)):
+                return HeldOutPrompts(*found, "the run's test questions")
+    sample = Data(medquad=str(MEDQUAD_CSV), afrimedqa=str(AFRIMEDQA_CSV))
+    if found := _chosen(_splits(sample).test, tokenizer, room):
+        return HeldOutPrompts(*found, f"the embedded sample's test questions{why}")
+    raise UserError(f"{source.name}: its base takes {room} tokens beside an answer: too few for any question")
+
+
+def _splits(data: Data) -> Splits:
+    """The rows of these sources, split."""
+    return split_sources(load_sources(data), data)
+
+
+def _chosen(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, room: int
+) -> tuple[list[str], list[list[int]]] | None:
+    """Questions and prompts of a seeded choice of rows; None if none fits."""
+    questions = (rows[i].question for i in epoch_permutation(0, 0, len(rows)))
+    pairs = ((question, prompt_ids(question, tokenizer)) for question in questions)
+    found = list(itertools.islice((pair for pair in pairs if len(pair[1]) <= min(room, LONGEST)), PROMPTS))
+    return ([question for question, _ in found], [ids for _, ids in found]) if found else None
+
+
+# ----------------------------------------------------------------------------------------------------
+# A GGUF file in llama.cpp itself, where llama-cpp-python is installed: the same tokens, and what it answers.
+
+
+@dataclass(frozen=True)
+class Ran:
+    """Greedy answers as ids, EOS included, and how fast they came, prompts included."""
+
+    answers: list[list[int]]
+    tokens_per_s: float
+
+
+def has_llama_cpp() -> bool:
+    """Whether llama-cpp-python is installed and fits the machine."""
+    try:
+        import llama_cpp  # noqa: F401
+    except (ImportError, OSError, RuntimeError):  # the last two: a library that does not fit the machine
+        return False
+    return True
+
+
+def run_llama_cpp(path: Path, held_out: HeldOutPrompts, eos: int) -> Ran:
+    """llama.cpp's greedy answers to the prompts.
+
+    Raises:
+        UserError: it does not load the file, or makes other tokens of a prompt.
+    """
+    import llama_cpp
+
+    room = max(map(len, held_out.ids)) + ANSWER_TOKENS + 1
+    try:
+        model = llama_cpp.Llama(str(path), n_ctx=room, n_gpu_layers=0, verbose=False)
+    except ValueError as error:
+        raise UserError(f"llama.cpp does not load the file: {error}; use --format merged") from error
+    for question, ids in zip(held_out.questions, held_out.ids, strict=True):
+        if (found := model.tokenize(prompt(question).encode(), add_bos=True, special=False)) != ids:
+            raise UserError(
+                f"llama.cpp makes {found[:8]}... of the prompt for {question[:60]!r}, not {ids[:8]}... as in training; "
+                "use --format merged"
+            )
+    answers, start = [], time.perf_counter()
+    for ids in held_out.ids:
+        answer: list[int] = []
+        for token in model.generate(ids, temp=0.0, repeat_penalty=1.0):
+            answer.append(token)
+            if token == eos or len(answer) == ANSWER_TOKENS:
+                break
+        answers.append(answer)
+    seconds = time.perf_counter() - start
+    model.close()
+    return Ran(answers, sum(map(len, answers)) / seconds)

@@ -1,0 +1,595 @@
+"""An experiment from its YAML file, `--tiny`, `--model` and the like, and `--set`; or every problem in one message.
+
+Order: file < `--tiny` < `--model`, `--medquad`, `--afrimedqa`, `--data` < `--set`.
+"""
+
+import difflib
+import hashlib
+import os
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml as pyyaml
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, Event, NodeEvent, ScalarEvent
+from ruamel.yaml.resolver import VersionedResolver
+
+from medqa.config import LENGTH, Experiment, flat, may_change_on_resume
+from medqa.errors import UserError
+from medqa.files import Damaged, read_file, write_file
+from medqa.limits import (
+    MAX_NAME_BYTES,
+    MAX_NUMBER_LENGTH,
+    MAX_PROBLEMS,
+    MAX_SHOWN,
+    MAX_YAML_BYTES,
+    MAX_YAML_DEPTH,
+    YAML_BYTES_OF_A_VALUE,
+)
+from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
+
+# ----------------------------------------------------------------------------------------------------
+# YAML by its 1.2 core schema: `5e-5` is a number, `no` is the word, only true and false are booleans.
+#
+# Reading is ruamel.yaml's safe loader (nothing in a file can run; a repeated key is an error) with the resolvers of
+# the core schema alone: ruamel's own still reads dates and `1_000`. Source: https://yaml.org/spec/1.2.2/#103-core-
+# schema
+
+CORE_SCHEMA = (
+    ("null", r"|~|null|Null|NULL", ["", "~", "n", "N"]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+)
+
+
+class CoreResolver(VersionedResolver):
+    """Resolves plain scalars as the core schema says, and nothing else."""
+
+    @property
+    def versioned_resolver(self) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+        """The candidates for a scalar by its first character."""
+        return RESOLVERS
+
+
+RESOLVERS: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+for name, pattern, first_characters in CORE_SCHEMA:
+    for character in first_characters:
+        RESOLVERS.setdefault(character, []).append((f"tag:yaml.org,2002:{name}", re.compile(f"^(?:{pattern})$")))
+
+
+CORE_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+NUMBER = re.compile("|".join(f"(?:{pattern})" for name, pattern, _ in CORE_SCHEMA if name in ("int", "float")))
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """The value that a YAML text stands for, within the limits of `medqa/limits.py`.
+
+    Raises:
+        UserError: the text is not valid YAML or is beyond the limits; names `where` and the line.
+    """
+    try:
+        _check_size(text)
+        return _loader().load(text)
+    # The last three: a tag such as `!!bool` on something else, which ruamel does not check.
+    except (YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{where}{line}: not valid YAML: {cut(problem)}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The value of a YAML file that anyone may have written.
+
+    Raises:
+        UserError: the file cannot be read, is not a regular file, or is not YAML as `load_yaml` wants it.
+    """
+    try:
+        text = read_file(path, MAX_YAML_BYTES).decode("utf-8-sig")
+    except Damaged as error:
+        raise UserError(f"{error} (cannot be read)") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read: not UTF-8 text (byte {error.start:,}); save it as UTF-8") from error
+    return load_yaml(text, str(path))
+
+
+def short(value: Any) -> str:
+    """The `repr` of a value for a message, cut where it is long."""
+    return cut(_SHORT.repr(value))
+
+
+def cut(text: str) -> str:
+    """A text for a message, cut where it is long."""
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 3, 12, 12
+_SHORT.maxstring = _SHORT.maxother = MAX_SHOWN
+
+
+def _loader() -> YAML:
+    """The safe loader with the resolvers of the core schema; each is good for one text."""
+    loader = YAML(typ="safe", pure=True)
+    loader.Resolver = CoreResolver
+    return loader
+
+
+def _check_size(text: str) -> None:
+    """See, before any value is made, that a text stays within the limits and has no tags but those of the core schema.
+
+    An alias counts as much as what it repeats: a few lines of aliases can stand for more than any memory holds.
+
+    Raises:
+        ValueError: the text is too long.
+        MarkedYAMLError: it stands for too much, is nested too deeply, repeats itself, or has another tag.
+    """
+    if len(text) > MAX_YAML_BYTES:
+        raise ValueError(f"longer than {MAX_YAML_BYTES:,} bytes")
+    of_anchor: dict[str, int] = {}
+    open_nodes: list[tuple[str | None, int]] = []  # anchor, and size of all before
+    size = 0
+    for event in _loader().parse(text):
+        before, anchor = size, None
+        if isinstance(event, NodeEvent) and len(open_nodes) >= MAX_YAML_DEPTH:
+            raise _refused(event, "nested too deeply")
+        if isinstance(event, ScalarEvent | CollectionStartEvent) and event.tag and event.tag not in CORE_TAGS:
+            raise _refused(event, f"the tag {event.tag} is not one of YAML's core schema")
+        if isinstance(event, ScalarEvent):
+            may_be_number = event.implicit[0] or event.tag
+            if may_be_number and len(event.value) > MAX_NUMBER_LENGTH and NUMBER.fullmatch(event.value):
+                raise _refused(event, f"the number {event.value[:20]}... has {len(event.value):,} characters")
+            size, anchor = size + YAML_BYTES_OF_A_VALUE + len(event.value), event.anchor
+        elif isinstance(event, CollectionStartEvent):
+            open_nodes.append((event.anchor, size))
+            size += YAML_BYTES_OF_A_VALUE
+        elif isinstance(event, CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+        elif isinstance(event, AliasEvent):
+            if event.anchor in (name for name, _ in open_nodes):
+                raise _refused(event, f"the alias *{event.anchor} stands within what it repeats")
+            size += of_anchor.get(event.anchor, 0)  # the loader refuses one that is not there
+        if anchor is not None:
+            of_anchor[anchor] = size - before
+        if size > MAX_YAML_BYTES:
+            raise _refused(event, f"stands for more than {MAX_YAML_BYTES:,} bytes")
+
+
+def _refused(event: Event, problem: str) -> MarkedYAMLError:
+    """The error that the loader would raise at this place."""
+    return MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+
+
+class Dumper(pyyaml.SafeDumper):
+    """Writes what YAML 1.1 and 1.2 readers see alike: PyYAML itself quotes 'no' and writes 5.0e-05."""
+
+
+def _text(dumper: Dumper, text: str) -> pyyaml.ScalarNode:
+    """Quoted if the core schema takes it for something else; PyYAML, of YAML 1.1, would write the word 5e-5 plainly."""
+    plain = any(re.fullmatch(pattern, text) for _, pattern, _ in CORE_SCHEMA)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if plain else None)
+
+
+Dumper.add_representer(str, _text)
+
+
+def yaml_text(value: Any) -> str:
+    """A value as a YAML text in which YAML 1.1 and 1.2 readers see the same."""
+    return pyyaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def dump_yaml(value: Any, path: Path) -> None:
+    """Write a value as a YAML file (`yaml_text`), durably and whole.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_file(path, yaml_text(value))
+
+
+# ----------------------------------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------------------------------
+# What is said of a wrong key or value of an experiment file: the key that was meant, the value that is wanted.
+
+# What the same thing is called by Trainer, TRL, Axolotl, LLaMA-Factory, Unsloth, torchtune and LitGPT.
+OTHER_TOOLS_NAMES = {
+    "lr": "optimizer.learning_rate",
+    "optim": "optimizer.name",
+    "adam_beta1": "optimizer.betas",
+    "adam_beta2": "optimizer.betas",
+    "adam_epsilon": "optimizer.eps",
+    "max_norm": "optimizer.max_grad_norm",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "lr_scheduler": "scheduler.name",
+    "lr_scheduler_type": "scheduler.name",
+    "warmup": "scheduler.warmup_steps",
+    "num_warmup_steps": "scheduler.warmup_steps",
+    "warmup_ratio": "scheduler.warmup_steps",
+    "num_train_epochs": "training.epochs",
+    "num_epochs": "training.epochs",
+    "max_train_steps": "training.max_steps",
+    "num_training_steps": "training.max_steps",
+    "max_steps_per_epoch": "training.max_steps",
+    "batch_size": "training.global_batch_size",
+    "train_batch_size": "training.global_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "gradient_accumulation": "training.global_batch_size",
+    "micro_batch_size": "training.per_device_batch_size",
+    "per_device_train_batch_size": "training.per_device_batch_size",
+    "bf16": "training.mixed_precision",
+    "fp16": "training.mixed_precision",
+    "precision": "training.mixed_precision",
+    "random_seed": "training.seed",
+    "packing": "training.padding_free",
+    "sample_packing": "training.padding_free",
+    "logging_steps": "training.log_steps",
+    "checkpoint_steps": "training.save_steps",
+    "save_total_limit": "training.keep_checkpoints",
+    "eval_steps": "evaluation.steps",
+    "load_in_4bit": "model.quantization",
+    "quantization_bit": "model.quantization",
+    "quantize": "model.quantization",
+    "torch_dtype": "model.dtype",
+    "base_model": "model.base",
+    "model_name_or_path": "model.base",
+    "model_id": "model.base",
+    "activation_checkpointing": "model.gradient_checkpointing",
+    "enable_activation_checkpointing": "model.gradient_checkpointing",
+    "use_gradient_checkpointing": "model.gradient_checkpointing",
+    "flash_attention": "model.attn_implementation",
+    "flash_attn": "model.attn_implementation",
+    "rank": "lora.r",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "lora_target": "lora.target_modules",
+    "lora_target_modules": "lora.target_modules",
+    "cutoff_len": "tokenization.max_length",
+    "sequence_len": "tokenization.max_length",
+    "max_seq_length": "tokenization.max_length",
+    "max_seq_len": "tokenization.max_length",
+    "train_on_inputs": "tokenization.loss_on",
+    "train_on_prompt": "tokenization.loss_on",
+    "completion_only_loss": "tokenization.loss_on",
+    "assistant_only_loss": "tokenization.loss_on",
+    "add_eos_token": "tokenization.append_eos",
+    "report_to": "tracking.wandb",
+    "wandb_project": "tracking.project",
+    "run_name": "tracking.run_name",
+    "patience": "training.early_stopping_patience",
+    "load_best_model_at_end": "training.keep",
+    "epoch": "training.epochs",
+}
+
+
+# Where the key that was probably meant is not quite the same thing.
+UNLIKE = {
+    "gradient_accumulation_steps": "it is batch size x accumulation x GPUs",
+    "gradient_accumulation": "it is batch size x accumulation x GPUs",
+    "batch_size": "it is batch size x accumulation x GPUs",
+    "train_batch_size": "it is batch size x accumulation x GPUs",
+    "packing": "it leaves padding out without changing which rows an update has",
+    "sample_packing": "it leaves padding out without changing which rows an update has",
+}
+
+
+def meant(key: str) -> str:
+    """`; did you mean section.key?` where there is a probable one."""
+    known = list(flat(Experiment()))
+    last = key.split(".")[-1]
+    if last in OTHER_TOOLS_NAMES:
+        unlike = f" ({UNLIKE[last]})" if last in UNLIKE else ""
+        return f"; did you mean {OTHER_TOOLS_NAMES[last]}?{unlike}"
+    same_name = [name for name in known if name.split(".")[1] == last]
+    neighbours = [name for name in known if name.startswith(key.split(".")[0] + ".")]
+    sections = [] if "." in key else difflib.get_close_matches(key, Experiment.model_fields, 1)
+    close = same_name or sections or _close_by_last(last, neighbours) or _close_by_last(last, known)
+    close = close or difflib.get_close_matches(key, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _close_by_last(last: str, known: list[str]) -> list[str]:
+    """The known keys whose own name, without the section, is like `last`."""
+    names = {name.split(".")[1]: name for name in known}
+    return [names[match] for match in difflib.get_close_matches(last, names, 1, cutoff=0.7)]
+
+
+def wanted(key: str, detail: Mapping[str, Any]) -> str:
+    """What pydantic found wrong, in this project's words."""
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    if key == "data.files":
+        return "names with a file or a hub id each are wanted: {notes: notes.csv} (a number as a name: in quotes)"
+    match detail["type"]:
+        case "literal_error":
+            return f"one of {detail['ctx']['expected']} is wanted"
+        case "int_type":
+            return "a whole number is wanted"
+        case "float_type":
+            return "a number is wanted"
+        case "bool_type":
+            return "true or false is wanted"
+        case "string_type":
+            return "a word is wanted" + (" (`none` to leave it out)" if key.startswith("data.") else "")
+        case "list_type":
+            return "a list is wanted"
+        case "string_unicode":
+            return "text is wanted, and this has bytes that are not UTF-8; rename what it names"
+        case _:
+            return detail["msg"][0].lower() + detail["msg"][1:]
+
+
+# ----------------------------------------------------------------------------------------------------
+
+EXPERIMENTS_DIR = Path(__file__).resolve().parent.parent / "experiments"
+
+# The recipe stays; these numbers suit a model of under a million parameters and a few hundred short rows.
+TINY = {
+    "model.base": str(BASE_DIR),
+    "data.medquad": str(MEDQUAD_CSV),
+    "data.afrimedqa": str(AFRIMEDQA_CSV),
+    "data.files": {},
+    "optimizer.learning_rate": 1e-2,
+    "tokenization.max_length": 160,
+    "training.max_steps": 40,
+    "training.epochs": None,
+    "training.log_steps": 1,
+    "training.save_steps": 10,
+    "evaluation.steps": 10,
+}
+TINY_WARMUP = 4  # for recipes that warm up at all
+
+Locations = Mapping[str, str | Mapping[str, str] | None]  # `section.key` to what its own option says, None: nothing
+
+WRITTEN_BY_RUNS = ("gradient_accumulation_steps", "in_effect")  # so that a run's config.yaml is an experiment file
+
+
+@dataclass(frozen=True)
+class Override:
+    """One `section.key` laid over the file: its value, and the words it came from, for messages and names."""
+
+    value: Any
+    origin: str
+    text: str
+
+
+def load_experiment(
+    name: str,
+    *,
+    tiny: bool = False,
+    locations: Locations | None = None,
+    sets: Sequence[str] = (),
+) -> Experiment:
+    """The experiment called `name` (or the file at that path) with everything laid over it.
+
+    Args:
+        name: a name in `experiments/` or the path of a YAML file.
+        tiny: the embedded base model and data, and numbers that suit them.
+        locations: `section.key` to the value of its own option (`--model`, ...), None where not given; that of
+            `data.files` is laid over the file's by name.
+        sets: the words after `--set`, `section.key=value` each.
+
+    Raises:
+        UserError: unknown experiment, unreadable file, or problems with keys and values, all in one message.
+    """
+    path = find_experiment(name)
+    values, problems = _sections(read_yaml(path), str(path))
+    origins = dict.fromkeys(values, str(path))
+    if tiny:
+        warmup = TINY_WARMUP if values.get("scheduler.warmup_steps") else 0
+        for key, value in {**TINY, "scheduler.warmup_steps": warmup}.items():
+            values[key], origins[key] = value, "--tiny"
+    for key, location in (locations or {}).items():
+        if key == "data.files" and location and isinstance(location, Mapping):
+            before = values.get(key, {})
+            if isinstance(before, dict):  # else it is refused below
+                values[key], origins[key] = {**before, **location}, "--data"
+        elif location is not None and key != "data.files":
+            values[key], origins[key] = location, f"--{'model' if key == 'model.base' else key.split('.')[1]}"
+    overrides, bad_words = parse_sets(sets)
+    if len(given := overrides.keys() & set(LENGTH)) == 1:  # it takes the place of the other
+        values.update(dict.fromkeys(set(LENGTH) - given))
+    for key, override in overrides.items():
+        values[key], origins[key] = override.value, override.origin
+    experiment, bad_values = _validate(values, origins)
+    problems += bad_words + bad_values
+    if problems:
+        more = [f"and {len(problems) - MAX_PROBLEMS:,} problems more"] if len(problems) > MAX_PROBLEMS else []
+        raise UserError(*problems[:MAX_PROBLEMS], *more)
+    return experiment
+
+
+def find_experiment(name: str) -> Path:
+    """The file of the experiment called `name`, which may be a path.
+
+    Raises:
+        UserError: there is none; lists the known names.
+    """
+    known = sorted(p.stem for p in EXPERIMENTS_DIR.glob("*.yaml") if not is_sweep(p))
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        given = os.path.expanduser(name)  # with isfile it never raises, unlike pathlib's: too long, no such user
+        if not os.path.isfile(given):
+            raise UserError(f"--exp {name}: no such file; known experiments: {', '.join(known)}")
+        path = Path(given)
+    else:
+        path = EXPERIMENTS_DIR / f"{name}.yaml"
+        if name not in known and not is_sweep(path):
+            listed = ", ".join(known)
+            raise UserError(f"--exp {name}: no such experiment; known: {listed} (or the path of a YAML file)")
+    if is_sweep(path):
+        raise UserError(
+            f"--exp {name}: a W&B sweep, not an experiment: `wandb sweep {os.path.relpath(path)}` makes it, and "
+            f"says how its trials are started; known experiments: {', '.join(known)}"
+        )
+    return path
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a file is the configuration of a W&B sweep, which no experiment can be taken for."""
+    try:
+        return re.search(rb"^(\xef\xbb\xbf)?parameters:", read_file(path, MAX_YAML_BYTES), re.M) is not None
+    except Damaged:
+        return False
+
+
+def parse_sets(words: Sequence[str]) -> tuple[dict[str, Override], list[str]]:
+    """The overrides in `--set` words, by key (the last one of a key counts), and the problems with the words."""
+    overrides: dict[str, Override] = {}
+    problems = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            problems.append(f"--set {cut(word)}: write section.key=value")
+            continue
+        try:
+            value = load_yaml(text, f"--set {cut(word)}")
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if key in Experiment.model_fields and isinstance(value, dict):  # a whole section, as a nested sweep gives it
+            for name, inner in value.items():
+                overrides[f"{key}.{name}"] = Override(_without_none(f"{key}.{name}", inner), "--set", str(inner))
+        else:
+            overrides[key] = Override(_without_none(key, value), "--set", text)
+    return overrides, problems
+
+
+def _without_none(key: str, value: Any) -> Any:
+    """Python's None, as W&B's agent writes what is null; in the two datasets it is a word, as on the command line."""
+    return None if value == "None" and key not in ("data.medquad", "data.afrimedqa") else value
+
+
+def default_output_dir(name: str, tiny: bool, sets: Sequence[str], experiment: Experiment) -> Path:
+    """`outputs/<exp>[-tiny][,key=value...]`: overrides that make it another run are part of the name, sorted.
+
+    Data of one's own are part of it by their names, however given: a path says who one is, and the directory's name is
+    the run's on W&B. A length is where it is given in the other unit than the file's: neither goes on from the other.
+
+    Raises:
+        UserError: the experiment's file has a name that no directory can have.
+    """
+    overrides, _ = parse_sets(sets)
+    path = find_experiment(name)
+    filed, _ = _sections(read_yaml(path), str(path))
+    filed |= TINY if tiny else {}
+    other_unit = {key for key in LENGTH if any(filed.get(other) is not None for other in set(LENGTH) - {key})}
+    words = {
+        key: f"{key}={override.text}"
+        for key, override in overrides.items()
+        if key != "data.files" and (key in other_unit or not may_change_on_resume(key, experiment))
+    }
+    files = filed.get("data.files")
+    if own_names(experiment.data.files) != own_names(files if isinstance(files, dict) else {}):
+        words["data.files"] = f"data.files={own_names(experiment.data.files)}"
+    own_name = f"{path.stem}{'-tiny' if tiny else ''}"
+    if path.stem.strip(".") == "" or len(os.fsencode(own_name)) > MAX_NAME_BYTES:
+        raise UserError(f"--exp {cut(name)}: its name cannot name a directory; rename it, or give an --output-dir")
+    suffix = "".join(f",{word}" for word in sorted(re.sub(r"[^A-Za-z0-9._=+-]", "-", word) for word in words.values()))
+    if len(suffix) > 80:
+        suffix = "," + hashlib.sha256(suffix.encode()).hexdigest()[:16]
+    return Path("outputs") / (own_name + suffix)
+
+
+def own_names(files: Mapping[str, str]) -> str:
+    """The names of data of one's own as part of a directory's name."""
+    return "+".join(sorted(map(str, files))) or "none"
+
+
+def _sections(raw: Any, where: str) -> tuple[dict[str, Any], list[str]]:
+    """A file's content as `section.key` to value, and the problems with its shape."""
+    if not isinstance(raw, dict):
+        return {}, [f"{where}: an experiment file has sections ({', '.join(Experiment.model_fields)})"]
+    values, problems = {}, []
+    is_a_runs = all(key in raw for key in WRITTEN_BY_RUNS)
+    for section, keys in raw.items():
+        if is_a_runs and section in WRITTEN_BY_RUNS:
+            continue
+        if section not in Experiment.model_fields:
+            problems.append(f"{where}: {cut(str(section))}: no such section{meant(str(section))}")
+        elif not isinstance(keys, dict):
+            problems.append(f"{where}: {section} = {short(keys)}: a section has keys, one a line, indented")
+        else:
+            values.update({f"{section}.{key}": value for key, value in keys.items()})
+    return values, problems
+
+
+def _validate(values: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[Experiment, list[str]]:
+    """The experiment and every problem; keys with a problem are replaced by their defaults to find further ones."""
+    known = flat(Experiment())
+    problems: dict[str, str] = {}
+    for key in values:
+        if key not in known:
+            shown = f"{cut(key)} = {short(values[key])}" if "." in key else cut(key)
+            problems[key] = f"{origins[key]}: {shown}: no such key{meant(key)}"
+    try:
+        Experiment.model_validate(_nested({k: v for k, v in values.items() if k in known}))
+    except ValidationError as error:
+        for detail in error.errors():
+            key = ".".join(str(part) for part in detail["loc"][:2])
+            problems.setdefault(key, f"{origins[key]}: {key} = {short(values[key])}: {wanted(key, detail)}")
+    experiment = Experiment.model_validate(_nested({k: v for k, v in values.items() if k not in problems}))
+    found = list(problems.values())
+    for keys, message in _impossible(experiment):
+        if not problems.keys() & set(keys):
+            where = ", ".join(dict.fromkeys(origins[key] for key in keys if key in origins)) or "the experiment"
+            found.append(f"{where}: {message}")
+    return experiment, found
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`section.key` to value as sections."""
+    sections: dict[str, dict[str, Any]] = {}
+    for dotted, value in values.items():
+        section, _, key = dotted.partition(".")
+        sections.setdefault(section, {})[key] = value
+    return sections
+
+
+def _impossible(experiment: Experiment) -> Iterator[tuple[list[str], str]]:
+    """Combinations that cannot be: the keys involved, and the message. The batch's is in `plan.accumulation_steps`."""
+    model, data, training = experiment.model, experiment.data, experiment.training
+    if training.max_steps is None and training.epochs is None:
+        yield (
+            ["training.max_steps", "training.epochs"],
+            "training.max_steps is missing (or training.epochs): how many updates?",
+        )
+    if training.max_steps is not None and training.epochs is not None:
+        yield ["training.max_steps", "training.epochs"], "training.max_steps and training.epochs: give one of the two"
+    if training.max_steps is not None and experiment.scheduler.warmup_steps > training.max_steps:
+        yield (
+            ["scheduler.warmup_steps", "training.max_steps"],
+            f"scheduler.warmup_steps = {experiment.scheduler.warmup_steps} is more than training.max_steps = "
+            f"{training.max_steps}",
+        )
+    if {model.dtype, training.mixed_precision} in ({"float16", "bf16"}, {"bfloat16", "fp16"}):
+        yield (
+            ["model.dtype", "training.mixed_precision"],
+            f"model.dtype = {model.dtype}, training.mixed_precision = {training.mixed_precision}: do not go together: "
+            "bfloat16 with bf16, float16 with fp16",
+        )
+    if abs(sum(data.fractions) - 1) > 1e-6 or 0 in data.fractions:
+        yield ["data.fractions"], f"data.fractions = {data.fractions}: train, validation and test, each above 0, sum 1"
+    if experiment.tokenization.pad_token == "[PAD]" and "lm_head" in experiment.lora.target_modules:
+        yield (
+            ["tokenization.pad_token", "lora.target_modules"],
+            "tokenization.pad_token = [PAD], lora.target_modules with lm_head: [PAD] makes lm_head larger than that of "
+            "the base model, which the adapter would not fit; use pad_token: eos, or leave lm_head out",
+        )
+    if data.medquad == data.afrimedqa == "none" and not data.files:
+        yield (
+            ["data.medquad", "data.afrimedqa", "data.files"],
+            "data.medquad and data.afrimedqa are both none, and data.files names nothing: no data",
+        )

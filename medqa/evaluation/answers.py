@@ -1,0 +1,227 @@
+"""Answers of the base and of the adapter, greedy, in batches, to the prompt of training or the model's own template."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from medqa.data.sources import Row
+from medqa.data.tokens import Example
+from medqa.limited import Failed, limited
+from medqa.limits import MAX_TEMPLATE_CHARACTERS
+from medqa.model.base_files import location
+from medqa.prompts import prompt_ids
+
+SAMPLE_TOKENS = 128  # where a sample answer is cut
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and whether it ended by itself (with EOS) or at the limit."""
+
+    text: str
+    stopped: bool
+
+
+def generate_answers(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    prompts: Callable[[str], list[int]] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """The model's greedy answer to each question, in their order. The model's mode is left as it was.
+
+    Prompts of like length go together, the longest first. What an answer is does not depend on what it was batched
+    with (in float32; in less, two ids may be so close that rounding decides): where it is cut follows from its own
+    prompt, and where memory is short a batch is halved.
+
+    Args:
+        max_new_tokens: where an answer is cut; earlier where the model's context ends. A prompt that leaves no room
+            has an empty answer.
+        prompts: from a question to the ids that it is answered after; None: those of training.
+        progress: is told of how many more questions the answer is there.
+    """
+    asked = [prompts(question) if prompts else prompt_ids(question, tokenizer) for question in questions]
+    longest = getattr(model.config, "max_position_embeddings", None)
+    rooms = [max_new_tokens if longest is None else min(max_new_tokens, longest - len(ids)) for ids in asked]
+    written: list[list[int]] = [[] for _ in asked]
+    stopped = [False] * len(asked)
+    waiting = sorted((i for i, room in enumerate(rooms) if room > 0), key=lambda i: len(asked[i]), reverse=True)
+    batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
+    if progress and len(waiting) < len(asked):
+        progress(len(asked) - len(waiting))
+    ends = end_ids(model, tokenizer)
+    with plain_greedy(model):
+        while batches:
+            batch = batches.pop(0)
+            room = min(rooms[i] - len(written[i]) for i in batch)
+            try:
+                found = _continue(model, tokenizer.pad_token_id, [asked[i] + written[i] for i in batch], room, ends)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                half = len(batch) // 2
+                batches[:0] = [batch[:half], batch[half:]]
+                continue
+            for i, ids in zip(batch, found, strict=True):
+                end = next((place for place, token in enumerate(ids) if token in ends), None)
+                stopped[i] = end is not None
+                written[i] += ids[:end]
+            # The batch's longest prompt may have come to the end of the context; the others go on without it.
+            unfinished = [i for i in batch if not stopped[i] and len(written[i]) < rooms[i]]
+            batches[:0] = [unfinished] if unfinished else []
+            if progress:
+                progress(len(batch) - len(unfinished))
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True) if written else []
+    return [Answer(text.strip(), end) for text, end in zip(texts, stopped, strict=True)]
+
+
+def sample_answers(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], step: int
+) -> list[list[str | int | bool]]:
+    """Each row as (step, source, question, reference, base answer, tuned answer, whether that one ended by itself)."""
+    questions, at_once = [row.question for row in rows], len(rows) or 1
+    tuned = generate_answers(model, tokenizer, questions, max_new_tokens=SAMPLE_TOKENS, batch_size=at_once)
+    with model.disable_adapter():
+        base = generate_answers(model, tokenizer, questions, max_new_tokens=SAMPLE_TOKENS, batch_size=at_once)
+    return [
+        [step, row.source, row.question, row.answer, untuned.text, answer.text, answer.stopped]
+        for row, untuned, answer in zip(rows, base, tuned, strict=True)
+    ]
+
+
+def end_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that end an answer: the EOS of training, and what else the base ends its turns with."""
+    named = model.get_base_model().generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *([] if named is None else [named] if isinstance(named, int) else named)}
+
+
+@contextlib.contextmanager
+def plain_greedy(model: torch.nn.Module) -> Iterator[None]:
+    """Generate by the model alone, in evaluation mode.
+
+    Many bases come with a generation config of their own, a repetition penalty in it, which `generate` takes up
+    wherever it is not told otherwise.
+    """
+    base, was_training = model.get_base_model() if isinstance(model, PeftModel) else model, model.training
+    own = base.generation_config
+    model.eval()
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
+        model.train(was_training)
+
+
+def _continue(
+    model: PeftModel, pad_token_id: int, prompts: Sequence[list[int]], max_new_tokens: int, ends: set[int]
+) -> list[list[int]]:
+    """The ids that follow each prompt: up to `max_new_tokens`; after one of `ends`, padding."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):  # on the left: an answer begins right after its prompt
+        input_ids[row, width - len(ids) :] = torch.tensor(ids)
+        attention_mask[row, width - len(ids) :] = 1
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=sorted(ends),
+            pad_token_id=pad_token_id,
+        )
+    return output[:, width:].tolist()
+
+
+# ----------------------------------------------------------------------------------------------------
+# The base model's own chat template: what its makers would have a question look like. A baseline of its own.
+#
+# A template is a program by whoever made the base. It may raise any exception, for some questions only, and it need
+# not end. So all questions are rendered in a process of its own, with limits, before anything is measured.
+
+PROBE = "What is asthma ?"
+
+
+def own_template_prompts(
+    base: str,
+    questions: Sequence[str] = (),
+    say: Callable[[str], None] = lambda text: None,
+    once: Callable[[Callable[[], list[str] | None]], list[str] | None] = lambda render: render(),
+) -> Callable[[str], list[int]] | None:
+    """From a question to the ids that the untuned base's own chat template makes of it; None where it has none.
+
+    A template that cannot render every question as a single user message counts as none.
+
+    Args:
+        base: a directory or a hub id. Its tokenizer is loaded anew: the one of training has training's template.
+        questions: those that will be asked for.
+        say: is told why a template cannot be used.
+        once: has one process render, and gives the result to all. They would wait for each other for ever if one ran
+            into a limit and another did not.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(location(base), trust_remote_code=False)
+    if not tokenizer.chat_template:
+        return None
+    asked = list(dict.fromkeys([PROBE, *questions]))
+
+    def render_all() -> list[str] | None:
+        try:
+            return _rendered(tokenizer, asked)
+        except Failed as error:
+            say(f"{base}: its own chat template cannot be used: {error}; measured without it")
+            return None
+
+    found = once(render_all)
+    if found is None:
+        return None
+    texts = dict(zip(asked, found, strict=True))
+
+    def prompt(question: str) -> list[int]:
+        if question not in texts:
+            (texts[question],) = _rendered(tokenizer, [question])
+        return tokenizer(texts[question], add_special_tokens=False)["input_ids"]
+
+    return prompt
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> list[str]:
+    """What a tokenizer's chat template makes of each question.
+
+    Raises:
+        Failed: it raises an exception, takes too long or too much memory, or makes something else than a prompt.
+    """
+
+    def render() -> list[str]:
+        texts = []
+        for question in questions:
+            message = {"role": "user", "content": question}
+            text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+            text.encode()  # raises an exception for halves of characters, which the tokenizer would not take
+            if len(text) > len(question) + MAX_TEMPLATE_CHARACTERS:
+                raise ValueError(f"a prompt of {len(text):,} characters")
+            texts.append(text)
+        return texts
+
+    return limited(render)
+
+
+def with_prompts(examples: Sequence[Example], prompts: Callable[[str], list[int]]) -> list[Example]:
+    """The examples with other prompts before the very same answer tokens."""
+    changed = []
+    for example in examples:
+        ids = np.array(prompts(example.row.question), dtype=example.input_ids.dtype)
+        answer = example.input_ids[example.answer_start :]
+        changed.append(replace(example, input_ids=np.concatenate([ids, answer]), answer_start=len(ids)))
+    return changed

@@ -1,0 +1,156 @@
+"""Statistics: bootstrap intervals, paired tests, and the loss by part of a split. Everything is seeded.
+
+A figure is a dict with `value`, `low` and `high`, of a difference with `p_value` too, and with `rows`, their number,
+as `evaluation.json` has it. With fewer than two rows there is no interval: `low`, `high` and `p_value` are None.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from medqa.data.sources import Row
+from medqa.data.splits import NGRAM
+from medqa.evaluation.loss import perplexity
+
+Values = Sequence[float] | np.ndarray  # one for each row
+
+Figure = dict[str, Any]
+RESAMPLES = 2000
+SWAPS = 9999  # of a permutation test: the smallest p-value is 2 / (SWAPS + 1)
+BATCH = 100  # resamples computed at once, so that memory stays small
+
+
+def mean_figure(totals: Values, weights: Values | None = None, seed: int = 0) -> Figure | None:
+    """The mean of rows, sum(totals) / sum(weights), with its interval; None without any weight.
+
+    Args:
+        totals: per row, the sum over what is counted in it (loss over tokens, say).
+        weights: per row, the count; None: each row counts as one.
+
+    Percentile bootstrap over rows (Efron and Tibshirani, 1993, chapter 13), by scipy. With under a hundred rows of
+    uneven length it is a little short: it held the mean in 91 of 100 trials.
+    """
+    sums = np.asarray(totals, dtype=float)
+    counts = np.ones_like(sums) if weights is None else np.asarray(weights, dtype=float)
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    if not len(sums):
+        return None
+    low, high = _interval((sums, counts), _ratio, seed)
+    return {"value": float(sums.sum() / counts.sum()), "low": low, "high": high, "rows": len(sums)}
+
+
+def difference_figure(ours: Values, theirs: Values, weights: Values | None = None, seed: int = 0) -> Figure | None:
+    """Ours minus theirs, as means over the same rows, with its interval and a p-value; None without any weight.
+
+    The p-value is two-sided, of a permutation test that swaps the two within rows (Good, 2005, section 3.7), by scipy:
+    it tests this very mean, whatever its distribution.
+    """
+    first, second = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
+    counts = np.ones_like(first) if weights is None else np.asarray(weights, dtype=float)
+    first, second, counts = first[counts > 0], second[counts > 0], counts[counts > 0]
+    if not len(first):
+        return None
+    value = float((first - second).sum() / counts.sum())
+    if len(first) < 2:
+        return {"value": value, "low": None, "high": None, "p_value": None, "rows": len(first)}
+    low, high = _interval((first - second, counts), _ratio, seed)
+    tested = stats.permutation_test(
+        (first, second),
+        lambda a, b, axis: (a - b).sum(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=SWAPS,
+        batch=BATCH,
+        rng=np.random.default_rng(seed),
+    )
+    return {"value": value, "low": low, "high": high, "p_value": float(min(1.0, tested.pvalue)), "rows": len(first)}
+
+
+def perplexity_figure(loss: Figure | None) -> Figure | None:
+    """The perplexity of a loss in nats, interval and all."""
+    if loss is None:
+        return None
+    return {key: value if value is None or key == "rows" else perplexity(value) for key, value in loss.items()}
+
+
+def _ratio(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
+    """Mean over what is counted."""
+    return sums.sum(axis=axis) / counts.sum(axis=axis)
+
+
+def _interval(data: tuple[np.ndarray, ...], statistic: Any, seed: int) -> tuple[float | None, float | None]:
+    """The 95 % interval."""
+    if len(data[0]) < 2:
+        return None, None
+    found = stats.bootstrap(
+        data,
+        statistic,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=RESAMPLES,
+        batch=BATCH,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    low, high = float(found.low), float(found.high)
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The loss of held-out rows, untuned against tuned, with intervals: all rows, by source, and rows apart from training.
+#
+# A split in which no question or answer of training stands again still asks about the same topics in much the same
+# words: rows of a topic that training has not seen, and rows with few of their 13-grams in training, are told apart.
+
+Tables = Mapping[str, np.ndarray]  # system -> `Evaluator.row_losses` of the same rows
+
+
+def loss_report(tables: Tables, rows: Sequence[Row], shared: Mapping[str, Mapping[str, bool | None]], seed: int) -> Any:
+    """The figures of one split, as `evaluation.json` has them.
+
+    Args:
+        tables: by system; of one whose prompt is another (`own_template`), the answer's columns alone count.
+        shared: row id to what it shares with training, from `data.splits.shared_with_training`.
+    """
+    parts = {
+        "unseen_topics": [row.topic is not None and shared[row.id]["topic"] is False for row in rows],
+        "few_shared_13_grams": [shared[row.id][f"{NGRAM}_grams"] is False for row in rows],
+    }
+    known = [shared[row.id] for row in rows]
+    by_source = {name: [row.source == name for row in rows] for name in sorted({row.source for row in rows})}
+    return {
+        "shared_with_training": {
+            what: sum(row[what] is True for row in known) / max(sum(row[what] is not None for row in known), 1)
+            for what in ("question_or_answer", "topic", f"{NGRAM}_grams")
+        },
+        **_figures(tables, np.ones(len(rows), dtype=bool), seed),
+        "sources": {name: _figures(tables, np.array(chosen), seed) for name, chosen in by_source.items()},
+        **{name: _figures(tables, np.array(chosen, dtype=bool), seed) for name, chosen in parts.items()},
+    }
+
+
+def _figures(tables: Tables, chosen: np.ndarray, seed: int) -> dict[str, Any]:
+    """Of the chosen rows, every system's figures and the difference that tuning made."""
+    found: dict[str, Any] = {"rows": int(chosen.sum())}
+    if not found["rows"]:
+        return found
+    for system, table in tables.items():
+        losses = {"answer_loss": mean_figure(table[chosen, 2], table[chosen, 3], seed)}
+        if system != "own_template":
+            losses = {"loss": mean_figure(table[chosen, 0], table[chosen, 1], seed)} | losses
+        for name, figure in losses.items():
+            if figure is not None:  # rows so long that all of the answer is cut off
+                found.setdefault(system, {})[name] = figure
+                found[system][name.replace("loss", "perplexity")] = perplexity_figure(figure)
+    if {"tuned", "untuned"} <= tables.keys():
+        tuned, untuned = tables["tuned"][chosen], tables["untuned"][chosen]
+        found["tokens"], found["answer_tokens"] = int(tuned[:, 1].sum()), int(tuned[:, 3].sum())
+        differences = {
+            name: difference_figure(tuned[:, column], untuned[:, column], tuned[:, column + 1], seed)
+            for name, column in (("loss", 0), ("answer_loss", 2))
+        }
+        found["difference"] = {name: figure for name, figure in differences.items() if figure is not None}
+    return found

@@ -1,0 +1,216 @@
+"""Measures of generated text: ROUGE, repetition, and answers that are copied from training.
+
+ROUGE against the reference answer says how alike the words are, not whether an answer is right.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from medqa.data.sources import Row
+from medqa.evaluation.answers import Answer
+from medqa.evaluation.statistics import difference_figure, mean_figure
+
+# ----------------------------------------------------------------------------------------------------
+# ROUGE-1, ROUGE-2 and ROUGE-L F (Lin, 2004), by two packages that differ.
+#
+# `rouge-score` is Google's reimplementation of the original script and the field's standard: lower case, letters and
+# digits only, no stemmer (its own default, and that of Hugging Face's `evaluate`), ROUGE-L over the whole text.
+# `rouge` is what the authors of AfriMed-QA used: words as they stand between spaces, sets of n-grams in place of
+# counts, ROUGE-L as a union over sentences. Its figures differ by up to 0.16 and must not stand beside the others
+# unlabelled.
+
+TYPES = ("rouge1", "rouge2", "rougeL")
+AUTHORS_TYPES = ("rouge-1", "rouge-2", "rouge-l")  # the same three in the package `rouge`
+DEPTH = 1000  # frames that the callers of `rouge` and its own other functions may need
+
+
+def rouge_scores(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """F of ROUGE-1, ROUGE-2 and ROUGE-L of each answer against its reference, by `rouge-score`; (answers, 3).
+
+    For ROUGE-L its words and its F, but not its table of all pairs of words, which takes minutes over a test set.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.scoring import fmeasure
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    scorer, tokenizer = RougeScorer(list(TYPES[:2]), use_stemmer=False), DefaultTokenizer(use_stemmer=False)
+    table = np.zeros((len(answers), len(TYPES)))
+    for line, answer, reference in zip(table, answers, references, strict=True):
+        found = scorer.score(target=reference, prediction=answer)
+        line[:2] = [found[name].fmeasure for name in TYPES[:2]]
+        words, right = tokenizer.tokenize(answer), tokenizer.tokenize(reference)
+        if words and right:
+            common = common_subsequence(words, right)
+            line[2] = fmeasure(common / len(words), common / len(right))
+    return table
+
+
+def common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """The length of the longest common subsequence, a whole row of the table at once as the bits of an integer.
+
+    Hyyro, "Bit-parallel LCS-length computation revisited" (2004): a bit that is 0 is a step of the row.
+    """
+    places: dict[str, int] = {}
+    for place, word in enumerate(first):
+        places[word] = places.get(word, 0) | 1 << place
+    whole = (1 << len(first)) - 1
+    row = whole
+    for word in second:
+        matches = row & places.get(word, 0)
+        row = (row + matches | row - matches) & whole
+    return len(first) - row.bit_count()
+
+
+def authors_rouge_scores(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """The same by `rouge`, as the authors of AfriMed-QA called it: on the texts as they are; (answers, 3).
+
+    It refuses a text that is empty or dots alone: such an answer has 0.
+    """
+    from rouge import Rouge
+
+    scorer = Rouge(metrics=list(AUTHORS_TYPES), stats=["f"])
+    table = np.zeros((len(answers), len(TYPES)))
+    for line, answer, reference in zip(table, answers, references, strict=True):
+        if answer.strip(".") and reference.strip("."):
+            with _room_to_recurse(len(answer.split()) + len(reference.split())):
+                found = scorer.get_scores(answer, reference)[0]
+            line[:] = [found[name]["f"] for name in AUTHORS_TYPES]
+    return table
+
+
+@contextlib.contextmanager
+def _room_to_recurse(words: int) -> Iterator[None]:
+    """`rouge` walks back through two sentences by recursion, a frame a word; Python's limit would stop long ones."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, words + DEPTH))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
+# ----------------------------------------------------------------------------------------------------
+
+SYSTEMS = ("untuned", "own_template", "copied", "tuned")
+COMPARED = (("tuned", "untuned"), ("tuned", "copied"))
+AUTHORS_SOURCE = "afrimedqa"
+SAMPLES = 5
+LOOP_WORDS, LOOP_TIMES = 4, 3
+
+
+def loops(text: str) -> bool:
+    """Whether some run of four or more words stands three or more times in immediate succession.
+
+    Words are what stands between spaces, in any case. A shorter run that goes on for twelve words or more is such a run
+    as well: one word twelve times is four words three times.
+    """
+    numbers: dict[str, int] = {}
+    words = np.array([numbers.setdefault(word, len(numbers)) for word in text.casefold().split()])
+    for run in range(LOOP_WORDS, len(words) // LOOP_TIMES + 1):
+        differs = np.flatnonzero(words[run:] != words[:-run])
+        # A run repeated: as many words as all but the first time has are each what stood `run` words before.
+        ends = np.concatenate([[-1], differs, [len(words) - run]])
+        if np.diff(ends).max() - 1 >= run * (LOOP_TIMES - 1):
+            return True
+    return False
+
+
+def score_generation(rows: Sequence[Row], answers: Mapping[str, Sequence[Answer]], seed: int) -> dict[str, Any]:
+    """How the systems' answers to `rows` compare with the references. Each mean or share is a figure of statistics.py.
+
+    Returns:
+        For each system of `SYSTEMS` that is there `rouge1`, `rouge2`, `rougeL` (F, by rouge-score), where there are
+        rows of AfriMed-QA `authors_rouge1`, ... (by the package `rouge`, on those rows), `stops` (share that ended by
+        itself), `loops` (share, see `loops`), `length_ratio` (words of all answers over words of all references).
+        `difference`: of `tuned - untuned` the same, but for the ratio, with `p_value`, and of `tuned - copied` ROUGE.
+        `sources`: of each source and system `rougeL`. `samples`: the first rows with all their answers.
+    """
+    there = [system for system in SYSTEMS if system in answers]
+    columns = {system: _columns(rows, answers[system]) for system in there}
+    is_authors = np.array([row.source == AUTHORS_SOURCE for row in rows], dtype=bool)
+    reference_words = [len(row.answer.split()) for row in rows]
+    result: dict[str, Any] = {}
+    for system in there:
+        figures = {
+            name: mean_figure(values, _weights(name, is_authors), seed) for name, values in columns[system].items()
+        }
+        words = [len(answer.text.split()) for answer in answers[system]]
+        figures["length_ratio"] = mean_figure(words, reference_words, seed)
+        result[system] = present(figures)
+    result["difference"] = {
+        f"{ours} - {theirs}": present(
+            {
+                name: difference_figure(values, columns[theirs][name], _weights(name, is_authors), seed)
+                for name, values in columns[ours].items()
+                if theirs != "copied" or "rouge" in name  # a copy always stops, and seldom loops
+            }
+        )
+        for ours, theirs in COMPARED
+        if ours in there and theirs in there
+    }
+    sources = sorted({row.source for row in rows})
+    of_source = {source: [row.source == source for row in rows] for source in sources}
+    result["sources"] = {
+        source: {system: mean_figure(columns[system]["rougeL"], of_source[source], seed) for system in there}
+        for source in sources
+    }
+    result["samples"] = [
+        {"id": row.id, "source": row.source, "question": row.question, "reference": row.answer}
+        | {system: answers[system][number].text for system in there}
+        for number, row in enumerate(rows[:SAMPLES])
+    ]
+    return result
+
+
+def present(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Those figures that there are rows for."""
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def _columns(rows: Sequence[Row], answers: Sequence[Answer]) -> dict[str, np.ndarray]:
+    """What is measured of each answer, by name; (rows,) each. The authors' ROUGE is 0 where it is not asked for."""
+    texts, references = [answer.text for answer in answers], [row.answer for row in rows]
+    columns = dict(zip(TYPES, rouge_scores(texts, references).T, strict=True))
+    chosen = [i for i, row in enumerate(rows) if row.source == AUTHORS_SOURCE]
+    authors = np.zeros((len(rows), len(TYPES)))
+    authors[chosen] = authors_rouge_scores([texts[i] for i in chosen], [references[i] for i in chosen])
+    columns |= {f"authors_{name}": values for name, values in zip(TYPES, authors.T, strict=True)}
+    columns["stops"] = np.array([answer.stopped for answer in answers], dtype=float)
+    columns["loops"] = np.array([loops(text) for text in texts], dtype=float)
+    return columns
+
+
+def _weights(name: str, is_authors: np.ndarray) -> np.ndarray | None:
+    """Which rows a column is over."""
+    return is_authors if name.startswith("authors_") else None
+
+
+# ----------------------------------------------------------------------------------------------------
+# The cheapest honest baseline: the answer of the training question that is most similar, copied.
+
+CHUNK = 256  # questions compared with all of training at once: 8 bytes for each pair
+
+
+def copied_answers(train: Sequence[Row], questions: Sequence[str]) -> list[Answer]:
+    """For each question the whole answer of the nearest training question.
+
+    Nearest by the cosine of TF-IDF vectors, scikit-learn's defaults: words of two or more letters or digits in lower
+    case, counts times smoothed inverse document frequency. Of equally near ones the first; a question that shares no
+    word with training gets the first row's answer.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer()
+    asked = [row.question for row in train]
+    if not any(map(vectorizer.build_analyzer(), asked)):
+        return [Answer(train[0].answer, True)] * len(questions)  # no word anywhere, which scikit-learn refuses
+    known = vectorizer.fit_transform(asked).T.tocsr()  # rows of unit length: a product is the cosine
+    copied = []
+    for start in range(0, len(questions), CHUNK):
+        cosines = (vectorizer.transform(questions[start : start + CHUNK]) @ known).toarray()
+        copied += [Answer(train[nearest].answer, True) for nearest in np.argmax(cosines, axis=1)]
+    return copied

@@ -1,1 +1,0 @@
-"""What comes of runs: their adapters loaded again, evaluated, asked, compared and exported."""

@@ -1,0 +1,344 @@
+"""The end of a run: final evaluation, sample answers, adapter, model card, summary."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from medqa.config import Data, Experiment, Model, length
+from medqa.config_file import yaml_text
+from medqa.data.tokens import Example
+from medqa.errors import UserError
+from medqa.evaluation.loss import Evaluator, SplitLoss, summarize
+from medqa.files import UNFINISHED, Damaged, copy_file
+from medqa.model.adapter_files import ADAPTER_FILES
+from medqa.model.base import load_adapter_weights, save_tokenizer
+from medqa.prompts import prompt
+from medqa.tiny import BASE_DIR
+from medqa.training.checkpoint import Identity, git_commit, measure, save_adapter, verify_checkpoint, versions
+from medqa.training.distributed import on_main
+from medqa.training.plan import accumulation_steps, parameter_counts
+from medqa.training.recorder import Phases, Tracker
+from medqa.training.run_dir import ADAPTER_DIR, Leg
+from medqa.training.state import RunState
+from medqa.training.wandb import EVAL_NAMES
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a run ends with: the figures of the adapter that it leaves, and the update that the adapter is from."""
+
+    final: SplitLoss
+    test: SplitLoss
+    adapter_step: int
+
+
+def close_run(
+    evaluator: Evaluator,
+    examples: Mapping[str, Sequence[Example]],
+    subset: Sequence[int],
+    model: PeftModel,
+    state: RunState,
+    experiment: Experiment,
+    places: Sequence[Path],
+    tracker: Tracker,
+    clock: Callable[[], float],
+    say: Callable[[str], None],
+) -> Ending:
+    """The closing evaluation, on all rows; with `training.keep: best` the model then has the best adapter.
+
+    Validation is recorded as it is after the last update; the test split is measured once, with the adapter that stays.
+
+    Args:
+        subset: indices of the fixed validation rows, by which the best is chosen.
+        places: directories that may have the best checkpoint.
+
+    Raises:
+        UserError: the best checkpoint has gone, or is damaged.
+    """
+    validation, step = examples["validation"], state.step
+    losses = evaluator.row_losses(validation)
+    final = summarize(losses, validation)
+    state.note_best(step, summarize(losses[list(subset)], [validation[i] for i in subset]).loss)
+    tracker.log({"step": step, "split": "eval", "elapsed_s": clock(), **final.record()})
+    adapter_step = step
+    if experiment.training.keep == "best" and state.best_step == 0:
+        say("the untuned base was best on the fixed validation rows: the adapter kept is that of the last update")
+    elif experiment.training.keep == "best" and state.best_step != step:
+        adapter_step = state.best_step
+        _take_best(model, evaluator.accelerator, places, adapter_step)
+        say(f"the adapter kept is that of update {adapter_step}, the best on the fixed validation rows")
+        final = evaluator.measure(validation)
+    test = evaluator.measure(examples["test"])
+    tracker.log({"step": step, "split": "test", "elapsed_s": clock(), **test.record()})
+    return Ending(final, test, adapter_step)
+
+
+def _take_best(model: PeftModel, accelerator: Accelerator, places: Sequence[Path], step: int) -> None:
+    """The best adapter on every process. The first one reads it and hands it on: only it need see the directories.
+
+    Raises:
+        UserError: as `_best_checkpoint`, on every process.
+    """
+
+    def read() -> None:
+        load_adapter_weights(model, _best_checkpoint(places, step), "checkpoint")
+
+    on_main(accelerator, read)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(broadcast(parameter.data))
+
+
+def _best_checkpoint(places: Sequence[Path], step: int) -> Path:
+    """The whole checkpoint of an update, in the first of these directories that has it.
+
+    Raises:
+        UserError: none has.
+    """
+    problems = []
+    for path in (place / f"checkpoint-{step}" for place in places):
+        try:
+            verify_checkpoint(path)
+            return path
+        except Damaged as error:
+            problems.append(f"{path}: {error}")
+    raise UserError(
+        f"training.keep = best, and of update {step}, the best, no whole checkpoint is left: {'; '.join(problems)}; "
+        "put it back and start again, or take the newest as it is: python -m medqa export DIR --checkpoint STEP"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a finished run leaves: the adapter with tokenizer and model card, and `summary.json`.
+
+LICENCES = {
+    "medquad": "MedQuAD (Ben Abacha and Demner-Fushman, 2019): CC BY 4.0",
+    "afrimedqa": "AfriMed-QA v2: CC BY-NC-SA 4.0, non-commercial use only",
+}
+
+NON_COMMERCIAL = "cc-by-nc-sa-4.0"
+UNKNOWN = "other"
+HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
+NOT_IN_CODE = str.maketrans("`|", "' ")  # a table's cells end at "|" in a code span too
+PERMISSIVE = (Model().base, str(BASE_DIR))  # Apache 2.0 and our own: they add nothing to the data's terms
+
+
+def licence(data: Data, base: str) -> tuple[str, str]:
+    """The licence of what was trained on these data from this base, as the hub names it and as a sentence."""
+    own = f"; the licences of {', '.join(f'`{name}`' for name in sorted(data.files))}, data of one's own, apply too"
+    if data.afrimedqa != "none":
+        why = "non-commercial use only, because AfriMed-QA v2 is CC BY-NC-SA 4.0"
+        return NON_COMMERCIAL, why + (own if data.files else "")
+    if data.files:
+        return UNKNOWN, "it was trained on data of one's own: the licences of that data and of the base model apply"
+    if base not in PERMISSIVE:
+        return UNKNOWN, "CC BY 4.0 as far as MedQuAD goes; the base model's own licence and terms apply too"
+    return "cc-by-4.0", "CC BY 4.0, as MedQuAD; the base model's own licence applies too"
+
+
+def data_lines(data: Data) -> str:
+    """What was trained on, a line each; data of one's own by name, because a path says who one is."""
+    used = [text for name, text in LICENCES.items() if getattr(data, name) != "none"]
+    return "\n".join(f"- {text}" for text in [*used, *(f"`{name}`: data of one's own" for name in sorted(data.files))])
+
+
+def front_matter(values: Mapping[str, Any]) -> str:
+    """The YAML header of a model card, as the Hugging Face Hub reads it."""
+    return f"---\n{yaml_text(dict(values))}---\n"
+
+
+def plain(text: Any) -> str:
+    """Text that Markdown and HTML show as it stands, on one line; for names that anyone may have chosen."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return re.sub(r"([\\`*\[\]<>&|#~])", r"\\\1", line)
+
+
+def code(text: Any) -> str:
+    """Text as a Markdown code span on one line, in which nothing else is markup."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return f"`{line.translate(NOT_IN_CODE)}`"
+
+
+def public_name(where: str) -> str | None:
+    """What a model or an adapter is called on the Hugging Face Hub, None where that is not known.
+
+    A path is no name: it says who the user is, and nobody else has anything there. Of a path into the hub's own cache
+    the name is known.
+    """
+    place = os.path.expanduser(where)
+    cached = re.search(r"models--([\w.-]+?)/snapshots/[0-9a-f]{40}/?$", os.path.realpath(place))
+    if cached is not None:
+        return cached[1].replace("--", "/", 1)
+    return where if HUB_NAME.fullmatch(where) and not os.path.lexists(place) else None
+
+
+def base_words(base: str) -> str:
+    """A base model in a sentence of a card: its name on the hub, or that it has none."""
+    if (name := public_name(base)) is not None:
+        return code(name)
+    return "the embedded base model" if base == str(BASE_DIR) else "a base model in a local directory"
+
+
+def make_summary(
+    name: str,
+    experiment: Experiment,
+    state: RunState,
+    ending: Ending,
+    model: torch.nn.Module,
+    accelerator: Accelerator,
+    leg: Leg,
+    identity: Identity,
+    phases: Phases,
+    wall_clock_s: float,
+) -> dict[str, Any]:
+    """`summary.json`."""
+    assert state.baseline is not None  # it was measured before the first update
+    trainable, total = parameter_counts(model)
+    device = accelerator.device
+    return {
+        "experiment": name,
+        "baseline": _figures(state.baseline.record()),
+        "final": _figures(ending.final.record()),
+        "test": _figures(ending.test.record()),
+        "best_step": state.best_step,
+        "wall_clock_s": wall_clock_s,
+        "peak_memory_bytes": state.peak_memory,
+        "memory_device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "updates": state.step,
+        "length": length(experiment),
+        "stopped_early": state.stopped_early,
+        "adapter_step": ending.adapter_step,
+        "resumes": leg.resumes,
+        "processes": accelerator.num_processes,
+        "sharded": identity.environment.sharded,
+        "cpu_threads": torch.get_num_threads(),
+        "gradient_accumulation_steps": accumulation_steps(experiment.training, accelerator.num_processes),
+        "quantization": identity.environment.settings.quantization,
+        "mixed_precision": accelerator.mixed_precision,
+        "scaler_overflows": state.overflows,
+        "micro_batch_rows": state.micro_batch_rows or experiment.training.per_device_batch_size,
+        "micro_batch_tokens": state.micro_batch_tokens,
+        "start_s": dict(phases.seconds),
+        "not_bitwise": [asdict(moved) for moved in state.not_bitwise],
+        "data_fingerprint": identity.fingerprints.data,
+        "base_fingerprint": identity.fingerprints.base,
+        "git_commit": git_commit(),
+        "versions": versions(),
+    }
+
+
+def _figures(record: Mapping[str, Any]) -> dict[str, float | None]:
+    """A split's four figures."""
+    return {key: record[key] for key in EVAL_NAMES}
+
+
+def save_final_adapter(
+    output_dir: Path,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    summary: Mapping[str, Any],
+    experiment: Experiment,
+) -> Path:
+    """Adapter, tokenizer and model card in a directory of their own; its path.
+
+    Raises:
+        UserError: something that no run made has its name.
+    """
+    directory = output_dir / ADAPTER_DIR
+    # Written beside it first, so that each file is replaced whole; on the same disk, because /tmp may be small.
+    beside = output_dir / (ADAPTER_DIR + UNFINISHED)
+    shutil.rmtree(beside, ignore_errors=True)  # left by a killed process
+    try:
+        beside.mkdir()
+        save_adapter(model, beside)
+        save_tokenizer(tokenizer, beside)
+        (beside / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")  # where servers look
+        (beside / "README.md").write_text(model_card(summary, experiment), encoding="utf-8")
+        if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+            raise UserError(
+                f"{directory}: not a directory that a run made, and nothing is written through a link: move it away, "
+                "then start again"
+            )
+        directory.mkdir(exist_ok=True)
+        for path in sorted(beside.iterdir()):
+            copy_file(path, directory / path.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return directory
+
+
+def adapter_sha256(directory: Path) -> dict[str, str]:
+    """What the summary records of the adapter's weights, so that they can be told from others afterwards."""
+    return {"adapter_sha256": measure(directory / ADAPTER_FILES[0])["sha256"]}
+
+
+def model_card(summary: Mapping[str, Any], experiment: Experiment) -> str:
+    """The adapter's README: data and licences, figures, intended use."""
+    short, sentence = licence(experiment.data, experiment.model.base)
+    base = public_name(experiment.model.base)
+    header: dict[str, Any] = {"base_model": base} if base else {}
+    header |= {"library_name": "peft", "license": short, "tags": ["lora", "medical", "question-answering"]}
+    figures = "\n".join(
+        f"| {label} | {part['loss']:.4f} | {part['perplexity']:.3f} | {_figure(part['answer_loss'], 4)} | "
+        f"{_figure(part['answer_perplexity'], 3)} |"
+        for label, part in (
+            ("validation, untuned", summary["baseline"]),
+            ("validation, tuned", summary["final"]),
+            ("test, tuned", summary["test"]),
+        )
+    )
+    kept = summary["adapter_step"]
+    best = (
+        f"\nIts weights are those after update {kept}: the lowest validation loss." if kept < summary["updates"] else ""
+    )
+    return f"""{front_matter(header)}
+# {plain(summary["experiment"])}
+
+A LoRA adapter for {base_words(experiment.model.base)}, trained on medical questions and answers with medqa:
+{summary["updates"]} updates of {experiment.training.global_batch_size} examples, learning rate
+{experiment.optimizer.learning_rate:g}, quantization {summary["quantization"]}, mixed precision
+{summary["mixed_precision"]}.{best}
+
+**Not medical advice.** The answers can be wrong, outdated or dangerous. For research on question answering; not for
+diagnosis, treatment or any decision about a person's health.
+
+## Figures
+
+Mean loss per token in nats and its exponential, on held-out rows (no question or answer of theirs stands in training
+when the split is `grouped` or `topic`; here it is `{experiment.data.split}`). They measure likeness to the reference
+answers, not whether an answer is right.
+
+| | loss | perplexity | answer loss | answer perplexity |
+|---|---|---|---|---|
+{figures}
+
+## Prompt
+
+```
+{prompt("{question}")}```
+
+The tokenizer beside the adapter carries it as its chat template. Each question stands alone, as in training.
+
+## Data
+
+{data_lines(experiment.data)}
+
+Licence: {sentence}.
+"""
+
+
+def _figure(value: float | None, digits: int) -> str:
+    """A number for a table, or a dash."""
+    return "-" if value is None else f"{value:.{digits}f}"

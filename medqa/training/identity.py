@@ -1,0 +1,200 @@
+"""Whether a resumed run is the same run: what may change, what may not, and what the user is told."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase
+
+from medqa.config import LENGTH, Experiment, flat, may_change_on_resume
+from medqa.config_file import cut, read_yaml, short
+from medqa.data.splits import Splits
+from medqa.data.tokens import Example, ids_fingerprint
+from medqa.errors import UserError, listed
+from medqa.model.base import Base
+from medqa.model.base_files import base_fingerprint
+from medqa.model.settings import Execution, Precision
+from medqa.training.checkpoint import (
+    Fingerprints,
+    Found,
+    Identity,
+    Trained,
+    changes,
+    checkpoints,
+    environment,
+    load_checkpoint,
+)
+from medqa.training.distributed import on_main
+from medqa.training.state import Moved, RunState
+
+# These may lie elsewhere than before: their fingerprints say whether they are the same.
+LOCATIONS = {"data.medquad", "data.afrimedqa", "data.files", "model.base"}
+# Not yet in runs of the first versions.
+LATER_KEYS = {"data.mcq_answers", "data.files", "training.early_stopping_patience", "training.keep"}
+WHAT = {"data": "the data", "tokenizer": "the token ids of the data", "base": "the base model"}
+
+
+def identify(
+    experiment: Experiment,
+    splits: Splits,
+    examples: Mapping[str, Sequence[Example]],
+    tokenizer: PreTrainedTokenizerBase,
+    base: Base,
+    precision: Precision,
+    execution: Execution,
+    accelerator: Accelerator,
+) -> Identity:
+    """Whose the checkpoints of this run are.
+
+    Raises:
+        UserError: not all processes have the same data, tokens and base model: each reads them for itself.
+    """
+
+    def of_base() -> str:
+        return base_fingerprint(experiment.model.base)
+
+    fingerprints = Fingerprints(
+        data=splits.fingerprint,
+        tokenizer=ids_fingerprint(examples, tokenizer),
+        base=of_base() if execution.shards == 1 else on_main(accelerator, of_base),  # sharded, the others have no files
+    )
+    if accelerator.num_processes > 1:
+        found = gather_object([fingerprints.model_dump()])
+        if differing := [what for name, what in WHAT.items() if len({each[name] for each in found}) > 1]:
+            raise UserError(
+                f"not all processes have read the same: {', '.join(differing)} differ; on several machines give files "
+                "or caches (HF_HOME, KAGGLEHUB_CACHE) that they share, or the same copies on each"
+            )
+    return Identity(
+        experiment=flat(experiment),
+        fingerprints=fingerprints,
+        environment=environment(accelerator, precision, execution, base),
+    )
+
+
+def differences(before: Mapping[str, Any], experiment: Experiment) -> list[str]:
+    """What makes `experiment` another one than that whose values were `before`, by `section.key`.
+
+    A key that there was not yet had what is now its default. Of data of one's own the names count: they are in the ids
+    of rows.
+    """
+    before = _with_later_keys(before)
+    files = before["data.files"]
+    there, now = sorted(map(str, files)) if isinstance(files, Mapping) else [], sorted(experiment.data.files)
+    names = [f"data.files: {cut(', '.join(there)) or 'none'} there, {cut(', '.join(now)) or 'none'} now"]
+    names = [] if there == now else names
+    return names + [
+        f"{key}: {short(before.get(key))} there, {short(value)} now"
+        for key, value in flat(experiment).items()
+        if before.get(key) != value
+        and key not in LOCATIONS
+        and not _may_change(key, before.get(key), value, experiment)
+    ]
+
+
+def require_same_experiment(found: Found, experiment: Experiment) -> None:
+    """See that a checkpoint is of this experiment.
+
+    Raises:
+        UserError: it is of another; lists the differences.
+    """
+    _refuse(f"{found.path} is of another experiment", differences(found.identity.experiment, experiment))
+
+
+def go_on(found: Found, trained: Trained, identity: Identity) -> RunState:
+    """Go on from a checkpoint: its content into `trained`; where the machine is of another kind, the state says so.
+
+    Raises:
+        UserError: it is of other data, another tokenizer or base model; lists the differences. Nothing is loaded then.
+    """
+    before, now = (found_or_now.fingerprints.model_dump() for found_or_now in (found.identity, identity))
+    material = [f"{WHAT[name]}: {before[name][:12]} there, {now[name][:12]} now" for name in WHAT]
+    _refuse(
+        f"{found.path} was trained on other data, tokens or base model",
+        [line for name, line in zip(WHAT, material, strict=True) if before[name] != now[name]],
+    )
+    state = load_checkpoint(found, trained)
+    if changed := changes(found.identity.environment, identity.environment):
+        state.not_bitwise.append(Moved(state.step, changed))
+    return state
+
+
+def told_of(found: Found | None, state: RunState, damaged_lines: int) -> list[tuple[str, str]]:
+    """What the plan says of going on: what was passed over, what is lost, and where bits may differ."""
+    lines = [("passed over", reason) for reason in (found.passed_over if found else ())]
+    if found:
+        lines.append(("resumed", f"going on after update {state.step}, from {found.path}"))
+    if state.stopped_early:
+        lines.append(("stopped early", f"after update {state.step}; what is left is the closing evaluation"))
+    if damaged_lines:
+        lines.append(("lost", f"{damaged_lines} damaged lines of metrics.jsonl"))
+    return lines + [
+        ("not bitwise", f"from update {moved.after_step + 1} on: {', '.join(moved.changed)}")
+        for moved in state.not_bitwise
+    ]
+
+
+def check_config(config: Path, experiment: Experiment, option: str) -> None:
+    """Refuse a directory whose run is another experiment's.
+
+    Raises:
+        UserError: lists the differences.
+    """
+    try:
+        saved = read_yaml(config)
+    except UserError as error:
+        if checkpoints(config.parent):
+            return  # their manifests say whose the run is
+        raise UserError(f"{error}; --fresh starts over, or choose another {option}") from error
+    if not isinstance(saved, dict) or not saved.keys() & Experiment.model_fields.keys():
+        if checkpoints(config.parent):
+            return
+        raise UserError(
+            f"{config}: not a run's, or damaged; --fresh starts over if it is a run's, or choose another {option}"
+        )
+    before = _flat(saved)
+    _refuse(f"{option} {config.parent} holds the run of another experiment", differences(before, experiment))
+
+
+def reads_elsewhere(config: Path, experiment: Experiment) -> bool:
+    """Whether the run in this directory read its data or base model from other places than the experiment names."""
+    if not config.is_file():
+        return False
+    try:
+        saved = read_yaml(config)
+    except UserError:
+        return True  # damaged: who knows
+    if not isinstance(saved, dict):
+        return True
+    before, now = _with_later_keys(_flat(saved)), flat(experiment)
+    return any(before.get(key) != now[key] for key in LOCATIONS)
+
+
+def _refuse(what: str, found: list[str]) -> None:
+    """Raise with the differences, if there are any, and the ways on."""
+    if found:
+        raise UserError(
+            f"{what}: {listed(found)}\n"
+            "choose another --output-dir, or start over there with --fresh; to start a new run from the weights of a "
+            "checkpoint, choose another --output-dir and add --set lora.init_from=DIR/checkpoint-STEP"
+        )
+
+
+def _flat(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration as `section.key` to value."""
+    return {f"{s}.{k}": v for s, keys in saved.items() if isinstance(keys, dict) for k, v in keys.items()}
+
+
+def _with_later_keys(before: Mapping[str, Any]) -> dict[str, Any]:
+    """What there was, and of the keys that came later their defaults."""
+    return {**{key: default for key, default in flat(Experiment()).items() if key in LATER_KEYS}, **before}
+
+
+def _may_change(key: str, before: Any, now: Any, experiment: Experiment) -> bool:
+    """Whether the run may go on with this change; updates may be added, never taken back."""
+    if key in LENGTH:
+        longer = isinstance(before, int | float) and now is not None and now > before
+        return may_change_on_resume(key, experiment) and longer
+    return may_change_on_resume(key, experiment)
