@@ -18,11 +18,11 @@ from medqa.errors import StoppedInTime, exit_code, saying_what_is_saved, togethe
 from medqa.evaluation.answers import sample_answers
 from medqa.evaluation.loss import fixed_subset, summarize
 from medqa.files import write_json
-from medqa.model.base import add_lora, check_model, load_base, load_tokenizer, tokens_without_weights
+from medqa.model.base import check_model, load_model, load_tokenizer, tokens_without_weights
 from medqa.model.device import available_memory, reset_peak, return_freed_memory
 from medqa.model.loss import LossModel
-from medqa.model.memory import choose_execution
-from medqa.model.settings import resolve_precision
+from medqa.model.memory import fit_to_memory
+from medqa.model.settings import resolve_settings
 from medqa.options import parse_options
 from medqa.terminal import make_console, protect
 from medqa.training.batches import choose_micro_batch, make_evaluator
@@ -33,7 +33,7 @@ from medqa.training.identity import go_on, identify, told_of
 from medqa.training.loop import train
 from medqa.training.mirror import Copies, space_needed
 from medqa.training.optimizer import build_optimizer, build_scheduler
-from medqa.training.plan import accumulation_steps, in_effect, make_plan
+from medqa.training.plan import accumulation_steps, make_plan
 from medqa.training.recorder import (
     MetricsFile,
     Phases,
@@ -83,8 +83,8 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     name = find_experiment(options.exp).stem
     output_dir = options.output_dir or default_output_dir(options.exp, options.tiny, options.set, experiment)
     seed, tokenization, training = experiment.training.seed, experiment.tokenization, experiment.training
-    saved = functools.partial(what_is_saved, output_dir, options.persist_to, options.fresh)
-    leaving.enter_context(saying_what_is_saved(saved))
+    what = functools.partial(what_is_saved, output_dir, options.persist_to, options.fresh)
+    leaving.enter_context(saying_what_is_saved(what))
     leaving.enter_context(writing(output_dir))
     lock = leaving.enter_context(RunLock(output_dir))
     copies = leaving.enter_context(Copies(options.persist_to, output_dir))
@@ -92,12 +92,11 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     lock.take_if_there()
     copies.check(experiment, options.fresh)
     found = None if options.fresh else find_checkpoint(output_dir, options.persist_to, experiment)
-    kept = found.identity.environment.settings if found else None
+    saved = found.identity.environment.settings if found else None
 
     choose_kernels(training.deterministic)
-    precision = resolve_precision(experiment, options.cpu, kept)
-    shards = take_shards(experiment)
-    accelerator = build_accelerator(experiment, precision)
+    settings = resolve_settings(experiment, cpu=options.cpu, saved=saved, shards=take_shards(experiment))
+    accelerator = build_accelerator(experiment, settings)
     console = make_console(accelerator.is_main_process)
     say = functools.partial(console.print, soft_wrap=True)
     say_once = functools.cache(say)
@@ -123,18 +122,17 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     updates = planned_updates(experiment, len(stream.examples))
     phases.done("tokens")
     memory = available_memory(accelerator.device, accelerator.num_processes)
-    execution = on_main(
-        accelerator, lambda: choose_execution(experiment, model_config, precision, memory, len(tokenizer), kept, shards)
+    settings = on_main(
+        accelerator, lambda: fit_to_memory(settings, experiment, model_config, len(tokenizer), memory, saved)
     )
-    if execution.return_memory and return_freed_memory():
+    if settings.return_memory and return_freed_memory():
         say("memory is short: freed memory goes back to the system at once, which is slower")
     with accelerator.main_process_first():
-        base = load_base(experiment.model, precision, execution, accelerator.device, len(tokenizer), seed, kept)
-    adapted = add_lora(base.model, experiment.lora, seed, execution.fast_lora(accelerator.device.type))
+        adapted = load_model(experiment, settings, tokenizer, accelerator.device)
     bare_optimizer = build_optimizer(adapted, experiment.optimizer)
     scheduler = build_scheduler(bare_optimizer, experiment.scheduler, updates)
-    model, optimizer = prepared(accelerator, LossModel(adapted), bare_optimizer, execution.shards)
-    identity = identify(experiment, splits, examples, tokenizer, base, precision, execution, accelerator)
+    model, optimizer = prepared(accelerator, LossModel(adapted), bare_optimizer, settings.shards)
+    identity = identify(experiment, splits, examples, tokenizer, adapted, settings, accelerator)
     trained = Trained(adapted, optimizer, scheduler, accelerator.scaler)
 
     state = go_on(found, trained, identity) if found else RunState()
@@ -143,25 +141,24 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
     spent = tracker.resume(state.step if state.baseline else -1, state.step if state.stopped_early else updates)
     state.peak_memory = max(state.peak_memory, spent.peak_memory)
     clock = functools.partial(elapsed, max(state.elapsed_s, spent.elapsed_s) - started)
-    changes = in_effect(precision, execution, experiment.model.quantization, base)
     phases.done("model")
     if accelerator.is_main_process:
-        write_config(output_dir, experiment, accumulation, changes)
-        write_reports(output_dir, sources, splits, examples, stream, experiment, execution.padding_free)
+        write_config(output_dir, experiment, accumulation, settings.changes)
+        write_reports(output_dir, sources, splits, examples, stream, experiment, settings.padding_free)
     on_main(accelerator, lambda: copies.start(training.keep_checkpoints, options.fresh, say))
     about = experiment, updates, stream, splits, examples
-    plan = make_plan(*about, adapted, execution, changes, accelerator, tokenizer.decode)
+    plan = make_plan(*about, adapted, settings, accelerator, tokenizer.decode)
     plan.lines.extend([*lacking, *ignored, *told_of(found, state, spent.damaged), *left_alone(output_dir)])
     plan.lines.extend(space_needed(options.persist_to, experiment, adapted, state.step, updates))
     show_plan(console, f"{name} in {output_dir}", plan)
-    say(start_wandb(accelerator, experiment, output_dir, leg.run_id, changes))
+    say(start_wandb(accelerator, experiment, output_dir, leg.run_id, settings.changes))
     feed = WandbFeed(accelerator, say)
     tracker.begin_feed(feed)
     phases.done("start")
 
-    choose_micro_batch(state, execution, model, stream, experiment, accelerator, say)
+    choose_micro_batch(state, settings, model, stream, experiment, accelerator, say)
     phases.done("probe")
-    evaluator = make_evaluator(state, execution, model, experiment, accelerator, tokenizer.pad_token_id)
+    evaluator = make_evaluator(state, settings, model, experiment, accelerator, tokenizer.pad_token_id)
     validation = examples["validation"]
     subset = fixed_subset(validation, experiment.evaluation.rows, seed)
     fixed_rows = [validation[i] for i in subset]
@@ -211,7 +208,7 @@ def run(options: argparse.Namespace, interrupts: Interrupts, leaving: contextlib
         summary = make_summary(name, experiment, state, ending, adapted, accelerator, leg, identity, phases, clock())
         adapter_dir = save_final_adapter(output_dir, adapted, tokenizer, summary, experiment)
         summary |= adapter_sha256(adapter_dir)
-        if accelerator.trackers and execution.shards == 1 and (samples := sampled_rows(validation, experiment)):
+        if accelerator.trackers and settings.shards == 1 and (samples := sampled_rows(validation, experiment)):
             answers = sample_answers(adapted, tokenizer, samples, ending.adapter_step)
             feed.attempt(lambda: log_samples(accelerator, answers, feed.first), asks=True)
         feed.attempt(lambda: log_adapter(accelerator, experiment.tracking, adapter_dir, leg.run_id), asks=True)

@@ -38,7 +38,7 @@ def measure(recipe: str, arm: str, shape: str, rows: int, rounds: int) -> list[f
         experiment.tokenization,
         PAD,
         enough_tokens(experiment, "cpu"),
-        parts.execution.evaluation_padding_free,
+        parts.settings.evaluation_padding_free,
     )
 
     def forward() -> None:

@@ -1,7 +1,7 @@
 """This project's arms of `compare.py`: the real loop, on rows that are ready."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,8 +18,8 @@ from medqa.data.tokens import Example
 from medqa.model.base import add_lora, check_model, load_base
 from medqa.model.device import available_memory
 from medqa.model.loss import LossModel
-from medqa.model.memory import choose_execution
-from medqa.model.settings import DTYPES, Execution, Precision, resolve_precision
+from medqa.model.memory import fit_to_memory
+from medqa.model.settings import DTYPES, Settings, resolve_settings
 from medqa.training.batches import choose_micro_batch
 from medqa.training.distributed import build_accelerator, choose_kernels
 from medqa.training.loop import StepResult, next_update, train, train_step
@@ -38,7 +38,7 @@ class Ours:
     experiment: Experiment
     accelerator: Accelerator
     stream: Stream
-    execution: Execution
+    settings: Settings
     adapted: PeftModel
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -63,38 +63,37 @@ class Ours:
 
 def build(job: Job) -> Ours:
     """The parts, in `train.py`'s order, with the probe's choice of a micro-batch in the state."""
-    settings: dict[str, dict] = {}
+    sections: dict[str, dict] = {}
     for key, value in job.settings.items():
         section, _, name = key.partition(".")
-        settings.setdefault(section, {})[name] = value
-    settings["training"]["padding_free"] = OURS[job.arm]
-    experiment = Experiment.model_validate(settings)
+        sections.setdefault(section, {})[name] = value
+    sections["training"]["padding_free"] = OURS[job.arm]
+    experiment = Experiment.model_validate(sections)
     training = experiment.training
     choose_kernels(training.deterministic)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    precision = resolve_precision(experiment, force_cpu=job.device == "cpu")
+    settings = resolve_settings(experiment, cpu=job.device == "cpu")
     if job.device == "cpu" and job.dtype == "bfloat16":  # never chosen for a run on a CPU; here it is compared
-        precision = Precision("cpu", "bf16", DTYPES["bfloat16"], {})
-    accelerator = build_accelerator(experiment, precision)
+        settings = replace(settings, mixed_precision="bf16", dtype=DTYPES["bfloat16"], changes={})
+    accelerator = build_accelerator(experiment, settings)
     ids, _ = job.ids()
     examples = [Example(Row(f"row:{i}", "rows", "", "", None), row, 0, False) for i, row in enumerate(ids)]
     stream = Stream(examples, training.seed, training.global_batch_size)
     model_config = check_model(experiment.model, experiment.tokenization.max_length)
     vocabulary = model_config.vocab_size  # the tokenizer is not larger
-    execution = choose_execution(
-        experiment, model_config, precision, available_memory(accelerator.device), vocabulary, None
-    )
-    if execution.padding_free != OURS[job.arm]:
-        raise RuntimeError(f"{job.arm}: {execution.reasons}")
-    base = load_base(experiment.model, precision, execution, accelerator.device, vocabulary, training.seed)
-    adapted = add_lora(base.model, experiment.lora, training.seed, execution.fast_lora(job.device))
+    memory = available_memory(accelerator.device)
+    settings = fit_to_memory(settings, experiment, model_config, vocabulary, memory)
+    if settings.padding_free != OURS[job.arm]:
+        raise RuntimeError(f"{job.arm}: {settings.changes}")
+    base = load_base(experiment.model, settings, accelerator.device, vocabulary, training.seed)
+    adapted = add_lora(base, experiment.lora, training.seed, settings.fast_lora)
     bare_optimizer = build_optimizer(adapted, experiment.optimizer)
     scheduler = build_scheduler(bare_optimizer, experiment.scheduler, training.max_steps)
     model, optimizer = accelerator.prepare(LossModel(adapted), bare_optimizer)
     state = RunState()
-    choose_micro_batch(state, execution, model, stream, experiment, accelerator, print)
-    return Ours(experiment, accelerator, stream, execution, adapted, model, optimizer, scheduler, state)
+    choose_micro_batch(state, settings, model, stream, experiment, accelerator, print)
+    return Ours(experiment, accelerator, stream, settings, adapted, model, optimizer, scheduler, state)
 
 
 def run(job: Job, gate: Gate) -> None:

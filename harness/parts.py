@@ -17,11 +17,11 @@ from medqa.data.sources import load_sources
 from medqa.data.splits import Splits, split_sources
 from medqa.data.tokens import Example, tokenize_splits
 from medqa.evaluation.loss import Evaluator
-from medqa.model.base import Base, add_lora, check_model, load_base, load_tokenizer
+from medqa.model.base import check_model, load_model, load_tokenizer
 from medqa.model.device import available_memory
 from medqa.model.loss import LossModel
-from medqa.model.memory import choose_execution
-from medqa.model.settings import Execution, resolve_precision
+from medqa.model.memory import fit_to_memory
+from medqa.model.settings import Settings, resolve_settings
 from medqa.training.batches import choose_micro_batch
 from medqa.training.checkpoint import Fingerprints, Identity, Trained, environment
 from medqa.training.distributed import build_accelerator
@@ -41,12 +41,16 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     examples: dict[str, list[Example]]
     stream: Stream
-    execution: Execution
-    base: Base
+    settings: Settings
     adapted: PeftModel
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
+
+    @property
+    def base(self) -> torch.nn.Module:
+        """The base model that the adapters are on."""
+        return self.adapted.get_base_model()
 
     @property
     def trained(self) -> Trained:
@@ -56,17 +60,16 @@ class Parts:
     @property
     def identity(self) -> Identity:
         """Whose a checkpoint is; the data's fingerprint is a made-up one."""
-        precision = resolve_precision(self.experiment, True)
         return Identity(
             experiment=flat(self.experiment),
             fingerprints=Fingerprints(data="data", tokenizer="ids", base="base"),
-            environment=environment(self.accelerator, precision, self.execution, self.base),
+            environment=environment(self.accelerator, self.settings, self.adapted),
         )
 
     def evaluator(self, most_tokens: int = 1024, padding_free: bool | None = None) -> Evaluator:
         """What measures splits: without padding where the model permits, unless told."""
         if padding_free is None:
-            padding_free = self.execution.evaluation_padding_free
+            padding_free = self.settings.evaluation_padding_free
         tokenization, pad = self.experiment.tokenization, self.tokenizer.pad_token_id
         return Evaluator(self.model, self.accelerator, tokenization, pad, most_tokens, padding_free)
 
@@ -110,29 +113,25 @@ def build(experiment: Experiment, make_accelerator: Callable[[], Accelerator] | 
     Args:
         make_accelerator: in place of the experiment's own. Accelerate's state, global to the process, is made anew.
     """
-    precision = resolve_precision(experiment, force_cpu=True)
+    settings = resolve_settings(experiment, cpu=True)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    accelerator = make_accelerator() if make_accelerator else build_accelerator(experiment, precision)
+    accelerator = make_accelerator() if make_accelerator else build_accelerator(experiment, settings)
     training = experiment.training
     splits = _splits(experiment.data.model_dump_json())
     tokenizer = load_tokenizer(experiment.model.base, experiment.tokenization.pad_token)
     _, examples = tokenize_splits(splits, tokenizer, experiment.tokenization, ("train", "validation"))
     stream = Stream(examples["train"], training.seed, training.global_batch_size)
     model_config = check_model(experiment.model, experiment.tokenization.max_length)
-    execution = choose_execution(
-        experiment, model_config, precision, available_memory(accelerator.device), len(tokenizer), None
-    )
-    base = load_base(experiment.model, precision, execution, accelerator.device, len(tokenizer), training.seed)
-    if base.quantization != experiment.model.quantization:
-        raise RuntimeError(base.reason)
-    adapted = add_lora(base.model, experiment.lora, training.seed, execution.fast_lora("cpu"))
+    memory = available_memory(accelerator.device)
+    settings = fit_to_memory(settings, experiment, model_config, len(tokenizer), memory)
+    if settings.quantization != experiment.model.quantization:
+        raise RuntimeError(settings.changes["model.quantization"])
+    adapted = load_model(experiment, settings, tokenizer, accelerator.device)
     bare_optimizer = build_optimizer(adapted, experiment.optimizer)
     scheduler = build_scheduler(bare_optimizer, experiment.scheduler, training.max_steps)
     model, optimizer = accelerator.prepare(LossModel(adapted), bare_optimizer)
-    return Parts(
-        experiment, accelerator, tokenizer, examples, stream, execution, base, adapted, model, optimizer, scheduler
-    )
+    return Parts(experiment, accelerator, tokenizer, examples, stream, settings, adapted, model, optimizer, scheduler)
 
 
 def run_train(
@@ -152,7 +151,7 @@ def run_train(
     metrics = directory / "metrics.jsonl"
     tracker = Tracker(True, MetricsFile(metrics))
     tracker.resume(state.step, parts.experiment.training.max_steps)
-    choose_micro_batch(state, parts.execution, parts.model, parts.stream, parts.experiment, parts.accelerator, say)
+    choose_micro_batch(state, parts.settings, parts.model, parts.stream, parts.experiment, parts.accelerator, say)
     train(
         parts.accelerator,
         parts.model,

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from medqa.config import Experiment
 from medqa.config_file import load_experiment
-from medqa.model.base import adapter_weights, add_lora, load_base, load_tokenizer
-from medqa.model.settings import Execution, resolve_precision
+from medqa.model.base import adapter_weights, load_model, load_tokenizer
+from medqa.model.settings import resolve_settings
 
 # A bound for `apart`. Another order of summation gives 1e-6 to 5e-4, depending on the processor. A gradient without the
 # factor of the number of processes gives 5e-2, although Adam hides most of it; one changed row 0.3 (`test_moved.py`).
@@ -22,11 +22,11 @@ Adapter = dict[str, torch.Tensor]
 
 def initial_adapter(experiment: Experiment) -> Adapter:
     """The adapter before the first update: it follows from the seed and from shapes, whatever the quantization."""
-    model, seed = experiment.model.model_copy(update={"quantization": "none"}), experiment.training.seed
-    precision, cpu = resolve_precision(experiment, force_cpu=True), torch.device("cpu")
+    model = experiment.model.model_copy(update={"quantization": "none"})
+    experiment = experiment.model_copy(update={"model": model})
     tokenizer = load_tokenizer(model.base, experiment.tokenization.pad_token)
-    base = load_base(model, precision, Execution(False, False, "sdpa", False, False), cpu, len(tokenizer), seed)
-    return adapter_weights(add_lora(base.model, experiment.lora, seed))
+    settings = resolve_settings(experiment, cpu=True)
+    return adapter_weights(load_model(experiment, settings, tokenizer, torch.device("cpu")))
 
 
 def apart(ours: Adapter, theirs: Adapter, initial: Adapter) -> float:

@@ -130,22 +130,20 @@ def plan_of(rows, tokenizer, *sets: str, exp: str = "exp_001") -> Plan:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    from medqa.model.base import add_lora, check_model, load_base
-    from medqa.model.memory import choose_execution
-    from medqa.model.settings import resolve_precision
-    from medqa.training.plan import in_effect, make_plan
+    from medqa.model.base import check_model, load_model
+    from medqa.model.memory import fit_to_memory
+    from medqa.model.settings import resolve_settings
+    from medqa.training.plan import make_plan
 
     experiment = load_experiment(exp, tiny=True, sets=sets)
-    precision = resolve_precision(experiment, force_cpu=True)
+    settings = resolve_settings(experiment, cpu=True)
     accelerator = Accelerator(cpu=True)
     device = torch.device("cpu")
     model_config = check_model(experiment.model, experiment.tokenization.max_length)
-    execution = choose_execution(experiment, model_config, precision, 2**33, len(tokenizer), None)
-    base = load_base(experiment.model, precision, execution, device, len(tokenizer), 42)
-    model = add_lora(base.model, experiment.lora, 42)
+    settings = fit_to_memory(settings, experiment, model_config, len(tokenizer), 2**33)
+    model = load_model(experiment, settings, tokenizer, device)
     examples = {name: tokenize(rows, tokenizer, experiment.tokenization) for name in ("train", "validation", "test")}
     stream = Stream(examples["train"], 42, experiment.training.global_batch_size)
-    changes = in_effect(precision, execution, experiment.model.quantization, base)
     plan = make_plan(
         experiment,
         experiment.training.max_steps,
@@ -153,8 +151,7 @@ def plan_of(rows, tokenizer, *sets: str, exp: str = "exp_001") -> Plan:
         Splits(**dict.fromkeys(SPLITS, tuple(rows)), groups={row.id: row.id for row in rows}, fingerprint=""),
         examples,
         model,
-        execution,
-        changes,
+        settings,
         accelerator,
         tokenizer.decode,
     )

@@ -146,7 +146,7 @@ def test_checkpointing_makes_no_difference(small, dropout):
     results = []
     for on in ("true", "false"):
         parts = small("exp_003", f"model.gradient_checkpointing={on}", f"lora.lora_dropout={dropout}")
-        assert parts.base.model.is_gradient_checkpointing == (on == "true")
+        assert parts.base.is_gradient_checkpointing == (on == "true")
         results.append(gradients_of(parts, cut(parts, 4)))
     assert_equal(*results)
 
@@ -393,8 +393,8 @@ def test_the_frozen_pad_token_changes_no_loss(small, tmp_path, quantization):
     pad = larger.tokenizer.pad_token_id
     assert (larger.tokenizer.pad_token, pad) == ("[PAD]", 1024)
     assert untouched.tokenizer.pad_token_id == untouched.tokenizer.eos_token_id
-    assert larger.base.model.get_output_embeddings().weight.shape[0] == 1025
-    assert untouched.base.model.get_output_embeddings().weight.shape[0] == 1024
+    assert larger.base.get_output_embeddings().weight.shape[0] == 1025
+    assert untouched.base.get_output_embeddings().weight.shape[0] == 1024
 
     for padding_free in (True, False):
         ours, theirs = evaluate(larger, padding_free=padding_free), evaluate(untouched, padding_free=padding_free)

@@ -450,7 +450,7 @@ def test_kaggle_unreachable(monkeypatch, capsys, tmp_path):
 @pytest.mark.usefixtures("no_cache")
 def test_the_data_is_asked_for_before_the_model_is_fetched(monkeypatch, capsys, tmp_path):
     loaded = []
-    monkeypatch.setattr("train.load_base", lambda *a: loaded.append(a))
+    monkeypatch.setattr("train.load_model", lambda *a: loaded.append(a))
     refused(capsys, tmp_path, *argv("--medquad", "nowhere.csv"))
     assert not loaded
 

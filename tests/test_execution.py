@@ -1,11 +1,11 @@
 """How a run computes its updates: what is decided, what the probe finds, what a resume keeps, and what is said."""
 
-import dataclasses
 import json
 import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,8 @@ from medqa.model import device as memory
 from medqa.model.attention import SEGMENTED
 from medqa.model.base import check_model, load_base, load_tokenizer
 from medqa.model.loss import summed_loss
-from medqa.model.memory import choose_execution, enough_tokens, footprint
-from medqa.model.settings import Execution, resolve_precision
+from medqa.model.memory import enough_tokens, fit_to_memory, footprint
+from medqa.model.settings import Settings, resolve_settings
 from medqa.tiny import BASE_DIR
 from medqa.training import batches
 from medqa.training.batches import choose_micro_batch, find_micro_batch_tokens, full, most_in_an_update
@@ -156,9 +156,9 @@ def test_one_kernel_for_all_segments_is_tried_before_the_model_runs_and_then_use
     monkeypatch.setattr(attention, "VARLEN", {("cpu", torch.float32)})
     found = gradients(parts, packed)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, expected, strict=True))
-    layers = len(parts.base.model.model.layers)
+    layers = len(parts.base.model.layers)
     assert len(one_kernel) == 1 + len(packed) * layers
-    parts.base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parts.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     again = gradients(parts, packed)
     assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
     assert len(one_kernel) == 1 + 3 * len(packed) * layers
@@ -269,16 +269,16 @@ def test_freed_memory_is_returned_where_asked():
 @pytest.mark.parametrize("exp, free", [("exp_004", True), ("exp_002", False)])
 def test_memory_is_returned_only_where_what_is_kept_would_not_fit(tiny, exp, free):
     experiment = tiny(exp, "model.quantization=none", "model.gradient_checkpointing=false")
-    model_config, precision = check_model(experiment.model, 512), resolve_precision(experiment, force_cpu=True)
-    execution = Execution(free, True, SEGMENTED, False, False)
-    planned = footprint(experiment, model_config, precision, execution, "none", 1024)
+    model_config, settings = check_model(experiment.model, 512), resolve_settings(experiment, cpu=True)
+    asked = replace(settings, padding_free=free, evaluation_padding_free=True, attn_implementation=SEGMENTED)
+    planned = footprint(experiment, model_config, asked, 1024)
     tokens = enough_tokens(experiment, "cpu")
     if not free:
         tokens = experiment.training.per_device_batch_size * experiment.tokenization.max_length
 
-    def chosen(memory: int, *sets: str) -> Execution:
+    def chosen(memory: int, *sets: str) -> Settings:
         recipe = load_experiment(exp, tiny=True, sets=["model.quantization=none", *sets])
-        return choose_execution(recipe, model_config, precision, memory, 1024, None)
+        return fit_to_memory(settings, recipe, model_config, 1024, memory)
 
     assert planned.peak(tokens) < planned.resident(tokens) < 2 * planned.peak(tokens)
     ample = chosen(planned.resident(tokens), "model.gradient_checkpointing=false")
@@ -420,8 +420,8 @@ def test_where_the_longest_row_alone_does_not_fit_the_run_ends(tmp_path, capsys,
 def test_what_is_said_of_the_tokens_is_what_was_done(planned, room, tries, said, parts, monkeypatch):
     tried, told, chosen = limited(monkeypatch, room), [], RunState()
     assert max(len(example.input_ids) for example in parts.stream.examples) == 64
-    execution = dataclasses.replace(parts.execution, planned_tokens=planned)
-    choose_micro_batch(chosen, execution, parts.model, parts.stream, parts.experiment, parts.accelerator, told.append)
+    settings = replace(parts.settings, planned_tokens=planned)
+    choose_micro_batch(chosen, settings, parts.model, parts.stream, parts.experiment, parts.accelerator, told.append)
     assert tried == tries
     (line,) = told
     assert f"micro-batches of at most {said}" in line
@@ -433,7 +433,7 @@ def test_two_processes_agree_on_the_smaller(parts, monkeypatch):
     monkeypatch.setattr(parts.accelerator, "gather", lambda found: torch.cat([found, torch.tensor([128])]))
     chosen = RunState()
     choose_micro_batch(
-        chosen, parts.execution, parts.model, parts.stream, parts.experiment, parts.accelerator, lambda said: None
+        chosen, parts.settings, parts.model, parts.stream, parts.experiment, parts.accelerator, lambda said: None
     )
     assert (chosen.micro_batch_tokens, chosen.micro_batch_multiple) == (128, 2)
 
@@ -445,12 +445,12 @@ def test_two_processes_agree_on_the_smaller(parts, monkeypatch):
 def test_expanded_weights_give_the_same_bits(tiny, dtype):
     """Output and gradients, with and without autocast."""
     experiment = tiny("exp_001", "model.dtype=bfloat16")
-    precision = resolve_precision(experiment, force_cpu=True)
-    precision = type(precision)("cpu", "bf16", getattr(torch, dtype), {})
+    settings = resolve_settings(experiment, cpu=True)
+    settings = replace(settings, mixed_precision="bf16", dtype=getattr(torch, dtype))
     found = []
     for dequantize in (False, True):
-        execution = Execution(True, True, "sdpa", False, dequantize)
-        base = load_base(experiment.model, precision, execution, torch.device("cpu"), 1024, 0).model
+        found_settings = replace(settings, padding_free=True, dequantize=dequantize)
+        base = load_base(experiment.model, found_settings, torch.device("cpu"), 1024, 0)
         kinds = {type(module).__name__ for module in base.modules() if isinstance(module, torch.nn.Linear)}
         assert ("Linear4bit" in kinds) == (not dequantize)
         assert not any(parameter.requires_grad for parameter in base.parameters())

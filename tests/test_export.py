@@ -36,7 +36,7 @@ from medqa.config import Data
 from medqa.config_file import load_yaml
 from medqa.data.sources import load_sources
 from medqa.errors import UserError
-from medqa.model.base import four_bit_config, load_tokenizer, save_tokenizer
+from medqa.model.base import load_tokenizer, save_tokenizer
 from medqa.prompts import prompt, prompt_ids
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
 
@@ -268,7 +268,7 @@ def test_answers_may_part_at_near_ties_only():
 
 
 def test_4_bit_that_cannot_be_had_is_refused(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("medqa.model.base.four_bit_unavailable", lambda device, dtype: "no bitsandbytes")
+    monkeypatch.setattr("medqa.model.settings.four_bit_unavailable", lambda device, dtype: "no bitsandbytes")
     monkeypatch.setattr(merge, "load_base", lambda *arguments: pytest.fail("loaded"))
     assert "trained on a base with quantization 4bit, which cannot be had here (no bitsandbytes)" in refused(
         capsys, run, "--to", tmp_path / "x"

@@ -408,7 +408,7 @@ def test_a_run_that_goes_on_with_other_threads_says_so(straight, tmp_path, capsy
 def test_quantization_is_kept_where_it_was_not_to_be_had(tmp_path, capsys, monkeypatch):
     directory = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr("medqa.model.base.four_bit_unavailable", lambda device, dtype: "no 4-bit here")
+        patched.setattr("medqa.model.settings.four_bit_unavailable", lambda device, dtype: "no 4-bit here")
         assert main(words(directory, "model.quantization=4bit", "training.max_steps=4")) == 0
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main(words(directory, "model.quantization=4bit")) == 0

@@ -18,7 +18,7 @@ from medqa.model.attention import SEGMENTED
 from medqa.model.base import add_lora, load_base
 from medqa.model.loss import LossModel
 from medqa.model.memory import Footprint, Line, footprint, optimizer_bytes, tensors_of
-from medqa.model.settings import DTYPES, Execution, Precision
+from medqa.model.settings import DTYPES, Settings
 from medqa.training.loop import train_step
 from medqa.training.optimizer import build_optimizer
 
@@ -68,7 +68,7 @@ def example(length: int, vocabulary: int) -> Example:
     return Example(Row(f"x:{length}", "x", "q", "a", None), ids, 5, False)
 
 
-def case(name: str, models: dict[str, Path]) -> tuple[Experiment, Precision, Execution, list[MicroBatch]]:
+def case(name: str, models: dict[str, Path]) -> tuple[Experiment, Settings, list[MicroBatch]]:
     model, padding, (mixed, dtype), quantization, checkpointing, optimizer, dequantize = CASES[name]
     free = padding in LENGTHS
     experiment = Experiment.model_validate(
@@ -78,26 +78,32 @@ def case(name: str, models: dict[str, Path]) -> tuple[Experiment, Precision, Exe
             "optimizer": {"name": optimizer},
         }
     )
-    precision = Precision("cpu", mixed, DTYPES[dtype], {})
-    execution = Execution(free, free, SEGMENTED if free else "sdpa", checkpointing, dequantize)
+    settings = Settings(
+        "cpu",
+        mixed,
+        DTYPES[dtype],
+        quantization,
+        attn_implementation=SEGMENTED if free else "sdpa",
+        padding_free=free,
+        gradient_checkpointing=checkpointing,
+        dequantize=dequantize,
+    )
     examples = [example(length, 500) for length in LENGTHS.get(padding, (200, 90, 120, 31))]
     if free:
-        return experiment, precision, execution, [pack(examples, "all"), pack(examples[1:], "all")]
+        return experiment, settings, [pack(examples, "all"), pack(examples[1:], "all")]
     tokenization = experiment.tokenization
     return (
         experiment,
-        precision,
-        execution,
+        settings,
         [collate(examples, tokenization, 2), collate(examples[1:], tokenization, 2)],
     )
 
 
-def measured(experiment: Experiment, precision: Precision, execution: Execution, batches: list[MicroBatch]) -> int:
+def measured(experiment: Experiment, settings: Settings, batches: list[MicroBatch]) -> int:
     """Bytes of all tensors at the peak of the second update. The profiler sees each that is made and each that goes."""
-    accelerator = Accelerator(cpu=True, mixed_precision=precision.mixed_precision)
-    base = load_base(experiment.model, precision, execution, torch.device("cpu"), 0, 0)
-    assert base.quantization == experiment.model.quantization
-    adapted = add_lora(base.model, experiment.lora, 0, execution.fast_lora("cpu"))
+    accelerator = Accelerator(cpu=True, mixed_precision=settings.mixed_precision)
+    base = load_base(experiment.model, settings, torch.device("cpu"), 0, 0)
+    adapted = add_lora(base, experiment.lora, 0, settings.fast_lora)
     bare = build_optimizer(adapted, experiment.optimizer)
     scheduler = torch.optim.lr_scheduler.ConstantLR(bare)
     model, optimizer = accelerator.prepare(LossModel(adapted).train(), bare)
@@ -120,9 +126,9 @@ def measured(experiment: Experiment, precision: Precision, execution: Execution,
     return sum(storages.values()) + int(live.max())
 
 
-def computed(experiment: Experiment, precision: Precision, execution: Execution) -> Footprint:
+def computed(experiment: Experiment, settings: Settings) -> Footprint:
     config = LlamaConfig.from_pretrained(experiment.model.base)
-    return footprint(experiment, config, precision, execution, experiment.model.quantization)
+    return footprint(experiment, config, settings)
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +146,9 @@ LONGER = (
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONGER)) for n in CASES])
 def test_the_peak_is_that_of_the_allocator(name, models, peaks):
-    experiment, precision, execution, batches = case(name, models)
-    found = computed(experiment, precision, execution)
-    peak = measured(experiment, precision, execution, batches)
+    experiment, settings, batches = case(name, models)
+    found = computed(experiment, settings)
+    peak = measured(experiment, settings, batches)
     places = max(batch.input_ids.numel() for batch in batches)
     peaks[name] = (found, places, peak)
     off = found.peak(places) / peak - 1
@@ -180,11 +186,11 @@ def test_a_line_goes_through_its_points():
 
 def test_all_layers_follow_from_two(models):
     """Exactly what running all of them gives, in every part."""
-    experiment, precision, execution, _ = case("deep, padding-free, 4-bit, bf16", models)
-    found = computed(experiment, precision, execution)
+    experiment, settings, _ = case("deep, padding-free, 4-bit, bf16", models)
+    found = computed(experiment, settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("medqa.model.memory.DEPTH", 4)
-        whole = computed(experiment, precision, execution)
+        whole = computed(experiment, settings)
     assert whole.layers.at(1000) == pytest.approx(found.layers.at(1000), rel=1e-3)
     assert whole.logits_and_loss.at(1000) == pytest.approx(found.logits_and_loss.at(1000), rel=1e-3)
     assert replace(whole, layers=found.layers, logits_and_loss=found.logits_and_loss) == found
@@ -208,8 +214,15 @@ def test_nothing_is_made_of_the_shapes(models):
     config = LlamaConfig(
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
     )
-    execution = Execution(True, True, SEGMENTED, True, False)
-    found = footprint(Experiment(), config, Precision("cuda", "bf16", torch.bfloat16, {}), execution, "none")
+    settings = Settings(
+        "cuda",
+        "bf16",
+        torch.bfloat16,
+        attn_implementation=SEGMENTED,
+        padding_free=True,
+        gradient_checkpointing=True,
+    )
+    found = footprint(Experiment(), config, settings)
     layer = 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672 + 2)
     assert found.base == pytest.approx(2 * (80 * layer + 2 * 32000 * 8192 + 8192), rel=1e-6)
     # With checkpointing each layer keeps its input.

@@ -103,7 +103,7 @@ def test_parity_in_four_bits(experiment, tmp_path):
     """Real bitsandbytes weights and the real 8-bit optimizer, tied embeddings left as they are."""
     wanted = experiment("qwen3", "model.quantization=4bit", "model.dequantize=never", "optimizer.name=paged_adamw_8bit")
     parts = build(wanted)
-    kinds = {name.rsplit(".", 1)[-1]: type(module).__name__ for name, module in parts.base.model.named_modules()}
+    kinds = {name.rsplit(".", 1)[-1]: type(module).__name__ for name, module in parts.base.named_modules()}
     assert (kinds["q_proj"], kinds["down_proj"], kinds["lm_head"]) == ("Linear4bit", "Linear4bit", "Linear")
     ours, theirs = train_ours(wanted, tmp_path), train_theirs(wanted, tmp_path)
     assert all(max(relative_differences(ours.figures[n], theirs.figures[n])) <= FIGURES_WITHIN for n in FIGURES)
@@ -123,7 +123,7 @@ def padded(request, experiment) -> tuple[str, Parts]:
 
 def test_pad_is_added_and_never_predicted(padded):
     family, parts = padded
-    model, known = parts.base.model, CONFIGS[family]["vocab_size"]
+    model, known = parts.base, CONFIGS[family]["vocab_size"]
     read, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     assert parts.tokenizer.pad_token == "[PAD]"
     assert model.config.tie_word_embeddings == (family not in ("llama", "mistral"))
@@ -199,7 +199,7 @@ def test_answers_end_where_the_family_ends_its_turns_and_do_not_depend_on_the_ba
     alone = generate_answers(parts.adapted, parts.tokenizer, QUESTIONS, batch_size=1, **words)
     assert together == alone
     assert len({found.text for found in together}) > 1
-    head = parts.base.model.get_output_embeddings()
+    head = parts.base.get_output_embeddings()
     for end in sorted(ENDS[family]):  # each of them ends an answer: the model is made to say nothing else
         head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)), requires_grad=False)
         head.bias[end] = 1e4
@@ -234,9 +234,9 @@ def free(request, experiment) -> tuple[Parts, Parts]:
         wanted = experiment(family, f"training.padding_free={asked}", "optimizer.max_grad_norm=1e9", windowed=windowed)
         found.append(wake(build(wanted), WOKEN))
     plain, packed = found
-    assert packed.execution.padding_free
-    assert packed.base.model.config._attn_implementation == SEGMENTED
-    plain.base.model.set_attn_implementation("sdpa")
+    assert packed.settings.padding_free
+    assert packed.base.config._attn_implementation == SEGMENTED
+    plain.base.set_attn_implementation("sdpa")
     if windowed:
         assert max(len(example.input_ids) for example in packed.examples["train"][:8]) > 12
     return plain, packed
@@ -264,7 +264,7 @@ def test_without_padding_loss_and_every_gradient_are_the_same(free, loss_on):
         loss, ours = gradients(packed, packed.stream.packed(0, loss_on, most))
         assert loss == pytest.approx(expected, rel=LOSSES_WITHIN)
         assert worst(ours, theirs) <= GRADIENTS_WITHIN
-    model = packed.base.model.config
+    model = packed.base.config
     if model.model_type == "mistral" and model.sliding_window:
         return  # all its layers have the window, and an answer is too far from the example before
     leaking = [dataclasses.replace(m, segments=(m.tokens,)) for m in packed.stream.packed(0, loss_on, 200)]
@@ -280,12 +280,12 @@ def test_evaluation_without_padding_is_the_same(free):
 
 
 def test_capped_logits_are_computed_with_padding_and_eager_attention(experiment):
-    execution = build(experiment("gemma2", "training.padding_free=true")).execution
-    assert not execution.padding_free
-    assert not execution.evaluation_padding_free
-    assert execution.attn_implementation == "eager"
-    assert "attn_logit_softcapping" in execution.reasons["model.attn_implementation"][2]
-    assert "gemma2 caps its attention scores" in execution.reasons["training.padding_free"][2]
+    settings = build(experiment("gemma2", "training.padding_free=true")).settings
+    assert not settings.padding_free
+    assert not settings.evaluation_padding_free
+    assert settings.attn_implementation == "eager"
+    assert "attn_logit_softcapping" in settings.changes["model.attn_implementation"][2]
+    assert "gemma2 caps its attention scores" in settings.changes["training.padding_free"][2]
 
 
 def test_every_family_that_is_said_to_be_tested_is():

@@ -67,16 +67,16 @@ def make(tiny, recipe, padding_free: bool, *sets: str) -> Parts:
 @pytest.fixture(scope="module")
 def plain(tiny, recipe) -> tuple[float, Gradients]:
     parts = make(tiny, recipe, False)
-    assert not parts.execution.padding_free
+    assert not parts.settings.padding_free
     return update(parts, parts.micro_batches(0))
 
 
 @pytest.fixture(scope="module")
 def free(tiny, recipe) -> Parts:
     parts = make(tiny, recipe, True)
-    assert parts.execution.padding_free
-    assert parts.execution.dequantize == (recipe[1] == "4bit")
-    assert not parts.base.model.is_gradient_checkpointing  # exp_003 asks for it, and there is room without
+    assert parts.settings.padding_free
+    assert parts.settings.dequantize == (recipe[1] == "4bit")
+    assert not parts.base.is_gradient_checkpointing  # exp_003 asks for it, and there is room without
     return parts
 
 
@@ -167,10 +167,10 @@ def test_targets_in_the_answer_alone(tiny):
 def test_checkpointing_changes_nothing(tiny, monkeypatch):
     """Turned on where the plan finds no room without it."""
     without = make(tiny, ("exp_001", "none"), True)
-    monkeypatch.setattr("harness.hf_trainer.available_memory", lambda device: 1)
+    monkeypatch.setattr("harness.parts.available_memory", lambda device: 1)
     parts = make(tiny, ("exp_001", "none"), True)
-    assert parts.base.model.is_gradient_checkpointing
-    used, why = parts.execution.reasons["model.gradient_checkpointing"][1:]
+    assert parts.base.is_gradient_checkpointing
+    used, why = parts.settings.changes["model.gradient_checkpointing"][1:]
     assert used == "true"
     assert "the plan without it is" in why
     assert_same_update(update(parts, parts.packed(0, 300)), update(without, without.packed(0, 300)))
@@ -265,7 +265,7 @@ class Largest(TorchDispatchMode):
 
 def test_logits_of_all_tokens_never_are(free, monkeypatch):
     (micro_batch,) = free.packed(0, 10_000)
-    logits = micro_batch.input_ids.numel() * free.base.model.get_output_embeddings().weight.shape[0]
+    logits = micro_batch.input_ids.numel() * free.base.get_output_embeddings().weight.shape[0]
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * logits // 16)
     with Largest() as largest:
         summed_loss(free.model, micro_batch, free.accelerator.device).backward()
@@ -276,7 +276,7 @@ def test_logits_of_all_tokens_never_are(free, monkeypatch):
     assert largest.elements < logits
     assert in_evaluation.elements < logits
     padded_batch = free.micro_batches(0)[0].input_ids.numel()
-    assert plain.elements == padded_batch * free.base.model.get_output_embeddings().weight.shape[0]
+    assert plain.elements == padded_batch * free.base.get_output_embeddings().weight.shape[0]
 
 
 @pytest.mark.parametrize("targets", [0, 1, 7, 8, 9])

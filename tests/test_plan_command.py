@@ -64,12 +64,12 @@ def test_a_number_of_gib(capsys):
 
 
 def test_the_precision_is_that_of_the_gpu(tiny):
-    found = {name: find_machine(tiny("exp_002"), name, cpu=False).precision for name in (*GPUS, "16")}
+    found = {name: find_machine(tiny("exp_002"), name, cpu=False).settings for name in (*GPUS, "16")}
     assert (found["t4"].mixed_precision, found["t4"].dtype) == ("fp16", torch.float16)
     for name in found.keys() - {"t4"}:
         assert (found[name].mixed_precision, found[name].dtype) == ("bf16", torch.bfloat16)
     asked = tiny("exp_002", "model.dtype=float32", "training.mixed_precision=no")
-    assert find_machine(asked, "T4", cpu=False).precision.dtype == torch.float32
+    assert find_machine(asked, "T4", cpu=False).settings.dtype == torch.float32
 
 
 @pytest.mark.parametrize("gpu", ["rtx", "-3", "0", "nan", "inf", ""])

@@ -6,8 +6,7 @@ import torch
 from medqa.config_file import load_experiment
 from medqa.errors import UserError
 from medqa.model import settings
-from medqa.model.base import four_bit_unavailable
-from medqa.model.settings import KEPT, Settings, resolve_precision, usable_gpu
+from medqa.model.settings import KEPT, SavedSettings, four_bit_unavailable, resolve_settings, usable_gpu
 
 
 @pytest.fixture(autouse=True)
@@ -27,18 +26,18 @@ def gpu(monkeypatch, name: str, capability: tuple[int, int]) -> None:
 
 
 def resolved(*sets: str, cpu: bool = False):
-    return resolve_precision(load_experiment("exp_001", sets=sets), cpu)
+    return resolve_settings(load_experiment("exp_001", sets=["model.quantization=none", *sets]), cpu=cpu)
 
 
 def test_a_cpu_computes_in_float32_and_says_why():
     found = resolved()
     assert (found.device_type, found.mixed_precision, found.dtype) == ("cpu", "no", torch.float32)
     why = "on a CPU everything is float32"
-    assert found.reasons == {
+    assert found.changes == {
         "training.mixed_precision": ("bf16", "no", why),
         "model.dtype": ("bfloat16", "float32", why),
     }
-    assert resolved("training.mixed_precision=no", "model.dtype=float32").reasons == {}
+    assert resolved("training.mixed_precision=no", "model.dtype=float32").changes == {}
 
 
 @pytest.mark.parametrize("name, capability", [("Tesla T4", (7, 5)), ("Tesla V100", (7, 0)), ("GTX 1080", (6, 1))])
@@ -47,8 +46,8 @@ def test_an_older_gpu_gets_float16_whatever_torch_claims(name, capability, monke
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)  # by emulation
     found = resolved()
     assert (found.device_type, found.mixed_precision, found.dtype) == ("cuda", "fp16", torch.float16)
-    assert found.reasons.keys() == {"training.mixed_precision", "model.dtype"}
-    for asked, used, why in found.reasons.values():
+    assert found.changes.keys() == {"training.mixed_precision", "model.dtype"}
+    for asked, used, why in found.changes.values():
         assert (asked, used) in {("bf16", "fp16"), ("bfloat16", "float16")}
         assert why == f"{name} has compute capability {capability[0]}.{capability[1]}: bfloat16 needs 8.0"
 
@@ -67,7 +66,7 @@ def test_a_newer_gpu_gets_what_is_asked(name, capability, monkeypatch):
     gpu(monkeypatch, name, capability)
     found = resolved()
     assert (found.device_type, found.mixed_precision, found.dtype) == ("cuda", "bf16", torch.bfloat16)
-    assert found.reasons == {}
+    assert found.changes == {}
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
@@ -77,27 +76,33 @@ def test_a_newer_gpu_gets_what_is_asked(name, capability, monkeypatch):
 def test_what_asks_for_no_bfloat16_stays(mixed, dtype, expected, capability, monkeypatch):
     gpu(monkeypatch, "some GPU", capability)
     found = resolved(f"training.mixed_precision={mixed}", f"model.dtype={dtype}")
-    assert (found.mixed_precision, found.dtype, found.reasons) == (mixed, expected, {})
+    assert (found.mixed_precision, found.dtype, found.changes) == (mixed, expected, {})
 
 
-def kept(mixed_precision: str, dtype: str) -> Settings:
-    return Settings(mixed_precision=mixed_precision, dtype=dtype, quantization="none", attn_implementation="sdpa")
+def kept(mixed_precision: str, dtype: str) -> SavedSettings:
+    return SavedSettings(mixed_precision=mixed_precision, dtype=dtype, quantization="none", attn_implementation="sdpa")
 
 
 @pytest.mark.parametrize("before", [("fp16", "float16"), ("no", "float32"), ("bf16", "bfloat16")])
 def test_a_run_that_goes_on_keeps_its_precision(before, monkeypatch):
     gpu(monkeypatch, "A100", (8, 0))
-    found = resolve_precision(load_experiment("exp_001"), False, kept(*before))
+    found = resolve_settings(
+        load_experiment("exp_001", sets=["model.quantization=none"]), cpu=False, saved=kept(*before)
+    )
     assert (found.mixed_precision, str(found.dtype)) == (before[0], f"torch.{before[1]}")
-    assert all(why == KEPT for _, _, why in found.reasons.values())
-    assert bool(found.reasons) == (before[0] != "bf16")
+    assert all(why == KEPT for _, _, why in found.changes.values())
+    assert bool(found.changes) == (before[0] != "bf16")
 
 
 def test_where_it_cannot_be_kept_the_machine_decides(monkeypatch):
     gpu(monkeypatch, "Tesla T4", (7, 5))
-    found = resolve_precision(load_experiment("exp_001"), False, kept("bf16", "bfloat16"))
+    found = resolve_settings(
+        load_experiment("exp_001", sets=["model.quantization=none"]), cpu=False, saved=kept("bf16", "bfloat16")
+    )
     assert (found.mixed_precision, found.dtype) == ("fp16", torch.float16)
-    found = resolve_precision(load_experiment("exp_001"), True, kept("bf16", "bfloat16"))
+    found = resolve_settings(
+        load_experiment("exp_001", sets=["model.quantization=none"]), cpu=True, saved=kept("bf16", "bfloat16")
+    )
     assert (found.mixed_precision, found.dtype) == ("no", torch.float32)
 
 

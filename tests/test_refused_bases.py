@@ -22,8 +22,8 @@ from medqa.errors import UserError
 from medqa.limits import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES
 from medqa.model.base import add_lora, check_model, load_tokenizer, tokens_without_weights
 from medqa.model.base_files import base_fingerprint
-from medqa.model.memory import choose_execution
-from medqa.model.settings import resolve_precision
+from medqa.model.memory import fit_to_memory
+from medqa.model.settings import resolve_settings
 from medqa.tiny import BASE_DIR
 
 SMALL = {**SIZES, "vocab_size": 64}
@@ -133,9 +133,9 @@ def test_targets_that_a_family_does_not_have_are_refused_before_its_weights_are_
     (tmp_path / "config.json").write_text(json.dumps(said), encoding="utf-8")
     experiment = load_experiment("exp_003", tiny=True, sets=[f"model.base={tmp_path}", "model.quantization=none"])
     model_config = check_model(experiment.model, 64)
-    precision = resolve_precision(experiment, force_cpu=True)
+    settings = resolve_settings(experiment, cpu=True)
     with pytest.raises(UserError, match=r"'q_proj'.*no such linear layer.*query_key_value"):
-        choose_execution(experiment, model_config, precision, 2**30, 64, None)
+        fit_to_memory(settings, experiment, model_config, 64, 2**30)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gemma2", "gemma3_text"])

@@ -6,6 +6,7 @@ What a CPU does not show: NCCL, whether communication and computation overlap, a
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ from medqa.config_file import load_experiment
 from medqa.errors import UserError
 from medqa.model.base import load_base
 from medqa.model.memory import footprint
-from medqa.model.settings import Execution, resolve_precision
+from medqa.model.settings import resolve_settings
 from medqa.training.checkpoint import newest_whole
 from medqa.training.distributed import FSDP_VALUES, take_shards
 from medqa.variables import settle_variables
@@ -428,12 +429,11 @@ def test_machines_that_do_not_share_the_directory_are_refused(place):
 def test_only_the_first_process_has_the_base_in_memory(tiny, monkeypatch):
     """What the others load has its names, shapes, types and buffers, a grown vocabulary included, and no contents."""
     experiment = tiny("exp_003", "model.quantization=none")
-    execution, vocabulary = Execution(True, True, "sdpa", False, False, shards=2), 1030
+    settings, vocabulary = resolve_settings(experiment, cpu=True, shards=2), 1030
     found = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        precision, device = resolve_precision(experiment, True), torch.device("cpu")
-        found.append(load_base(experiment.model, precision, execution, device, vocabulary, 0).model)
+        found.append(load_base(experiment.model, settings, torch.device("cpu"), vocabulary, 0))
     first, other = found
     shapes = [{name: (p.shape, p.dtype, p.device) for name, p in model.named_parameters()} for model in found]
     assert shapes[0] == shapes[1]
@@ -451,11 +451,11 @@ def test_the_plan_counts_a_share_of_the_base(tiny):
     from medqa.model.base import check_model
 
     experiment = tiny("exp_003", "model.quantization=none")
-    config, precision = check_model(experiment.model, 64), resolve_precision(experiment, True)
+    config = check_model(experiment.model, 64)
     config.num_hidden_layers, config.layer_types = 10, None
     whole, four = (
         footprint(
-            experiment, config, precision, Execution(True, True, "sdpa", False, False, shards=shards), "none"
+            experiment, config, replace(resolve_settings(experiment, cpu=True, shards=shards), padding_free=True)
         ).base
         for shards in (1, 4)
     )

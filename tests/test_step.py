@@ -178,7 +178,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(parts, which, val
     micro_batches = parts.micro_batches(1)
     token, row = own_token(micro_batches, which, known=set())
     with torch.no_grad():
-        parts.base.model.get_input_embeddings().weight[token, 0] = value
+        parts.base.get_input_embeddings().weight[token, 0] = value
     with pytest.raises(TrainingStopped, match="the loss is nan") as stopped:
         parts.step(micro_batches)
     assert row in micro_batches[which].row_ids
@@ -192,7 +192,7 @@ def test_training_says_in_which_update_it_stopped(parts, tmp_path):
     token, row = own_token(parts.micro_batches(1), 1, known=first)
     saved, reached = [], []
     with torch.no_grad():
-        parts.base.model.get_input_embeddings().weight[token] = math.nan
+        parts.base.get_input_embeddings().weight[token] = math.nan
     state = RunState()
     with pytest.raises(
         TrainingStopped,
@@ -312,7 +312,7 @@ def test_a_loss_that_is_not_finite_is_no_overflow(tiny, own_accelerator):
     parts = build(tiny("exp_001", *PLAIN), fp16(2.0**10))
     before = state_of(parts)
     with torch.no_grad():
-        parts.base.model.get_input_embeddings().weight.fill_(math.nan)
+        parts.base.get_input_embeddings().weight.fill_(math.nan)
     with pytest.raises(TrainingStopped, match="the loss is nan"):
         parts.step(parts.micro_batches(0))
     assert_untouched(parts, before)

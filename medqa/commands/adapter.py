@@ -23,11 +23,11 @@ from medqa.errors import UserError, listed
 from medqa.files import Damaged
 from medqa.hub import hub_reachable
 from medqa.model.adapter_files import ADAPTER_FILES, not_usable, plain_lora, read_adapter
-from medqa.model.base import add_lora, check_model, fit_adapter, load_base, load_tokenizer
+from medqa.model.base import check_model, fit_adapter, load_model, load_tokenizer
 from medqa.model.base_files import base_fingerprint
 from medqa.model.device import available_memory
-from medqa.model.memory import choose_execution
-from medqa.model.settings import Execution, Precision, Settings, resolve_precision
+from medqa.model.memory import fit_to_memory
+from medqa.model.settings import SavedSettings, Settings, resolve_settings
 from medqa.training.checkpoint import (
     CONTENT,
     MANIFEST,
@@ -69,7 +69,7 @@ class Source:
     step: int | None
     final: bool
     experiment: Experiment
-    settings: Settings | None
+    settings: SavedSettings | None
     weights: Mapping[str, torch.Tensor] = field(repr=False)
     base: str | None = None
     data: str | None = None
@@ -85,9 +85,7 @@ class Adapted:
     source: Source
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
-    precision: Precision
-    execution: Execution
-    quantization: str
+    settings: Settings
     base: str
 
 
@@ -131,18 +129,15 @@ def load_adapted(source: Source, device: torch.device) -> Adapted:
     """
     experiment = source.experiment
     model_config = check_model(experiment.model, experiment.tokenization.max_length if source.run else 0)
-    precision = resolve_precision(experiment, device.type == "cpu", source.settings)
     tokenizer = load_tokenizer(experiment.model.base, experiment.tokenization.pad_token)
+    settings = resolve_settings(experiment, cpu=device.type == "cpu", saved=source.settings)
     memory = available_memory(device)
-    execution = choose_execution(experiment, model_config, precision, memory, len(tokenizer), source.settings)
-    loaded = load_base(
-        experiment.model, precision, execution, device, len(tokenizer), experiment.training.seed, source.settings
-    )
+    settings = fit_to_memory(settings, experiment, model_config, len(tokenizer), memory, source.settings)
+    model = load_model(experiment, settings, tokenizer, device)
     base = require_same_base(source)
-    model = add_lora(loaded.model, experiment.lora, experiment.training.seed, execution.fast_lora(device.type))
     fit_adapter(model, source.weights, source.name)
     model.requires_grad_(False)
-    return Adapted(source, model.eval(), tokenizer, precision, execution, loaded.quantization, base)
+    return Adapted(source, model.eval(), tokenizer, settings, base)
 
 
 def require_same_base(source: Source) -> str:

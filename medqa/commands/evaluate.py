@@ -14,7 +14,7 @@ from medqa.commands.tasks import Bench, load_held_out, measure_choices, measure_
 from medqa.config import Experiment, Tracking
 from medqa.errors import NotWritten, UserError, refusal
 from medqa.files import Damaged, Missing, alone_in, read_json, write_json
-from medqa.model.settings import resolve_precision, usable_gpu
+from medqa.model.settings import resolve_settings, usable_gpu
 from medqa.training.checkpoint import versions
 from medqa.training.distributed import build_accelerator, make_accelerator
 from medqa.training.recorder import MetricsFile, Tracker
@@ -48,9 +48,9 @@ def evaluate(
     if is_on("ACCELERATE_USE_FSDP"):
         raise UserError("evaluate needs the base whole on each device: launch it without FSDP (launch/four_gpus.yaml)")
     experiment = source.experiment
-    precision = resolve_precision(experiment, cpu, source.settings)
+    settings = resolve_settings(experiment, cpu=cpu, saved=source.settings)
     untracked = experiment.model_copy(update={"tracking": Tracking(wandb="disabled")})
-    accelerator = build_accelerator(untracked, precision)
+    accelerator = build_accelerator(untracked, settings)
     console.quiet = not accelerator.is_main_process
     with accelerator.main_process_first():
         adapted = load_adapted(source, accelerator.device)
@@ -65,9 +65,9 @@ def evaluate(
         "final": source.final,
         "limit": limit,
         "seed": bench.seed,
-        "quantization": adapted.quantization,
-        "dtype": str(precision.dtype).removeprefix("torch."),
-        "mixed_precision": precision.mixed_precision,
+        "quantization": adapted.settings.quantization,
+        "dtype": settings.dtype_name,
+        "mixed_precision": settings.mixed_precision,
         "data_fingerprint": held_out.splits.fingerprint,
         "base_fingerprint": adapted.base,
         "versions": versions(),

@@ -5,7 +5,7 @@ Data and tokenizer are read, weights never. What is said of a GPU that is not he
 
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,10 @@ from medqa.data.sources import load_sources
 from medqa.data.splits import split_sources
 from medqa.data.tokens import tokenize_splits
 from medqa.errors import UserError
-from medqa.model.attention import SEGMENTED, attention_in_effect, padding_needed
-from medqa.model.base import add_lora, check_model, four_bit_unavailable, load_tokenizer
+from medqa.model.base import add_lora, check_model, load_tokenizer
 from medqa.model.device import SPARE, available_memory
-from medqa.model.memory import enough_tokens, footprint
-from medqa.model.settings import BF16_CAPABILITY, DTYPES, Execution, Precision, resolve_precision
+from medqa.model.memory import enough_tokens, fit_to_memory, footprint
+from medqa.model.settings import BF16_CAPABILITY, DTYPES, Change, Settings, four_bit_unavailable, resolve_settings
 from medqa.training.batches import most_in_an_update
 from medqa.training.optimizer import build_optimizer, build_scheduler
 from medqa.training.plan import accumulation_steps, device_line
@@ -61,7 +60,7 @@ class Machine:
     """What is planned for. `memory` is in bytes, all of it; `usable` is what a run may plan with."""
 
     name: str
-    precision: Precision
+    settings: Settings
     memory: int | None
     usable: int
     tflops: float | None
@@ -75,9 +74,9 @@ def find_machine(experiment: Experiment, gpu: str | None, cpu: bool) -> Machine:
         UserError: no such GPU; or there is one here that torch cannot use.
     """
     if gpu is None:
-        precision = resolve_precision(experiment, cpu)
-        device = torch.device(precision.device_type)
-        return Machine(device_line(device, 1), precision, None, available_memory(device), None, False)
+        settings = resolve_settings(experiment, cpu=cpu)
+        device = torch.device(settings.device_type)
+        return Machine(device_line(device, 1), settings, None, available_memory(device), None, False)
     known = GPUS.get(gpu.lower())
     if known is None:
         known = Gpu(BF16_CAPABILITY, int(_gibibytes(gpu) * 2**10), 0)
@@ -86,8 +85,13 @@ def find_machine(experiment: Experiment, gpu: str | None, cpu: bool) -> Machine:
         mixed_precision, dtype = "fp16", "float16"
     memory = known.memory * 2**20
     name = gpu.upper() if gpu.lower() in GPUS else f"a GPU of {gpu} GiB"
-    precision = Precision("cuda", mixed_precision, DTYPES[dtype], {})
-    return Machine(name, precision, memory, max(0, int(SPARE * (memory - CONTEXT))), known.tflops or None, True)
+    quantization: str = experiment.model.quantization
+    changes: dict[str, Change] = {}
+    # Whether bitsandbytes works on a GPU that is not here can only be judged by whether it is installed.
+    if quantization == "4bit" and (why_not := four_bit_unavailable(torch.device("cpu"), torch.float32)):
+        quantization, changes = "none", {"model.quantization": ("4bit", "none", why_not)}
+    settings = Settings("cuda", mixed_precision, DTYPES[dtype], quantization, changes=changes)
+    return Machine(name, settings, memory, max(0, int(SPARE * (memory - CONTEXT))), known.tflops or None, True)
 
 
 def _gibibytes(text: str) -> float:
@@ -238,6 +242,7 @@ def checkpoint_bytes(experiment: Experiment, found: Shapes, scaler: bool) -> dic
 # ----------------------------------------------------------------------------------------------------
 
 UTILIZATION = 0.35  # of a vendor's figure, assumed
+NOTED = ("training.padding_free", "model.quantization", "model.attn_implementation")
 
 
 def forecast(name: str, experiment: Experiment, machine: Machine, tflops: float | None = None) -> dict[str, Any]:
@@ -257,33 +262,17 @@ def forecast(name: str, experiment: Experiment, machine: Machine, tflops: float 
     tokenizer = load_tokenizer(experiment.model.base, tokenization.pad_token)
     splits, examples = tokenize_splits(splits, tokenizer, tokenization)
     stream = Stream(examples["train"], training.seed, training.global_batch_size)
-    notes = []
-    why_padded = padding_needed(experiment, model_config)
-    padding_free = training.padding_free and why_padded is None
-    if training.padding_free and why_padded:
-        notes.append(f"training.padding_free = false, not true: {why_padded}")
-    quantization = experiment.model.quantization
-    why_not = _no_four_bit(machine)
-    if quantization == "4bit" and why_not:
-        quantization = "none"
-        notes.append(f"model.quantization = none, not 4bit: {why_not}")
-    run = count(experiment, stream, padding_free)
-    attention, why_attention = attention_in_effect(experiment.model.attn_implementation, model_config)
-    if why_attention is not None:
-        notes.append(f"model.attn_implementation = {attention}, not sdpa: {why_attention}")
-    if why_padded is None and attention == "sdpa":
-        attention = SEGMENTED
-    kinds = [(bits, again, False) for bits in (("none",) if why_not else ("none", "4bit")) for again in (False, True)]
-    if padding_free and quantization == "4bit" and experiment.model.dequantize == "auto":
-        kinds.append(("4bit", False, True))
-    ways = []
-    for bits, checkpointing, expanded in kinds:
-        execution = Execution(padding_free, why_padded is None, attention, checkpointing, expanded)
-        ways.append(_way(experiment, model_config, machine, execution, bits, len(tokenizer), run))
-    chosen = _chosen(experiment, machine, ways, quantization, padding_free)
+    settings = fit_to_memory(machine.settings, experiment, model_config, len(tokenizer), machine.usable)
+    run = count(experiment, stream, settings.padding_free)
+    chosen = _way(experiment, model_config, machine, settings, len(tokenizer), run)
+    ways = [
+        chosen if way == settings else _way(experiment, model_config, machine, way, len(tokenizer), run)
+        for way in _ways(settings, experiment, machine)
+    ]
+    notes = [(key, *settings.changes[key]) for key in NOTED if key in settings.changes]
     found = shapes(experiment, model_config)
-    flops = operations(experiment, model_config, run, found, padding_free, chosen["gradient_checkpointing"])
-    files = checkpoint_bytes(experiment, found, machine.precision.mixed_precision == "fp16")
+    flops = operations(experiment, model_config, run, found, settings.padding_free, settings.gradient_checkpointing)
+    files = checkpoint_bytes(experiment, found, settings.mixed_precision == "fp16")
     return {
         "experiment": name,
         "basis": "computed, not measured" if machine.computed else "computed, for this machine",
@@ -291,13 +280,13 @@ def forecast(name: str, experiment: Experiment, machine: Machine, tflops: float 
             "name": machine.name,
             "memory": machine.memory,
             "usable": machine.usable,
-            "mixed_precision": machine.precision.mixed_precision,
-            "dtype": str(machine.precision.dtype).removeprefix("torch."),
+            "mixed_precision": settings.mixed_precision,
+            "dtype": settings.dtype_name,
         },
         "rows": about_rows(splits, examples, experiment),
-        "notes": notes,
-        "padding_free": padding_free,
-        "gradient_accumulation_steps": None if padding_free else accumulation,
+        "notes": [f"{key} = {used}, not {asked}: {why}" for key, asked, used, why in notes],
+        "padding_free": settings.padding_free,
+        "gradient_accumulation_steps": None if settings.padding_free else accumulation,
         "run": run,
         "parameters": {"trainable": found.trainable, "base": found.total},
         "memory": chosen,
@@ -308,49 +297,41 @@ def forecast(name: str, experiment: Experiment, machine: Machine, tflops: float 
     }
 
 
-def _no_four_bit(machine: Machine) -> str | None:
-    """Why there can be no 4-bit weights; None where there can. For a GPU that is not here bitsandbytes must be."""
-    if machine.computed:
-        return four_bit_unavailable(torch.device("cpu"), torch.float32)
-    return four_bit_unavailable(torch.device(machine.precision.device_type), machine.precision.dtype)
-
-
-def _chosen(
-    experiment: Experiment, machine: Machine, ways: list[dict[str, Any]], quantization: str, padding_free: bool
-) -> dict[str, Any]:
-    """The way that a run takes: as the recipe says with padding; without, the fastest that fits (`model/memory.py`)."""
-    ours = [way for way in ways if way["quantization"] == quantization]
-    if not padding_free:
-        asked = experiment.model.gradient_checkpointing
-        return next(way for way in ours if way["gradient_checkpointing"] == asked)
-    ours.sort(key=lambda way: (not way["dequantized"], way["gradient_checkpointing"]))
-    enough = enough_tokens(experiment, machine.precision.device_type)
-    return next((way for way in ours if way["most_tokens"] >= enough), ours[-1])
+def _ways(settings: Settings, experiment: Experiment, machine: Machine) -> list[Settings]:
+    """The settings between which a run chooses, and those that one could ask for: a line each in the table."""
+    weights = ["none"]
+    if experiment.model.quantization != "4bit" or settings.quantization == "4bit":
+        device = torch.device("cpu" if machine.computed else settings.device_type)
+        if four_bit_unavailable(device, torch.float32 if machine.computed else settings.dtype) is None:
+            weights.append("4bit")
+    kinds = [(bits, again, False) for bits in weights for again in (False, True)]
+    if settings.padding_free and settings.quantization == "4bit" and experiment.model.dequantize == "auto":
+        kinds.append(("4bit", False, True))
+    return [replace(settings, quantization=b, gradient_checkpointing=g, dequantize=d) for b, g, d in kinds]
 
 
 def _way(
     experiment: Experiment,
     model_config: Any,
     machine: Machine,
-    execution: Execution,
-    quantization: str,
+    settings: Settings,
     vocabulary: int,
     run: dict[str, Any],
 ) -> dict[str, Any]:
     """One way to compute the recipe: what it holds by part, at its peak, and how large micro-batches may be."""
-    found = footprint(experiment, model_config, machine.precision, execution, quantization, vocabulary)
+    found = footprint(experiment, model_config, settings, vocabulary)
     most = found.most_tokens(machine.usable)
     places = run["largest_micro_batch"]
-    if execution.padding_free:
+    if settings.padding_free:
         places = experiment.training.micro_batch_tokens or min(most, run["largest_update"])
-        if machine.precision.device_type == "cpu":
+        if settings.device_type == "cpu":
             places = min(places, enough_tokens(experiment, "cpu"))
         places = max(places, run["longest_example"])
     peak = found.peak(places)
     return {
-        "quantization": quantization,
-        "gradient_checkpointing": execution.gradient_checkpointing,
-        "dequantized": execution.dequantize,
+        "quantization": settings.quantization,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "dequantized": settings.dequantize,
         "micro_batch": places,
         "base": found.base,
         "adapter": found.adapter,
@@ -360,7 +341,7 @@ def _way(
         "logits_and_loss": found.logits_and_loss.at(places),
         "inside_a_layer": max(0, found.layers.at(places) - found.activations.at(places)),
         "peak": peak,
-        "resident": found.resident(places) if machine.precision.device_type == "cpu" else None,
+        "resident": found.resident(places) if settings.device_type == "cpu" else None,
         "fits": peak <= machine.usable,
         "most_tokens": most,
     }

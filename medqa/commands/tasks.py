@@ -112,7 +112,7 @@ class Bench:
             experiment.tokenization.model_copy(update={"loss_on": "all"}),
             self.adapted.tokenizer.pad_token_id,
             max(longest, enough_tokens(experiment, self.accelerator.device.type)),
-            self.adapted.execution.evaluation_padding_free,
+            self.adapted.settings.evaluation_padding_free,
         )
 
     def reused(self, task: str, more: Any, make: Callable[[], Any]) -> Any:
@@ -125,9 +125,9 @@ class Bench:
         what = {
             "task": task,
             "base": adapted.base,
-            "quantization": adapted.quantization,
-            "dtype": str(adapted.precision.dtype),
-            "mixed_precision": adapted.precision.mixed_precision,
+            "quantization": adapted.settings.quantization,
+            "dtype": str(adapted.settings.dtype),
+            "mixed_precision": adapted.settings.mixed_precision,
             "tokenizer": digest(adapted.tokenizer.backend_tokenizer.to_str().encode()),
             "ends": sorted(end_ids(adapted.model, adapted.tokenizer)),
             "device": self.accelerator.device.type,

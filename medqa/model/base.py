@@ -7,7 +7,6 @@ import pickle
 import re
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,6 +27,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from medqa import config
+from medqa.config import Experiment
 from medqa.errors import UserError
 from medqa.files import write_file
 from medqa.hub import hub_reachable
@@ -46,49 +45,12 @@ from medqa.model.base_files import (
 )
 from medqa.model.families import check_targets, refuse_by_file, refuse_by_kind, without_contents
 from medqa.model.fast_lora import use_fast_lora
-from medqa.model.settings import KEPT, Execution, Kept, Precision
+from medqa.model.settings import Settings, four_bit_config
 from medqa.model.sharding import BLANK, blank_base, loading_device
 from medqa.prompts import chat_template, prompt
 
 # ----------------------------------------------------------------------------------------------------
-# 4-bit weights: can they be had here, how they are made, and how they are kept once expanded.
-
-
-def quantization_in_effect(
-    model: config.Model, precision: Precision, device: torch.device, kept: Kept | None = None
-) -> tuple[str, str | None]:
-    """The quantization that can be had, and why where it is not the one asked for; `kept` as in `base.load_base`."""
-    reason = four_bit_unavailable(device, precision.dtype) if model.quantization == "4bit" else None
-    if reason is None and kept is not None and kept.quantization != model.quantization:
-        reason = KEPT
-    return ("none" if reason else model.quantization), reason
-
-
-def four_bit_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why 4-bit cannot be had on a device; None where it can. A small layer is quantized and used, before 2 GB are."""
-    try:
-        import bitsandbytes as bnb
-        from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-
-        Bnb4BitHfQuantizer(four_bit_config(dtype)).validate_environment(device_map={"": str(device)})
-        layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=dtype, quant_type="nf4").to(device)
-        layer.support_avx512bf16_for_cpu = False
-        layer(torch.ones(1, 64, device=device, dtype=dtype))
-    except torch.OutOfMemoryError:  # a RuntimeError, but no reason to fall back
-        raise
-    except (ImportError, RuntimeError, ValueError) as error:
-        return f"4-bit cannot be had here: {type(error).__name__}: {str(error).splitlines()[0]}"
-    return None
-
-
-def four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantization (QLoRA, https://arxiv.org/abs/2305.14314)."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+# 4-bit weights after loading.
 
 
 def expand(model: PreTrainedModel) -> None:
@@ -133,15 +95,6 @@ LOAD_ERRORS: tuple[type[Exception], ...] = (
 )
 LOAD_ERRORS += (StrictDataclassError, SafetensorError, pickle.UnpicklingError)
 LOAD_ERRORS += (AssertionError,)  # torch, of a padding_idx
-
-
-@dataclass(frozen=True)
-class Base:
-    """The frozen base model, and the quantization in effect (with the reason where it is not the one asked for)."""
-
-    model: PreTrainedModel
-    quantization: str
-    reason: str | None
 
 
 def check_model(model: config.Model, max_length: int) -> Any:
@@ -319,44 +272,50 @@ def _try_tokenizer(base: str) -> None:
 
 
 def load_base(
-    model: config.Model,
-    precision: Precision,
-    execution: Execution,
-    device: torch.device,
-    vocabulary: int,
-    seed: int,
-    kept: Kept | None = None,
-) -> Base:
-    """The base model on its device, frozen, in 4-bit where asked and possible.
+    model: config.Model, settings: Settings, device: torch.device, vocabulary: int, seed: int
+) -> PreTrainedModel:
+    """The base model on its device, frozen, quantized as the settings say.
 
-    What is to be sharded is on the host, and in the first process alone; the others have a model without contents.
+    A model that is to be sharded is loaded into the host's memory, by the first process alone; the others get a model
+    without contents.
 
     Args:
         vocabulary: the tokenizer's size; the embeddings grow where it is larger than the model's.
-        kept: the settings of the checkpoint that the run goes on from; its quantization is kept where the machine can.
 
     Raises:
         UserError: it cannot be loaded, or weights are missing or of another shape.
     """
-    device = loading_device(device, execution.shards)
-    quantization, reason = quantization_in_effect(model, precision, device, kept)
+    device = loading_device(device, settings.shards)
     torch.manual_seed(seed)  # for the rows that growing the embeddings adds
     if device == BLANK:
-        loaded = blank_base(location(model.base), precision, execution, vocabulary)
+        loaded = blank_base(location(model.base), settings, vocabulary)
     else:
-        loaded = _from_pretrained(model.base, precision, execution, device, quantization)
+        loaded = _from_pretrained(model.base, settings, device)
     loaded.requires_grad_(False)
-    if quantization == "4bit" and execution.dequantize:
+    if settings.quantization == "4bit" and settings.dequantize:
         expand(loaded)
-    elif quantization == "4bit" and device.type == "cpu":
+    elif settings.quantization == "4bit" and device.type == "cpu":
         keep_unpacked(loaded)
     if vocabulary > loaded.get_input_embeddings().num_embeddings:
         _add_tokens(loaded, vocabulary)
     loaded.config.use_cache = False
-    if execution.gradient_checkpointing:
+    if settings.gradient_checkpointing:
         # Its newer name, activation_checkpointing_enable, is not in transformers 5.17 yet.
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Base(loaded, quantization, reason)
+    return loaded
+
+
+def load_model(
+    experiment: Experiment, settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> PeftModel:
+    """The frozen base with LoRA adapters, as this experiment and these settings want it.
+
+    Raises:
+        UserError: the base cannot be loaded, or the adapters do not fit it.
+    """
+    seed = experiment.training.seed
+    base = load_base(experiment.model, settings, device, len(tokenizer), seed)
+    return add_lora(base, experiment.lora, seed, settings.fast_lora)
 
 
 def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int, fast: bool = False) -> PeftModel:
@@ -422,19 +381,17 @@ def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
-def _from_pretrained(
-    base: str, precision: Precision, execution: Execution, device: torch.device, quantization: str
-) -> PreTrainedModel:
+def _from_pretrained(base: str, settings: Settings, device: torch.device) -> PreTrainedModel:
     """The model as transformers loads it, every weight read from the file."""
     if device.type == "cuda":  # by number, as Accelerate compares it
         device = torch.device("cuda", torch.cuda.current_device())
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             location(base),
-            dtype=precision.dtype,
-            quantization_config=four_bit_config(precision.dtype) if quantization == "4bit" else None,
+            dtype=settings.dtype,
+            quantization_config=four_bit_config(settings.dtype) if settings.quantization == "4bit" else None,
             device_map={"": device},
-            attn_implementation=execution.attn_implementation,
+            attn_implementation=settings.attn_implementation,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,

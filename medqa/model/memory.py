@@ -13,7 +13,7 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from medqa.config import Experiment, Optimizer
 from medqa.data.batches import MicroBatch
 from medqa.model.attention import SEGMENTED, attention_in_effect, padding_needed
-from medqa.model.base import add_lora, quantization_in_effect
+from medqa.model.base import add_lora
 from medqa.model.device import gibibytes
 from medqa.model.families import check_targets, without_contents
 from medqa.model.loss import CHUNK_BYTES, LossModel, summed_loss
-from medqa.model.settings import KEPT, Change, Execution, Precision, Settings
+from medqa.model.settings import KEPT, SavedSettings, Settings
 
 # ----------------------------------------------------------------------------------------------------
 # What a computation holds in memory at its peak, counted by the storages that come and go while it runs.
@@ -109,9 +109,7 @@ BLOCK, NESTED_BLOCK = 64, 256  # weights with one scale, and scales with one sca
 def shape_model(
     experiment: Experiment,
     model_config: Any,
-    precision: Precision,
-    execution: Execution,
-    quantization: str,
+    settings: Settings,
     vocabulary: int | None,
     layers: int,
 ) -> LossModel:
@@ -119,34 +117,33 @@ def shape_model(
 
     Args:
         model_config: as `check_model` returns it.
-        quantization: the one in effect.
         vocabulary: the tokenizer's size, where it may be larger than the model's.
     """
     shallow, known = copy.deepcopy(model_config), model_config.vocab_size
     shallow.num_hidden_layers, shallow.vocab_size = layers, max(known, vocabulary or 0)
     if getattr(shallow, "layer_types", None):
         shallow.layer_types = shallow.layer_types[:layers]
-    attention = execution.attn_implementation
+    attention = settings.attn_implementation
     if attention not in ("sdpa", "eager", SEGMENTED):  # flash-attention, which is for GPUs: as lean as sdpa
-        attention = SEGMENTED if execution.padding_free else "sdpa"
-    four_bit = quantization == "4bit" and not execution.dequantize
+        attention = SEGMENTED if settings.padding_free else "sdpa"
+    four_bit = settings.quantization == "4bit" and not settings.dequantize
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(shallow, dtype=precision.dtype, attn_implementation=attention)
+        base = AutoModelForCausalLM.from_config(shallow, dtype=settings.dtype, attn_implementation=attention)
         if shallow.vocab_size > known:  # as growing the embeddings leaves it
-            bias = torch.zeros(shallow.vocab_size, dtype=precision.dtype)
+            bias = torch.zeros(shallow.vocab_size, dtype=settings.dtype)
             base.get_output_embeddings().bias = torch.nn.Parameter(bias)
         if four_bit:
-            _to_four_bit(base, precision.dtype)
+            _to_four_bit(base, settings.dtype)
         base.requires_grad_(False)
-        if execution.gradient_checkpointing:
+        if settings.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         lora = experiment.lora.model_copy(update={"init_from": None})
-        fast = execution.fast_lora(precision.device_type)
+        fast = settings.fast_lora
         model = LossModel(add_lora(base, lora, experiment.training.seed, fast))
     _materialize(model)
     if four_bit:
-        _quantize(model, precision.dtype)
-    if precision.device_type == "cuda":
+        _quantize(model, settings.dtype)
+    if settings.device_type == "cuda":
         _fuse_dropout(model)
     return model.train()
 
@@ -390,21 +387,18 @@ class _Sample:
 def footprint(
     experiment: Experiment,
     model_config: Any,
-    precision: Precision,
-    execution: Execution,
-    quantization: str,
+    settings: Settings,
     vocabulary: int | None = None,
 ) -> Footprint:
     """The memory of this experiment's training. No weight is read, and no device is used.
 
     Args:
         model_config: as `check_model` returns it.
-        quantization: the one in effect.
         vocabulary: the tokenizer's size, where it may be larger than the model's.
     """
     layers = model_config.num_hidden_layers
     depth = min(DEPTH, layers)
-    arguments = (experiment, model_config, precision, execution, quantization, vocabulary)
+    arguments = (experiment, model_config, settings, vocabulary)
     deep = shape_model(*arguments, depth)
     shallow = shape_model(*arguments, 1) if layers > depth else None
 
@@ -421,14 +415,14 @@ def footprint(
         "optimizer": whole(lambda model: optimizer_bytes(_trainable(model), experiment.optimizer)),
         "gradients": whole(lambda model: _bytes(t.grad for t in _trainable(model) if t.grad is not None)),
     }
-    if execution.shards > 1:
-        fixed["base"] = _sharded(fixed["base"], _frozen_bytes(_layers(deep)[0]), layers, execution.shards)
-    batches = _micro_batches(experiment, execution, max(model_config.vocab_size, vocabulary or 0))
-    samples = [_run(deep, batch, precision) for batch in batches[:2]]
+    if settings.shards > 1:
+        fixed["base"] = _sharded(fixed["base"], _frozen_bytes(_layers(deep)[0]), layers, settings.shards)
+    batches = _micro_batches(experiment, settings, max(model_config.vocab_size, vocabulary or 0))
+    samples = [_run(deep, batch, settings) for batch in batches[:2]]
     # What a layer takes while it is at work comes on top of what all layers keep, so both grow alike with the layers.
-    kept = [_run(shallow, batch, precision).activations for batch in batches[:2]] if shallow else [0, 0]
+    kept = [_run(shallow, batch, settings).activations for batch in batches[:2]] if shallow else [0, 0]
     grown = [extend(sample.activations, one) - sample.activations for sample, one in zip(samples, kept, strict=True)]
-    heads = [_run(_without_layers(deep), batch, precision) for batch in batches[2:]]
+    heads = [_run(_without_layers(deep), batch, settings) for batch in batches[2:]]
     places = tuple(batch.input_ids.numel() for batch in batches)
     return Footprint(
         **fixed,
@@ -483,13 +477,13 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _micro_batches(experiment: Experiment, execution: Execution, vocabulary: int) -> list[MicroBatch]:
+def _micro_batches(experiment: Experiment, settings: Settings, vocabulary: int) -> list[MicroBatch]:
     """Micro-batches of rising size, in which everything is a target.
 
     The first two are for the layers. Without padding the head works in chunks, so its memory grows otherwise from two
     chunks on, where one chunk's logits still stand when the next one's are made.
     """
-    if not execution.padding_free:
+    if not settings.padding_free:
         length = experiment.tokenization.max_length
         return [_micro_batch((rows, length), None) for rows in (1, 2)]
     chunk = max(1, CHUNK_BYTES // (4 * vocabulary))
@@ -513,11 +507,11 @@ def _without_layers(model: LossModel) -> LossModel:
     return model
 
 
-def _run(model: LossModel, micro_batch: MicroBatch, precision: Precision) -> _Sample:
+def _run(model: LossModel, micro_batch: MicroBatch, settings: Settings) -> _Sample:
     """What a micro-batch takes."""
     decoder = model.model.get_base_model().get_decoder()
-    device, dtype = torch.device("cpu"), precision.dtype
-    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision.mixed_precision)
+    device, dtype = torch.device("cpu"), settings.dtype
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.mixed_precision)
     there = [*tensors_of(model), *(t.grad for t in tensors_of(model) if t.grad is not None)]
     with Storages(there) as storages:
 
@@ -551,78 +545,77 @@ def _run(model: LossModel, micro_batch: MicroBatch, precision: Precision) -> _Sa
 ENOUGH_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 
-def choose_execution(
+def fit_to_memory(
+    settings: Settings,
     experiment: Experiment,
     model_config: Any,
-    precision: Precision,
-    memory: int,
     vocabulary: int,
-    kept: Settings | None,
-    shards: int = 1,
-) -> Execution:
-    """The execution for this machine, before the model is loaded.
+    memory: int,
+    saved: SavedSettings | None = None,
+) -> Settings:
+    """The settings of a run in full, before the model is loaded.
+
+    What is decided here (padding, the attention kernel, gradient checkpointing, expanded 4-bit weights) changes time
+    and memory, never the update. With `training.padding_free: false` the recipe is computed as it is written.
 
     Args:
+        settings: as `resolve_settings` returns them.
         model_config: the base model's, as transformers reads it.
-        memory: bytes that may be planned with.
         vocabulary: the tokenizer's size.
-        kept: the settings of the checkpoint that the run goes on from.
-        shards: in how many pieces, on as many processes, the frozen weights are held.
+        memory: bytes that the run may use.
+        saved: the settings of the checkpoint that the run resumes from. They are kept where the machine can.
 
     Raises:
         UserError: a target module that the model does not have.
     """
     check_targets(without_contents(model_config), experiment.lora)
-    asked, model = experiment.training.padding_free, experiment.model
-    quantization, _ = quantization_in_effect(model, precision, torch.device(precision.device_type), kept)
+    model, changes = experiment.model, dict(settings.changes)
+
+    # Attention, and whether examples can lie end to end without padding
     why_padded = padding_needed(experiment, model_config)
     attention, why_attention = attention_in_effect(model.attn_implementation, model_config)
     if why_padded is None and attention == "sdpa":
         attention = SEGMENTED
-    padding_free = asked and why_padded is None and (kept is None or kept.padding_free)
-    chosen, why, planned_tokens = (model.gradient_checkpointing, False), {"dequantize": "only without padding"}, None
-    arguments = (experiment, model_config, precision, memory, vocabulary, attention, quantization, shards)
-    on_cpu, tokens = precision.device_type == "cpu", enough_tokens(experiment, precision.device_type)
-    planned = None
-    if padding_free:
-        fixed = None if kept is None else (kept.gradient_checkpointing, kept.dequantize)
-        chosen, why, planned = _what_fits(*arguments, fixed)
-        if kept is None:
-            planned_tokens = planned.most_tokens(memory)
-        else:
-            why = {"checkpointing": KEPT, "dequantize": KEPT}
-    elif on_cpu:
-        tokens = experiment.training.per_device_batch_size * experiment.tokenization.max_length
-        padded = Execution(False, False, attention, *chosen, shards=shards)
-        planned = footprint(experiment, model_config, precision, padded, quantization, vocabulary)
-    checkpointing, dequantize = chosen
-    return_memory = on_cpu and (checkpointing or (planned is not None and planned.resident(tokens) > memory))
-    reasons: dict[str, Change] = {}
+    asked = experiment.training.padding_free
+    padding_free = asked and why_padded is None and (saved is None or saved.padding_free)
     if why_attention is not None:
-        reasons["model.attn_implementation"] = (model.attn_implementation, attention, why_attention)
-    if shards > 1 and experiment.evaluation.samples:
+        changes["model.attn_implementation"] = (model.attn_implementation, attention, why_attention)
+    if settings.shards > 1 and experiment.evaluation.samples:
         why_none = "the base is sharded, and all processes would have to write each answer"
-        reasons["evaluation.samples"] = (str(experiment.evaluation.samples), "0", why_none)
+        changes["evaluation.samples"] = (str(experiment.evaluation.samples), "0", why_none)
     if padding_free != asked:
-        reasons["training.padding_free"] = ("true", "false", why_padded or KEPT)
-    if checkpointing != model.gradient_checkpointing:
-        on = str(checkpointing).lower()
-        asked_on = str(model.gradient_checkpointing).lower()
-        reasons["model.gradient_checkpointing"] = (asked_on, on, why["checkpointing"])
-    if quantization == "4bit" and model.dequantize == "auto":
-        used = "once, and kept so" if dequantize else "never"
-        reasons["model.dequantize"] = ("auto", used, why["dequantize"])
-    return Execution(
-        padding_free,
-        why_padded is None,
-        attention,
-        checkpointing,
-        dequantize,
-        planned_tokens,
-        shards,
-        return_memory,
-        reasons,
+        changes["training.padding_free"] = ("true", "false", why_padded or KEPT)
+    settings = replace(
+        settings,
+        attn_implementation=attention,
+        padding_free=padding_free,
+        evaluation_padding_free=why_padded is None,
+        gradient_checkpointing=model.gradient_checkpointing,
     )
+
+    # Gradient checkpointing, and packed or expanded 4-bit weights
+    planned, tokens = None, enough_tokens(experiment, settings.device_type)
+    why = {"dequantize": "only without padding"}
+    if padding_free and saved is not None:
+        settings = replace(settings, gradient_checkpointing=saved.gradient_checkpointing, dequantize=saved.dequantize)
+        planned = footprint(experiment, model_config, settings, vocabulary)
+        why = {"checkpointing": KEPT, "dequantize": KEPT}
+    elif padding_free:
+        settings, why, planned = _fastest_that_fits(settings, experiment, model_config, vocabulary, memory)
+        settings = replace(settings, planned_tokens=planned.most_tokens(memory))
+    elif settings.device_type == "cpu":
+        planned = footprint(experiment, model_config, settings, vocabulary)
+        tokens = experiment.training.per_device_batch_size * experiment.tokenization.max_length
+    if settings.gradient_checkpointing != model.gradient_checkpointing:
+        asked_on, on = (str(each).lower() for each in (model.gradient_checkpointing, settings.gradient_checkpointing))
+        changes["model.gradient_checkpointing"] = (asked_on, on, why["checkpointing"])
+    if settings.quantization == "4bit" and model.dequantize == "auto":
+        used = "once, and kept so" if settings.dequantize else "never"
+        changes["model.dequantize"] = ("auto", used, why["dequantize"])
+
+    # Whether a CPU's allocator has to return what is freed
+    short = settings.gradient_checkpointing or (planned is not None and planned.resident(tokens) > memory)
+    return replace(settings, return_memory=settings.device_type == "cpu" and short, changes=changes)
 
 
 def enough_tokens(experiment: Experiment, device_type: str) -> int:
@@ -630,28 +623,18 @@ def enough_tokens(experiment: Experiment, device_type: str) -> int:
     return max(ENOUGH_TOKENS[device_type], experiment.tokenization.max_length)
 
 
-def _what_fits(
-    experiment: Experiment,
-    model_config: Any,
-    precision: Precision,
-    memory: int,
-    vocabulary: int,
-    attention: str,
-    quantization: str,
-    shards: int,
-    fixed: tuple[bool, bool] | None,
-) -> tuple[tuple[bool, bool], dict[str, str], Footprint]:
-    """Checkpointing and expanded weights or not, the fastest that fits or the `fixed` one; why; and its footprint."""
-    tokens = enough_tokens(experiment, precision.device_type)
-    ways = [(False, False), (True, False)]
-    if fixed is not None:
-        ways = [fixed]
-    elif quantization == "4bit" and experiment.model.dequantize == "auto":
+def _fastest_that_fits(
+    settings: Settings, experiment: Experiment, model_config: Any, vocabulary: int, memory: int
+) -> tuple[Settings, dict[str, str], Footprint]:
+    """Checkpointing and expanded weights or not, whatever is the fastest that fits; the reasons; and its footprint."""
+    tokens = enough_tokens(experiment, settings.device_type)
+    ways = [(False, False), (True, False)]  # (gradient checkpointing, expanded weights), the fastest first
+    if settings.quantization == "4bit" and experiment.model.dequantize == "auto":
         ways.insert(0, (False, True))
     peaks = {}
     for way in ways:  # the last one, if none fits: the probe will say
-        execution = Execution(True, True, attention, *way, shards=shards)
-        planned = footprint(experiment, model_config, precision, execution, quantization, vocabulary)
+        settings = replace(settings, gradient_checkpointing=way[0], dequantize=way[1])
+        planned = footprint(experiment, model_config, settings, vocabulary)
         peaks[way] = gibibytes(planned.peak(tokens))
         if planned.peak(tokens) <= memory:
             break
@@ -660,4 +643,4 @@ def _what_fits(
         "checkpointing": f"the plan without it is {peaks.get((False, False)) or peaks[way]} GiB {of}",
         "dequantize": f"the plan with weights expanded is {peaks.get((False, True))} GiB {of}",
     }
-    return way, why, planned
+    return settings, why, planned

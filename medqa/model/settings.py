@@ -1,18 +1,23 @@
-"""How this machine computes an experiment: precision, and the execution that time and memory allow.
+"""How this machine computes an experiment: one object, `Settings`, from which everything else is built.
 
-Mixed precision, the type of the frozen weights and the compute type of 4-bit weights move together: float32 on a CPU,
-bfloat16 on a GPU of compute capability 8.0 or more, float16 with a gradient scaler on an older one.
+What the hardware decides comes first (`resolve_settings`): the device, and the precision that it really has. Mixed
+precision, the type of the frozen weights and the compute type of 4-bit weights move together: float32 on a CPU,
+bfloat16 on a GPU of compute capability 8.0 or more, float16 with a gradient scaler on an older one. What depends on the
+model and on the memory comes second (`medqa/model/memory.py`, `fit_to_memory`). A checkpoint keeps the settings that
+its numbers depend on (`SavedSettings`), and a resumed run keeps them where the machine can.
 """
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from transformers import BitsAndBytesConfig
 
+from medqa import config
 from medqa.config import Experiment
 from medqa.errors import UserError
 from medqa.variables import is_on
@@ -22,54 +27,155 @@ KEPT = "as in the checkpoint that the run goes on from"
 DEVICES = Path("/dev")
 BF16_CAPABILITY = (8, 0)  # a T4 (7.5) only emulates bfloat16, slowly, though torch says that it is supported
 
+Change = tuple[str, str, str]  # asked, in effect, why
 
-class Kept(Protocol):
-    """Of a checkpoint's settings, those that matter here."""
 
-    @property
-    def mixed_precision(self) -> str:
-        """As in the experiment."""
+class Part(BaseModel):
+    """A part of a checkpoint's manifest: exactly of this form, or written by another version."""
 
-    @property
-    def dtype(self) -> str:
-        """As in the experiment."""
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    @property
-    def quantization(self) -> str:
-        """As in the experiment."""
+
+class SavedSettings(Part):
+    """The settings that a checkpoint keeps. Those with a default are not in the checkpoints of the first versions."""
+
+    mixed_precision: Literal["bf16", "fp16", "no"]
+    dtype: Literal["bfloat16", "float16", "float32"]
+    quantization: Literal["none", "4bit"]
+    attn_implementation: str
+    padding_free: bool = False
+    gradient_checkpointing: bool = False
+    dequantize: bool = False
 
 
 @dataclass(frozen=True)
-class Precision:
-    """The precision in effect. `reasons` has `section.key` to (asked, in effect, why) where the two differ."""
+class Settings:
+    """How this machine computes an experiment. Other settings give the same update, except for its last digits.
+
+    Attributes:
+        device_type: `cpu` or `cuda`.
+        mixed_precision: `bf16`, `fp16` or `no`, as Accelerate knows them.
+        dtype: the type of the frozen weights, and the compute type of 4-bit weights.
+        quantization: `none` or `4bit`.
+        attn_implementation: by the name that transformers knows it under.
+        padding_free: training concatenates examples without padding (`data.batches.pack`).
+        evaluation_padding_free: evaluation does, whatever training does.
+        gradient_checkpointing: activations are computed again in the backward pass instead of being kept.
+        dequantize: 4-bit weights are expanded once, when they are loaded, and stay expanded.
+        planned_tokens: the most tokens of a micro-batch without padding that the memory estimate has room for; None
+            where nothing was estimated.
+        shards: over how many processes the frozen weights are sharded; 1 where every process has all of them.
+        return_memory: freed memory goes back to the system at once (`medqa/model/device.py`), which is slower.
+        changes: `section.key` to (asked, in effect, reason), where the two differ.
+    """
 
     device_type: str
     mixed_precision: str
     dtype: torch.dtype
-    reasons: Mapping[str, tuple[str, str, str]]
+    quantization: str = "none"
+    attn_implementation: str = "sdpa"
+    padding_free: bool = False
+    evaluation_padding_free: bool = False
+    gradient_checkpointing: bool = False
+    dequantize: bool = False
+    planned_tokens: int | None = None
+    shards: int = 1
+    return_memory: bool = False
+    changes: Mapping[str, Change] = field(default_factory=dict)
+
+    @property
+    def fast_lora(self) -> bool:
+        """Whether LoRA is computed by `medqa/model/fast_lora.py`."""
+        return self.padding_free and self.device_type == "cpu"
+
+    @property
+    def dtype_name(self) -> str:
+        """The type of the frozen weights as experiment files name it."""
+        return str(self.dtype).removeprefix("torch.")
 
 
-def resolve_precision(experiment: Experiment, force_cpu: bool, kept: Kept | None = None) -> Precision:
-    """The precision for this machine.
+def resolve_settings(
+    experiment: Experiment, *, cpu: bool, saved: SavedSettings | None = None, shards: int = 1
+) -> Settings:
+    """Device, precision and quantization on this machine; the rest as `fit_to_memory` decides it.
 
     Args:
-        kept: the settings of the checkpoint that the run goes on from; kept where the machine can.
+        cpu: use the CPU even where there is a GPU.
+        saved: the settings of the checkpoint that the run resumes from. They are kept where the machine can.
+        shards: over how many processes the frozen weights are sharded.
 
     Raises:
-        UserError: a GPU is present but the installed torch cannot use it, and `force_cpu` is not set.
+        UserError: a GPU is present but the installed torch cannot use it, and `cpu` is not set.
     """
-    if force_cpu or not usable_gpu():
-        return _adapted(experiment, "cpu", "no", "float32", "on a CPU everything is float32")
+    settings = replace(_precision(experiment, cpu, saved), shards=shards)
+    quantization, reason = _quantization(experiment.model, settings, saved)
+    changes = dict(settings.changes)
+    if reason is not None:
+        changes["model.quantization"] = (experiment.model.quantization, quantization, reason)
+    return replace(settings, quantization=quantization, changes=changes)
+
+
+def _precision(experiment: Experiment, cpu: bool, saved: SavedSettings | None) -> Settings:
+    """The device and the precision that it has."""
+    if cpu or not usable_gpu():
+        return _with_precision(experiment, "cpu", "no", "float32", "on a CPU everything is float32")
     capability = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()
     mixed_precision: str = experiment.training.mixed_precision
     dtype: str = experiment.model.dtype
-    if kept is not None:
-        mixed_precision, dtype = kept.mixed_precision, kept.dtype
+    if saved is not None:
+        mixed_precision, dtype = saved.mixed_precision, saved.dtype
     if capability < BF16_CAPABILITY and "bf" in mixed_precision + dtype:
         reason = f"{name} has compute capability {capability[0]}.{capability[1]}: bfloat16 needs 8.0"
-        return _adapted(experiment, "cuda", "fp16", "float16", reason)
-    return _adapted(experiment, "cuda", mixed_precision, dtype, KEPT)
+        return _with_precision(experiment, "cuda", "fp16", "float16", reason)
+    return _with_precision(experiment, "cuda", mixed_precision, dtype, KEPT)
+
+
+def _with_precision(
+    experiment: Experiment, device_type: str, mixed_precision: str, dtype: str, reason: str
+) -> Settings:
+    """The given precision, with what was asked differently and why."""
+    asked = {"training.mixed_precision": experiment.training.mixed_precision, "model.dtype": experiment.model.dtype}
+    used = {"training.mixed_precision": mixed_precision, "model.dtype": dtype}
+    changes = {key: (asked[key], used[key], reason) for key in asked if asked[key] != used[key]}
+    return Settings(device_type, mixed_precision, DTYPES[dtype], changes=changes)
+
+
+def _quantization(model: config.Model, settings: Settings, saved: SavedSettings | None) -> tuple[str, str | None]:
+    """The quantization that this machine has, and the reason where it is not the one asked for."""
+    reason = None
+    if model.quantization == "4bit":
+        reason = four_bit_unavailable(torch.device(settings.device_type), settings.dtype)
+    if reason is None and saved is not None and saved.quantization != model.quantization:
+        reason = KEPT
+    return ("none" if reason else model.quantization), reason
+
+
+def four_bit_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why 4-bit cannot be had on a device; None where it can. A small layer is quantized and used, before 2 GB are."""
+    try:
+        import bitsandbytes as bnb
+        from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+        Bnb4BitHfQuantizer(four_bit_config(dtype)).validate_environment(device_map={"": str(device)})
+        layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=dtype, quant_type="nf4").to(device)
+        layer.support_avx512bf16_for_cpu = False
+        layer(torch.ones(1, 64, device=device, dtype=dtype))
+    except torch.OutOfMemoryError:  # a RuntimeError, but no reason to fall back
+        raise
+    except (ImportError, RuntimeError, ValueError) as error:
+        return f"4-bit cannot be had here: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return None
+
+
+def four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantization (QLoRA, https://arxiv.org/abs/2305.14314)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def usable_gpu() -> bool:
@@ -105,65 +211,3 @@ def _nvidia_device_present() -> bool:
     # Any number: a container may be given the machine's third GPU alone, as /dev/nvidia2.
     in_wsl = Path("/dev/dxg").exists() and Path("/usr/lib/wsl/lib/libcuda.so").exists()
     return in_wsl or any(DEVICES.glob("nvidia[0-9]*"))
-
-
-def _adapted(experiment: Experiment, device_type: str, mixed_precision: str, dtype: str, reason: str) -> Precision:
-    """The given precision, with what was asked differently and why."""
-    asked = {"training.mixed_precision": experiment.training.mixed_precision, "model.dtype": experiment.model.dtype}
-    used = {"training.mixed_precision": mixed_precision, "model.dtype": dtype}
-    reasons = {key: (asked[key], used[key], reason) for key in asked if asked[key] != used[key]}
-    return Precision(device_type, mixed_precision, DTYPES[dtype], reasons)
-
-
-class Part(BaseModel):
-    """Read from a checkpoint: of exactly this form, or of another version."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Settings(Part):
-    """The settings in effect, which a run that goes on keeps. Those with a default are not in older checkpoints."""
-
-    mixed_precision: Literal["bf16", "fp16", "no"]
-    dtype: Literal["bfloat16", "float16", "float32"]
-    quantization: Literal["none", "4bit"]
-    attn_implementation: str
-    padding_free: bool = False
-    gradient_checkpointing: bool = False
-    dequantize: bool = False
-
-
-# ----------------------------------------------------------------------------------------------------
-# How a recipe's update is computed. Not what: with another execution it is the same update but for the last digits.
-
-Change = tuple[str, str, str]  # asked, in effect, why
-
-
-@dataclass(frozen=True)
-class Execution:
-    """What is decided before the model is loaded.
-
-    Attributes:
-        padding_free: training lays examples end to end (`data.batches.pack`); else it pads as the recipe says.
-        evaluation_padding_free: evaluation does, whatever training does.
-        attn_implementation: by the name that transformers knows it under.
-        dequantize: 4-bit weights are expanded once, and kept so.
-        planned_tokens: the most tokens of a micro-batch without padding for which the plan has room; None: not asked.
-        shards: in how many pieces, on as many processes, the frozen weights are held; 1: whole.
-        return_memory: freed memory goes back to the system at once (`training.memory`), which is slower.
-        reasons: `section.key` to (asked, in effect, why) where the two differ.
-    """
-
-    padding_free: bool
-    evaluation_padding_free: bool
-    attn_implementation: str
-    gradient_checkpointing: bool
-    dequantize: bool
-    planned_tokens: int | None = None
-    shards: int = 1
-    return_memory: bool = False
-    reasons: Mapping[str, Change] = field(default_factory=dict)
-
-    def fast_lora(self, device_type: str) -> bool:
-        """Whether LoRA is computed as `fast_lora.py` does."""
-        return self.padding_free and device_type == "cpu"

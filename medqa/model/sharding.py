@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from medqa.model.attention import find_varlen_kernel
 from medqa.model.loss import LossModel
-from medqa.model.settings import Execution, Precision
+from medqa.model.settings import Settings
 
 BLANK = torch.device("meta")  # as the place to load to: a model of the right shapes, without contents
 
@@ -28,7 +28,7 @@ def loading_device(device: torch.device, shards: int) -> torch.device:
     return torch.device("cpu") if os.environ["RANK"] == "0" else BLANK
 
 
-def blank_base(where: str, precision: Precision, execution: Execution, vocabulary: int) -> PreTrainedModel:
+def blank_base(where: str, settings: Settings, vocabulary: int) -> PreTrainedModel:
     """A base model without contents, in the shapes that the first process's has: loaded, and grown to `vocabulary`.
 
     Args:
@@ -40,13 +40,13 @@ def blank_base(where: str, precision: Precision, execution: Execution, vocabular
     with init_empty_weights(include_buffers=False):  # those are made of the configuration
         model = AutoModelForCausalLM.from_config(
             model_config,
-            dtype=precision.dtype,
-            attn_implementation=execution.attn_implementation,
+            dtype=settings.dtype,
+            attn_implementation=settings.attn_implementation,
             trust_remote_code=False,
         )
     model.tie_weights()  # the context undoes it
     if vocabulary > known:
-        bias = torch.empty(vocabulary, dtype=precision.dtype, device=BLANK)
+        bias = torch.empty(vocabulary, dtype=settings.dtype, device=BLANK)
         model.get_output_embeddings().bias = torch.nn.Parameter(bias)
     _without_memory(model)
     return model

@@ -19,7 +19,7 @@ from medqa.evaluation.loss import Evaluator
 from medqa.model.device import available_memory, peak_memory, release, reset_peak
 from medqa.model.loss import summed_loss
 from medqa.model.memory import enough_tokens, optimizer_bytes
-from medqa.model.settings import Execution
+from medqa.model.settings import Settings
 from medqa.model.sharding import is_sharded
 from medqa.training.state import Moved, RunState
 
@@ -28,7 +28,7 @@ UNTRIED = 0.8  # of the tokens that the plan has room for, where they cannot be 
 
 def choose_micro_batch(
     state: RunState,
-    execution: Execution,
+    settings: Settings,
     model: torch.nn.Module,
     stream: Stream,
     experiment: Experiment,
@@ -40,7 +40,7 @@ def choose_micro_batch(
     A run that goes on keeps its own, or takes fewer where the user gives fewer.
     """
     before, given = state.micro_batch_tokens, experiment.training.micro_batch_tokens
-    if not execution.padding_free:
+    if not settings.padding_free:
         if given is not None:
             say("training.micro_batch_tokens has no effect with padding: training.per_device_batch_size counts there")
         return
@@ -53,7 +53,7 @@ def choose_micro_batch(
         if before is not None:
             state.not_bitwise.append(Moved(state.step, [f"micro_batch_tokens {before} before, {given} now"]))
     if state.micro_batch_tokens is None:
-        planned = execution.planned_tokens
+        planned = settings.planned_tokens
         state.micro_batch_tokens = find_micro_batch_tokens(model, stream.examples, experiment, accelerator, planned)
         how = (
             "as planned, not tried"
@@ -80,7 +80,7 @@ def _what_was_tried(
 
 def make_evaluator(
     state: RunState,
-    execution: Execution,
+    settings: Settings,
     model: torch.nn.Module,
     experiment: Experiment,
     accelerator: Accelerator,
@@ -89,7 +89,7 @@ def make_evaluator(
     """What measures splits during a run, with about as many tokens at once as training has."""
     padded = experiment.training.per_device_batch_size * experiment.tokenization.max_length
     at_once = state.micro_batch_tokens or padded
-    padding_free = execution.evaluation_padding_free
+    padding_free = settings.evaluation_padding_free
     return Evaluator(model, accelerator, experiment.tokenization, pad_token_id, at_once, padding_free)
 
 

@@ -32,8 +32,8 @@ from medqa.files import UNFINISHED, Damaged, checksum, copy_file, flush, open_re
 from medqa.limits import MAX_CHECKPOINT_FILE_BYTES, MAX_JSON_BYTES
 from medqa.model.adapter_files import ADAPTER_FILES
 from medqa.model.attention import SEGMENTED, VARLEN
-from medqa.model.base import Base, adapter_weights, load_adapter_weights
-from medqa.model.settings import Execution, Part, Precision, Settings
+from medqa.model.base import adapter_weights, load_adapter_weights
+from medqa.model.settings import Part, SavedSettings, Settings
 from medqa.model.sharding import is_sharded
 from medqa.training.distributed import on_main
 from medqa.training.state import STATE, RunState, Trained
@@ -56,7 +56,7 @@ class Environment(Part):
     `variables` are those of the environment that choose among kernels (`medqa/variables.py`); None: not recorded.
     """
 
-    settings: Settings
+    settings: SavedSettings
     device: str
     processes: int
     cpu_threads: int | None
@@ -65,27 +65,27 @@ class Environment(Part):
     variables: dict[str, str] | None = None
 
 
-def environment(accelerator: Accelerator, precision: Precision, execution: Execution, base: Base) -> Environment:
+def environment(accelerator: Accelerator, settings: Settings, model: PeftModel) -> Environment:
     """What is in effect in this process."""
     device = accelerator.device
     on_gpu = device.type == "cuda"
     return Environment(
-        settings=Settings.model_validate(
+        settings=SavedSettings.model_validate(
             {
-                "mixed_precision": precision.mixed_precision,
-                "dtype": str(precision.dtype).removeprefix("torch."),
-                "quantization": base.quantization,
-                "attn_implementation": _attention(base.model.config._attn_implementation),
-                "padding_free": execution.padding_free,
-                "gradient_checkpointing": execution.gradient_checkpointing,
-                "dequantize": execution.dequantize and base.quantization == "4bit",
+                "mixed_precision": settings.mixed_precision,
+                "dtype": settings.dtype_name,
+                "quantization": settings.quantization,
+                "attn_implementation": _attention(model.config._attn_implementation),
+                "padding_free": settings.padding_free,
+                "gradient_checkpointing": settings.gradient_checkpointing,
+                "dequantize": settings.dequantize and settings.quantization == "4bit",
             }
         ),
         device=torch.cuda.get_device_name(device) if on_gpu else f"cpu {torch.backends.cpu.get_cpu_capability()}",
         processes=accelerator.num_processes,
         cpu_threads=None if on_gpu else torch.get_num_threads(),
         versions=versions(),
-        sharded=is_sharded(base.model),
+        sharded=is_sharded(model),
         variables=recorded_variables(),
     )
 

@@ -21,7 +21,7 @@ from accelerate.utils import (
 from medqa.config import Experiment
 from medqa.errors import UserError
 from medqa.model.loss import LossModel
-from medqa.model.settings import Precision
+from medqa.model.settings import Settings
 from medqa.model.sharding import keep_from_ddp, shard
 from medqa.training.wandb import wandb_wanted
 from medqa.variables import SEVERAL, is_on, read_by_accelerate, settle_variables
@@ -45,15 +45,15 @@ FSDP_VALUES = {
 }
 
 
-def build_accelerator(experiment: Experiment, precision: Precision) -> Accelerator:
+def build_accelerator(experiment: Experiment, settings: Settings) -> Accelerator:
     """The accelerator for this experiment: precision is the experiment's, processes and devices the launcher's.
 
     Raises:
         UserError: as `make_accelerator`.
     """
     tracked = wandb_wanted(experiment.tracking) and importlib.util.find_spec("wandb") is not None
-    on_cpu, timeout_s = precision.device_type == "cpu", experiment.training.process_timeout_s
-    return make_accelerator(on_cpu, precision.mixed_precision, tracked, timeout_s)
+    on_cpu, timeout_s = settings.device_type == "cpu", experiment.training.process_timeout_s
+    return make_accelerator(on_cpu, settings.mixed_precision, tracked, timeout_s)
 
 
 def make_accelerator(on_cpu: bool, mixed_precision: str, tracked: bool, timeout_s: float) -> Accelerator:

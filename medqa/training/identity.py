@@ -6,6 +6,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from medqa.config import LENGTH, Experiment, flat, may_change_on_resume
@@ -13,9 +14,8 @@ from medqa.config_file import cut, read_yaml, short
 from medqa.data.splits import Splits
 from medqa.data.tokens import Example, ids_fingerprint
 from medqa.errors import UserError, listed
-from medqa.model.base import Base
 from medqa.model.base_files import base_fingerprint
-from medqa.model.settings import Execution, Precision
+from medqa.model.settings import Settings
 from medqa.training.checkpoint import (
     Fingerprints,
     Found,
@@ -41,9 +41,8 @@ def identify(
     splits: Splits,
     examples: Mapping[str, Sequence[Example]],
     tokenizer: PreTrainedTokenizerBase,
-    base: Base,
-    precision: Precision,
-    execution: Execution,
+    model: PeftModel,
+    settings: Settings,
     accelerator: Accelerator,
 ) -> Identity:
     """Whose the checkpoints of this run are.
@@ -58,7 +57,7 @@ def identify(
     fingerprints = Fingerprints(
         data=splits.fingerprint,
         tokenizer=ids_fingerprint(examples, tokenizer),
-        base=of_base() if execution.shards == 1 else on_main(accelerator, of_base),  # sharded, the others have no files
+        base=of_base() if settings.shards == 1 else on_main(accelerator, of_base),  # sharded, the others have no files
     )
     if accelerator.num_processes > 1:
         found = gather_object([fingerprints.model_dump()])
@@ -70,7 +69,7 @@ def identify(
     return Identity(
         experiment=flat(experiment),
         fingerprints=fingerprints,
-        environment=environment(accelerator, precision, execution, base),
+        environment=environment(accelerator, settings, model),
     )
 
 

@@ -15,8 +15,7 @@ from medqa.data.sources import used_sources
 from medqa.data.splits import Splits
 from medqa.data.tokens import Example
 from medqa.errors import UserError
-from medqa.model.base import Base
-from medqa.model.settings import Change, Execution, Precision
+from medqa.model.settings import Settings
 from medqa.model.sharding import frozen_bytes, is_sharded
 
 SHOWN_SOURCES = 40
@@ -46,14 +45,6 @@ def accumulation_steps(training: Training, num_processes: int) -> int:
     )
 
 
-def in_effect(precision: Precision, execution: Execution, asked_quantization: str, base: Base) -> dict[str, Change]:
-    """The settings that are not as asked: `section.key` to (asked, in effect, why)."""
-    changes = dict(precision.reasons) | dict(execution.reasons)
-    if base.reason is not None:
-        changes["model.quantization"] = (asked_quantization, base.quantization, base.reason)
-    return changes
-
-
 @dataclass(frozen=True)
 class Plan:
     """What the console shows before the first update."""
@@ -69,8 +60,7 @@ def make_plan(
     splits: Splits,
     examples: Mapping[str, Sequence[Example]],
     model: torch.nn.Module,
-    execution: Execution,
-    changes: Mapping[str, Change],
+    settings: Settings,
     accelerator: Accelerator,
     decode: Callable[[Any], str],
 ) -> Plan:
@@ -81,13 +71,13 @@ def make_plan(
     mean_length = sum(len(e.input_ids) for e in stream.examples) / len(stream.examples)
     warmup = f", {scheduler.warmup_steps} updates of warmup (rate 0 at the first)" if scheduler.warmup_steps else ""
     trainable, total = parameter_counts(model)
-    quantization = changes.get("model.quantization", ("", experiment.model.quantization, ""))[1]
-    checkpointing = ", gradient checkpointing" if execution.gradient_checkpointing else ""
+    quantization = settings.quantization
+    checkpointing = ", gradient checkpointing" if settings.gradient_checkpointing else ""
     batches = (
         f"{training.per_device_batch_size} examples on {num_processes} process(es): "
         f"gradient_accumulation_steps {accumulation_steps(training, num_processes)}"
     )
-    if execution.padding_free:
+    if settings.padding_free:
         batches = f"examples end to end without padding, as many as memory allows, on {num_processes} process(es)"
     lines = [
         ("recipe", f"quantization {quantization}, {experiment.optimizer.name}{checkpointing}"),
@@ -111,14 +101,16 @@ def make_plan(
     if is_sharded(model):
         here, frozen = frozen_bytes(model)
         lines.append(("sharded", f"{here / 2**20:,.1f} of {frozen / 2**20:,.1f} MiB of frozen weights in each process"))
-    lines += [("in effect", f"{key} = {used}, not {asked}: {why}") for key, (asked, used, why) in changes.items()]
+    lines += [
+        ("in effect", f"{key} = {used}, not {asked}: {why}") for key, (asked, used, why) in settings.changes.items()
+    ]
     if experiment.data.afrimedqa != "none":
         lines.append(("licence", "AfriMed-QA is CC BY-NC-SA 4.0: the adapter is for non-commercial use"))
     if device.type == "cpu" and total > 100e6:
-        padded = experiment.tokenization.padding == "max_length" and not execution.padding_free
+        padded = experiment.tokenization.padding == "max_length" and not settings.padding_free
         tokens = experiment.tokenization.max_length if padded else mean_length
         whole = tokens * training.global_batch_size * updates
-        hours = cpu_hours(total, whole, execution.gradient_checkpointing)
+        hours = cpu_hours(total, whole, settings.gradient_checkpointing)
         lines.append(("time", f"about {hours:,.0f} hours on this CPU; a GPU, or --tiny, is the way"))
     return Plan(lines, loss_segments(stream.at(0), experiment.tokenization.loss_on, decode))
 

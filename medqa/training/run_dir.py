@@ -9,7 +9,7 @@ import re
 import secrets
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
@@ -25,6 +25,7 @@ from medqa.errors import Busy, UserError, note
 from medqa.files import NO_FLOCK, UNFINISHED, Damaged, copy_file, naming, parse_json, read_json, write_json
 from medqa.limits import MAX_COUNT
 from medqa.model.adapter_files import ADAPTER_DIR_FILES
+from medqa.model.settings import Change
 from medqa.places import check_place, require_utf8
 from medqa.training.checkpoint import (
     CHECKPOINT_FILES,
@@ -447,7 +448,7 @@ def read_summary(output_dir: Path) -> dict[str, Any] | None:
     return summary
 
 
-def write_config(output_dir: Path, experiment: Experiment, accumulation: int, changes: dict[str, Any]) -> None:
+def write_config(output_dir: Path, experiment: Experiment, accumulation: int, changes: Mapping[str, Change]) -> None:
     """`config.yaml`: the experiment in full, and what is in effect where that differs, with the reason."""
     effect = {key: {"asked": asked, "used": used, "reason": why} for key, (asked, used, why) in changes.items()}
     dump_yaml(

@@ -134,7 +134,7 @@ def _build(directory: Path, exact: Exact, wanted: Wanted, outtype: str, say: Say
         if not has_llama_cpp():
             say("llama.cpp: not tried, llama-cpp-python is not installed (requirements-llama.txt)")
     adapted = exact.load()
-    quantization = adapted.quantization
+    quantization = adapted.settings.quantization
     say(f"measuring on {len(held_out.ids)} of {held_out.where_from}")
     reference = fidelity.observe(adapted.model, tokenizer, held_out.ids)
     merged = merge(adapted.model)

@@ -17,12 +17,10 @@ from medqa.commands.adapter import Adapted, Source, require_same_base
 from medqa.errors import UserError
 from medqa.files import write_json
 from medqa.model.attention import attention_in_effect
-from medqa.model.base import add_lora, check_model, fit_adapter, load_base, load_tokenizer, quantization_in_effect
-from medqa.model.settings import Execution, Precision, resolve_precision
+from medqa.model.base import add_lora, check_model, fit_adapter, load_base, load_tokenizer
+from medqa.model.settings import Settings, resolve_settings
 from medqa.prompts import prompt_ids
 
-# In float32, 4-bit weights expanded, attention as any server computes it.
-EXACT = Execution(False, False, "sdpa", gradient_checkpointing=False, dequantize=True)
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -36,8 +34,7 @@ class Exact:
     source: Source
     config: Any
     tokenizer: PreTrainedTokenizerBase
-    precision: Precision
-    execution: Execution
+    settings: Settings
     device: torch.device
     weights: int
 
@@ -53,14 +50,12 @@ class Exact:
         source, experiment = self.source, self.source.experiment
         model, seed = experiment.model, experiment.training.seed
         # Vocabulary 0: nothing is grown.
-        base = load_base(model, self.precision, self.execution, self.device, 0, seed, source.settings)
+        base = load_base(model, self.settings, self.device, 0, seed)
         fingerprint = require_same_base(source)
-        adapted = add_lora(base.model.float(), experiment.lora, seed)
+        adapted = add_lora(base.float(), experiment.lora, seed)
         fit_adapter(adapted, source.weights, source.name)
         adapted.requires_grad_(False)
-        return Adapted(
-            source, adapted.eval(), self.tokenizer, self.precision, self.execution, base.quantization, fingerprint
-        )
+        return Adapted(source, adapted.eval(), self.tokenizer, self.settings, fingerprint)
 
 
 def prepare(source: Source, device: torch.device) -> Exact:
@@ -73,11 +68,11 @@ def prepare(source: Source, device: torch.device) -> Exact:
     tokenization = source.experiment.tokenization.model_copy(update={"pad_token": "eos"})
     experiment = source.experiment.model_copy(update={"tokenization": tokenization})
     config = check_model(experiment.model, 0)
-    attention, _ = attention_in_effect(EXACT.attn_implementation, config)
-    precision = resolve_precision(experiment, device.type == "cpu", source.settings)
+    attention, _ = attention_in_effect("sdpa", config)
+    settings = resolve_settings(experiment, cpu=device.type == "cpu", saved=source.settings)
     trained_as = source.settings.quantization if source.settings else experiment.model.quantization
-    quantization, reason = quantization_in_effect(experiment.model, precision, device, source.settings)
-    if quantization != trained_as:
+    if settings.quantization != trained_as:
+        _, _, reason = settings.changes["model.quantization"]
         raise UserError(
             f"{source.name}: trained on a base with quantization {trained_as}, which cannot be had here "
             f"({reason}): merged into other weights it would be another model; export it where it can"
@@ -101,8 +96,8 @@ def prepare(source: Source, device: torch.device) -> Exact:
         replace(source, experiment=experiment),
         config,
         tokenizer,
-        precision,
-        replace(EXACT, attn_implementation=attention),
+        # 4-bit weights expanded, attention as any server computes it
+        replace(settings, attn_implementation=attention, dequantize=True),
         device,
         sum(parameter.numel() for parameter in blank.parameters()),
     )
