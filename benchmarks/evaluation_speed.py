@@ -20,7 +20,6 @@ from benchmarks.standin import MEDQUAD, make_model
 from medqa.evaluation.loss import Evaluator
 from medqa.model.loss import summed_loss
 from medqa.model.memory import enough_tokens
-from medqa.training.loop import next_update
 
 
 def measure(recipe: str, arm: str, shape: str, rows: int, rounds: int) -> list[float]:
@@ -43,7 +42,7 @@ def measure(recipe: str, arm: str, shape: str, rows: int, rounds: int) -> list[f
 
     def forward() -> None:
         parts.model.train()
-        for micro_batch in next_update(parts.stream, parts.experiment, PAD, parts.state, parts.accelerator):
+        for micro_batch in parts.batches.next_update():
             summed_loss(parts.model, micro_batch, parts.accelerator.device)
 
     seconds(forward), seconds(lambda: evaluator.row_losses(examples))  # warm

@@ -3,6 +3,7 @@
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -11,22 +12,21 @@ from peft import PeftModel
 
 from benchmarks.gate import Gate, Job
 from benchmarks.worker import OURS
+from harness.parts import Observer
 from medqa.config import Experiment
 from medqa.data.batches import Stream
 from medqa.data.sources import Row
 from medqa.data.tokens import Example
 from medqa.model.base import add_lora, check_model, load_base
 from medqa.model.device import available_memory
-from medqa.model.loss import LossModel
 from medqa.model.memory import fit_to_memory
 from medqa.model.settings import DTYPES, Settings, resolve_settings
-from medqa.training.batches import choose_micro_batch
+from medqa.training.batches import Batches
 from medqa.training.distributed import build_accelerator, choose_kernels
-from medqa.training.loop import StepResult, next_update, train, train_step
-from medqa.training.optimizer import build_optimizer, build_scheduler
-from medqa.training.recorder import MetricsFile, Tracker
-from medqa.training.state import RunState
-from medqa.training.stopping import Deadline, Interrupts
+from medqa.training.loop import StepResult, train, train_step
+from medqa.training.optimizer import build_state
+from medqa.training.state import TrainState
+from medqa.training.stopping import Stopper
 
 PAD = 2  # the stand-in's EOS
 
@@ -37,27 +37,38 @@ class Ours:
 
     experiment: Experiment
     accelerator: Accelerator
-    stream: Stream
     settings: Settings
-    adapted: PeftModel
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    state: RunState
+    state: TrainState
+    batches: Batches
+
+    @property
+    def stream(self) -> Stream:
+        """The rows by position."""
+        return self.batches.stream
+
+    @property
+    def adapted(self) -> PeftModel:
+        """The model as PEFT knows it."""
+        return self.state.adapted
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The `LossModel` as Accelerate prepared it."""
+        return self.state.model
 
     def step(self, max_grad_norm: float) -> StepResult:
         """The next update: batches as the loop makes them, then `train_step`."""
         self.model.train()
         result = train_step(
             self.model,
-            self.optimizer,
-            self.scheduler,
-            next_update(self.stream, self.experiment, PAD, self.state, self.accelerator),
+            self.state.optimizer,
+            self.state.scheduler,
+            self.batches.next_update(),
             accelerator=self.accelerator,
             seed=self.experiment.training.seed,
             max_grad_norm=max_grad_norm,
         )
-        self.state.step += 1
+        self.state.progress.step += 1
         return result
 
 
@@ -88,12 +99,11 @@ def build(job: Job) -> Ours:
         raise RuntimeError(f"{job.arm}: {settings.changes}")
     base = load_base(experiment.model, settings, accelerator.device, vocabulary, training.seed)
     adapted = add_lora(base, experiment.lora, training.seed, settings.fast_lora)
-    bare_optimizer = build_optimizer(adapted, experiment.optimizer)
-    scheduler = build_scheduler(bare_optimizer, experiment.scheduler, training.max_steps)
-    model, optimizer = accelerator.prepare(LossModel(adapted), bare_optimizer)
-    state = RunState()
-    choose_micro_batch(state, settings, model, stream, experiment, accelerator, print)
-    return Ours(experiment, accelerator, stream, settings, adapted, model, optimizer, scheduler, state)
+    state = build_state(adapted, experiment, training.max_steps, settings.shards, accelerator)
+    batches = Batches(stream, experiment, PAD, state.progress, accelerator)
+    with tempfile.TemporaryDirectory() as directory:
+        batches.probe(state.model, settings, Observer(experiment, accelerator, Path(directory), say=print))
+    return Ours(experiment, accelerator, settings, state, batches)
 
 
 def run(job: Job, gate: Gate) -> None:
@@ -107,28 +117,21 @@ def run(job: Job, gate: Gate) -> None:
         gate.update_done(sum(len(parts.stream.at(position).input_ids) for position in range(last - size, last)))
 
     with tempfile.TemporaryDirectory() as directory:
-        tracker = Tracker(True, MetricsFile(Path(directory) / "metrics.jsonl"))
-        tracker.resume(-1, parts.experiment.training.max_steps)
+        recorder = Observer(parts.experiment, parts.accelerator, Path(directory), told, print)
+        updates = parts.experiment.training.max_steps
+        recorder.resume(parts.state.progress, updates)
         train(
-            parts.accelerator,
-            parts.model,
-            parts.optimizer,
-            parts.scheduler,
-            parts.stream,
-            parts.experiment,
-            PAD,
             parts.state,
-            updates=parts.experiment.training.max_steps,
-            validate=_never,
+            parts.batches,
+            parts.experiment,
+            parts.accelerator,
+            updates=updates,
+            evaluate=_never,
             save=_never,
-            tracker=tracker,
-            interrupts=Interrupts(),
-            deadline=Deadline(None),
-            progress=told,
-            say=print,
-            clock=lambda: 0.0,
+            recorder=recorder,
+            stopper=Stopper(),
         )
 
 
-def _never() -> None:
+def _never() -> NoReturn:
     raise AssertionError("evaluation.steps and training.save_steps should be beyond the updates asked for")

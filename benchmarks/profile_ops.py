@@ -57,7 +57,7 @@ def measure(job: Job) -> dict[str, Any]:
         "cpu_s_profiled": took,
         "groups": dict(groups.most_common()),
         "largest": dict(single.most_common(15)),
-        "micro_batch_tokens": parts.state.micro_batch_tokens,
+        "micro_batch_tokens": parts.state.progress.micro_batch_tokens,
     }
 
 

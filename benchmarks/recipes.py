@@ -29,7 +29,7 @@ from medqa.data.sources import load_sources
 from medqa.data.splits import split_sources
 from medqa.data.tokens import tokenize
 from medqa.evaluation.loss import fixed_subset, perplexity
-from medqa.training.state import RunState
+from medqa.training.state import Progress
 
 ARMS = ("exp_001", "exp_002", "exp_003", "exp_004")
 
@@ -83,7 +83,7 @@ def train_and_measure(
     """For each reading: row ids, and per row the summed loss and the number of answer tokens."""
     parts = build(experiment)
     with tempfile.TemporaryDirectory() as scratch:
-        run_train(parts, RunState(), Path(scratch))
+        run_train(parts, Progress(), Path(scratch))
     found = {}
     for name, reading in readings.items():
         data = reading.data

@@ -28,7 +28,7 @@ from medqa.data.tokens import tokenize
 from medqa.evaluation.loss import fixed_subset
 from medqa.evaluation.statistics import Figure, mean_figure, perplexity_figure
 from medqa.options import add_data_option, own_sources
-from medqa.training.state import RunState
+from medqa.training.state import Progress
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 BEGIN, END = "<!-- splits_compared: begin -->", "<!-- splits_compared: end -->"
@@ -98,7 +98,7 @@ def measured(experiment: Experiment, splits: Splits, limit: int | None) -> dict[
     evaluator = parts.evaluator(TOKENS)
     untuned = evaluator.row_losses(examples)
     with tempfile.TemporaryDirectory() as scratch:
-        run_train(parts, RunState(), Path(scratch))
+        run_train(parts, Progress(), Path(scratch))
     tuned = evaluator.row_losses(examples)
     known = shared_with_training(splits)
     shares = np.array([bool(known[example.row.id]["question_or_answer"]) for example in examples])

@@ -17,7 +17,7 @@ from medqa.config import Experiment
 from medqa.data.batches import IGNORED
 from medqa.model.base import adapter_weights
 from medqa.training.plan import accumulation_steps
-from medqa.training.state import RunState
+from medqa.training.state import Progress
 
 FIGURES = ("loss", "grad_norm", "learning_rate")
 TRAINER_NAMES = {
@@ -41,7 +41,7 @@ class Curve:
 def train_ours(experiment: Experiment, directory: Path) -> Curve:
     """The experiment by this project's loop."""
     parts = build(experiment)
-    records = run_train(parts, RunState(), directory)
+    records = run_train(parts, Progress(), directory)
     figures = {name: [record[name] for record in records] for name in FIGURES}
     return Curve(figures, adapter_weights(parts.adapted), _state_tensors(parts.optimizer))
 

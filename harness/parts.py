@@ -1,7 +1,7 @@
 """The parts of a run, built as `train.py` builds them, to be driven one by one."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,24 +12,23 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from medqa.config import Data, Experiment, flat
-from medqa.data.batches import MicroBatch, Stream
-from medqa.data.sources import load_sources
-from medqa.data.splits import Splits, split_sources
-from medqa.data.tokens import Example, tokenize_splits
-from medqa.evaluation.loss import Evaluator
+from medqa.data.batches import MicroBatch, Stream, TrainingData, split_and_tokenize
+from medqa.data.sources import Source, load_sources
+from medqa.data.tokens import Example
+from medqa.evaluation.loss import Evaluator, SplitLoss
 from medqa.model.base import check_model, load_model, load_tokenizer
 from medqa.model.device import available_memory
-from medqa.model.loss import LossModel
 from medqa.model.memory import fit_to_memory
 from medqa.model.settings import Settings, resolve_settings
-from medqa.training.batches import choose_micro_batch
-from medqa.training.checkpoint import Fingerprints, Identity, Trained, environment
+from medqa.training.batches import Batches
+from medqa.training.checkpoint import Fingerprints, Identity, environment
 from medqa.training.distributed import build_accelerator
-from medqa.training.loop import StepResult, train, train_step
-from medqa.training.optimizer import build_optimizer, build_scheduler
-from medqa.training.recorder import MetricsFile, Tracker, read_metrics
-from medqa.training.state import RunState
-from medqa.training.stopping import Deadline, Interrupts
+from medqa.training.loop import StepResult, robust_step, train, train_step
+from medqa.training.optimizer import build_state
+from medqa.training.recorder import Phases, Recorder, read_metrics
+from medqa.training.run_dir import METRICS
+from medqa.training.state import Progress, TrainState
+from medqa.training.stopping import Stopper
 
 
 @dataclass
@@ -39,13 +38,24 @@ class Parts:
     experiment: Experiment
     accelerator: Accelerator
     tokenizer: PreTrainedTokenizerBase
-    examples: dict[str, list[Example]]
-    stream: Stream
+    data: TrainingData
     settings: Settings
-    adapted: PeftModel
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    state: TrainState
+
+    @property
+    def examples(self) -> Mapping[str, Sequence[Example]]:
+        """The examples by split."""
+        return self.data.examples
+
+    @property
+    def stream(self) -> Stream:
+        """The training examples by position."""
+        return self.data.stream
+
+    @property
+    def adapted(self) -> PeftModel:
+        """The model as PEFT knows it."""
+        return self.state.adapted
 
     @property
     def base(self) -> torch.nn.Module:
@@ -53,9 +63,19 @@ class Parts:
         return self.adapted.get_base_model()
 
     @property
-    def trained(self) -> Trained:
-        """What a checkpoint keeps."""
-        return Trained(self.adapted, self.optimizer, self.scheduler, self.accelerator.scaler)
+    def model(self) -> torch.nn.Module:
+        """The `LossModel` as Accelerate prepared it."""
+        return self.state.model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The prepared optimizer."""
+        return self.state.optimizer
+
+    @property
+    def scheduler(self) -> torch.optim.lr_scheduler.LambdaLR:
+        """The learning rate schedule."""
+        return self.state.scheduler
 
     @property
     def identity(self) -> Identity:
@@ -99,12 +119,21 @@ class Parts:
             max_grad_norm=max_grad_norm or self.experiment.optimizer.max_grad_norm,
         )
 
+    def update(self) -> StepResult:
+        """The next update as the loop does it: `robust_step`, repeated where it must be, and counted."""
+        recorder = Observer(self.experiment, self.accelerator, Path())
+        progress = self.state.progress
+        batches = Batches(self.stream, self.experiment, self.tokenizer.pad_token_id, progress, self.accelerator)
+        self.model.train()
+        result, _ = robust_step(self.state, batches, self.experiment, self.accelerator, recorder)
+        progress.advance(result)
+        return result
+
 
 @functools.lru_cache(maxsize=4)
-def _splits(data: str) -> Splits:
+def _sources(data: str) -> Sequence[Source]:
     """The rows of these data settings (as JSON, which can be hashed), read once a process."""
-    settings = Data.model_validate_json(data)
-    return split_sources(load_sources(settings), settings)
+    return load_sources(Data.model_validate_json(data))
 
 
 def build(experiment: Experiment, make_accelerator: Callable[[], Accelerator] | None = None) -> Parts:
@@ -117,62 +146,83 @@ def build(experiment: Experiment, make_accelerator: Callable[[], Accelerator] | 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = make_accelerator() if make_accelerator else build_accelerator(experiment, settings)
-    training = experiment.training
-    splits = _splits(experiment.data.model_dump_json())
     tokenizer = load_tokenizer(experiment.model.base, experiment.tokenization.pad_token)
-    _, examples = tokenize_splits(splits, tokenizer, experiment.tokenization, ("train", "validation"))
-    stream = Stream(examples["train"], training.seed, training.global_batch_size)
+    data = split_and_tokenize(_sources(experiment.data.model_dump_json()), tokenizer, experiment)
     model_config = check_model(experiment.model, experiment.tokenization.max_length)
     memory = available_memory(accelerator.device)
     settings = fit_to_memory(settings, experiment, model_config, len(tokenizer), memory)
     if settings.quantization != experiment.model.quantization:
         raise RuntimeError(settings.changes["model.quantization"])
     adapted = load_model(experiment, settings, tokenizer, accelerator.device)
-    bare_optimizer = build_optimizer(adapted, experiment.optimizer)
-    scheduler = build_scheduler(bare_optimizer, experiment.scheduler, training.max_steps)
-    model, optimizer = accelerator.prepare(LossModel(adapted), bare_optimizer)
-    return Parts(experiment, accelerator, tokenizer, examples, stream, settings, adapted, model, optimizer, scheduler)
+    state = build_state(adapted, experiment, data.updates, settings.shards, accelerator)
+    return Parts(experiment, accelerator, tokenizer, data, settings, state)
+
+
+class Observer(Recorder):
+    """A recorder that hands each update's record and each message to functions, and whose clock stands still."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        accelerator: Accelerator,
+        output_dir: Path,
+        progress: Callable[[dict], None] = lambda record: None,
+        say: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        super().__init__(experiment, accelerator, output_dir, Phases())
+        self._progress, self._say = progress, say
+        self.phases.first_update_done()  # so that no message tells how long it took
+
+    def message(self, text: str) -> None:
+        """Hand a message on."""
+        self._say(text)
+
+    def clock(self) -> float:
+        """Always 0."""
+        return 0.0
+
+    def show_update(self, record: dict) -> None:
+        """Hand a record on."""
+        self._progress(record)
 
 
 def run_train(
     parts: Parts,
-    state: RunState,
+    progress: Progress,
     directory: Path,
     *,
     save: Callable[[], None] = lambda: None,
-    interrupts: Interrupts | None = None,
-    progress: Callable[[dict], None] = lambda record: None,
+    stopper: Stopper | None = None,
+    told: Callable[[dict], None] = lambda record: None,
     say: Callable[[str], None] = lambda message: None,
 ) -> list[dict]:
     """`medqa.training.loop.train` without validation; the records it wrote into `directory`/metrics.jsonl.
 
     What stops it early is raised, as by `train`.
+
+    Args:
+        progress: becomes that of the parts' state.
+        told: gets the record of each update.
     """
-    metrics = directory / "metrics.jsonl"
-    tracker = Tracker(True, MetricsFile(metrics))
-    tracker.resume(state.step, parts.experiment.training.max_steps)
-    choose_micro_batch(state, parts.settings, parts.model, parts.stream, parts.experiment, parts.accelerator, say)
-    train(
-        parts.accelerator,
-        parts.model,
-        parts.optimizer,
-        parts.scheduler,
-        parts.stream,
-        parts.experiment,
-        parts.tokenizer.pad_token_id,
-        state,
-        updates=parts.experiment.training.max_steps,
-        validate=_no_validation,
-        save=save,
-        tracker=tracker,
-        interrupts=interrupts or Interrupts(),
-        deadline=Deadline(None),
-        progress=progress,
-        say=say,
-        clock=lambda: 0.0,
-    )
-    return list(read_metrics(metrics))
+    parts.state.progress = progress
+    recorder = Observer(parts.experiment, parts.accelerator, directory, told, say)
+    recorder.resume(progress, parts.data.updates)
+    batches = Batches(parts.stream, parts.experiment, parts.tokenizer.pad_token_id, progress, parts.accelerator)
+    batches.probe(parts.model, parts.settings, recorder)
+    with recorder.training(progress, parts.stream, parts.data.updates):
+        train(
+            parts.state,
+            batches,
+            parts.experiment,
+            parts.accelerator,
+            updates=parts.data.updates,
+            evaluate=_no_validation,
+            save=save,
+            recorder=recorder,
+            stopper=stopper or Stopper(),
+        )
+    return list(read_metrics(directory / METRICS))
 
 
-def _no_validation() -> None:
+def _no_validation() -> SplitLoss:
     raise AssertionError("evaluation.steps should be beyond training.max_steps")

@@ -19,7 +19,7 @@ from medqa.errors import LAUNCHER_DIED, UserError, exit_code, writing
 from medqa.files import write_json
 from medqa.options import command_parser, data_locations, locations, run_words
 from medqa.terminal import make_console, print_error, print_json, protect
-from medqa.training.stopping import Interrupts
+from medqa.training.stopping import Stopper
 from medqa.variables import settle_variables
 
 # These end a command as an error would, so that it removes what it has begun to write. Ctrl-C is Python's own.
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        with Interrupts(STOPPING):
+        with Stopper(STOPPING):
             return exit_code(lambda: run_command(options))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

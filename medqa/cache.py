@@ -101,7 +101,7 @@ def _checksum(arrays: Arrays) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------
-# What the untuned model gives, kept on disk: the same for every run on that base model and data, so computed once.
+# What the baseline gives, kept on disk: the same for every run on that base model and data, so computed once.
 #
 # In `$MEDQA_CACHE/baselines` (`~/.cache/medqa` where that is not set), as JSON with a checksum, by what it is made
 # of. A file that is damaged, or that cannot be written, is as if it were not there. Shared as the token ids are.

@@ -58,7 +58,7 @@ MAX_LAYERS = 1_000
 MAX_TOKENS_PER_BYTE = 4
 # Characters that a base model's own chat template may put around a question.
 MAX_TEMPLATE_CHARACTERS = 20_000
-# Bytes of what is kept of an untuned base's losses and answers.
+# Bytes of what is kept of a baseline's losses and answers.
 MAX_BASELINE_BYTES = 500_000_000
 # Bytes of a netrc file, in which W&B's key stands.
 MAX_NETRC_BYTES = 1_000_000

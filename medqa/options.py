@@ -179,9 +179,9 @@ def _evaluate(commands: Commands) -> None:
     """`evaluate`."""
     parser = commands.add_parser(
         "evaluate",
-        help="how good a run's adapter is on held-out rows, beside the untuned base, with intervals",
+        help="how good a run's adapter is on held-out rows, compared with the baseline, with intervals",
         description="Loss, generated answers, multiple choice and red flags on rows that training has not seen; on the "
-        "console, in RUN/evaluation.json and on W&B. What the untuned base gives is computed once, and kept.",
+        "console, in RUN/evaluation.json and on W&B. The baseline is computed once, and kept.",
         allow_abbrev=False,
     )
     _add_adapter_options(parser, "RUN", "the directory of a run")

@@ -68,7 +68,7 @@ TABLE = {
         Kind.CLEARED, "training.global_batch_size and training.per_device_batch_size decide", ("1",)
     ),
     "ACCELERATE_GRADIENT_CLIPPING": Rule(Kind.CLEARED, "optimizer.max_grad_norm decides"),
-    "ACCELERATE_MIXED_PRECISION": Rule(Kind.TOLD, "training.mixed_precision decides"),  # kept: `Interrupts` looks at it
+    "ACCELERATE_MIXED_PRECISION": Rule(Kind.TOLD, "training.mixed_precision decides"),  # kept: `Stopper` looks at it
     "ACCELERATE_DYNAMO_": Rule(Kind.CLEARED),
     "ACCELERATE_DYNAMO_BACKEND": Rule(Kind.CLEARED, "models are not compiled"),
     # Accelerate: what is not done here.

@@ -71,7 +71,7 @@ def test_another_checkpoint(tiny_run):
 def test_a_best_checkpoint_that_was_not_kept_is_named(run):
     (run / "summary.json").unlink()
     path = run / "checkpoint-6" / "state.json"
-    for step, said in ((5, "of which no checkpoint was kept"), (0, "the untuned base was best")):
+    for step, said in ((5, "of which no checkpoint was kept"), (0, "the baseline was best")):
         path.write_text(json.dumps({**json.loads(path.read_text()), "best_step": step}))
         manifest = json.loads((run / "checkpoint-6" / "manifest.json").read_text())
         rewrite_manifest(run / "checkpoint-6", manifest)

@@ -28,12 +28,11 @@ from benchmarks.gradient_check import (
     wake,
     within,
 )
-from benchmarks.ours import PAD, build
+from benchmarks.ours import build
 from benchmarks.pool import Arm, ArmFailed
 from benchmarks.standin import fold, make_model, useful_share
 from benchmarks.theirs import chosen_rows
 from medqa.model.loss import summed_loss, target_count
-from medqa.training.loop import next_update
 
 ROWS = 16
 RECIPES = ("exp_001", "exp_002", "exp_003")
@@ -84,7 +83,7 @@ def test_a_mean_of_micro_batch_means_fails(jobs, reference):
     parts = build(checked(jobs("exp_001", "plain")["plain"]))
     wake(parts.adapted)
     adapter, loss = trainable(parts.adapted), 0.0
-    micro_batches = next_update(parts.stream, parts.experiment, PAD, parts.state, parts.accelerator)
+    micro_batches = parts.batches.next_update()
     for micro_batch in micro_batches:
         mean = summed_loss(parts.model, micro_batch, torch.device("cpu")) / target_count(micro_batch)
         (mean / len(micro_batches)).backward()

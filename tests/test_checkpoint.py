@@ -170,7 +170,7 @@ def test_a_checkpoint_under_another_name_is_passed_over(name, half, straight, ca
     assert main(words(half)) == 0
     said = capsys.readouterr().out.replace("\n", "")
     assert f"passed over      {half / name} is damaged: manifest.json says that it is of another update" in said
-    assert "going on after update 4" in said
+    assert "resumed          after update 4" in said
     shutil.rmtree(half / name)
     assert contents(half) == contents(straight)
 
@@ -206,7 +206,7 @@ def test_a_run_goes_on_from_an_older_one_with_the_same_result(name, damage, half
     assert main(words(half)) == 0
     said = capsys.readouterr().out
     assert f"{half / 'checkpoint-4'} is damaged: {name}" in said.replace("\n", "")
-    assert "going on after update 2" in said
+    assert "resumed          after update 2" in said
     assert contents(half) == contents(straight)
     assert newest_whole([half]).path.name == "checkpoint-6"
     shutil.rmtree(half / "checkpoint-6")

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from medqa.config import Data
 from medqa.config_file import load_experiment
-from medqa.data.batches import Stream
+from medqa.data.batches import Stream, TrainingData
 from medqa.data.sources import load_sources
 from medqa.data.splits import SPLITS, Splits
 from medqa.data.tokens import tokenize
@@ -53,7 +53,9 @@ def spoken(monkeypatch, stream: io.StringIO, is_main: bool = True) -> Console:
 
 
 def show_everything(console: Console) -> None:
-    plan = Plan([("data", "train 3 [/b]"), ("rate", "1e-4")], [(False, "<s>"), (True, "### Instruction:\nWhy [x] ?")])
+    plan = Plan(
+        [("data", "train 3 [/b]"), ("learning rate", "1e-4")], [(False, "<s>"), (True, "### Instruction:\nWhy [x] ?")]
+    )
     show_plan(console, "exp_001 in /tmp/[/b]/x", plan)
     with ProgressLine(console, 0, 20, 10) as progress:
         for step in range(1, 21):
@@ -71,7 +73,7 @@ def test_plain_lines_where_it_is_no_terminal_or_a_notebook(notebook, monkeypatch
     assert "\x1b" not in text, "no control codes"
     assert "\r" not in text
     assert len([line for line in text.splitlines() if line.startswith("update ")]) == 2, "a line every 10 updates"
-    assert "update 10/20  loss 1.2500  rate 1.00e-04  1,234 tokens/s  peak 2.0 GiB  about 20 s left" in text
+    assert "update 10/20  loss 1.2500  lr 1.00e-04  1,234 tokens/s  peak 2.0 GiB  about 20 s left" in text
     assert "/tmp/[/b]/x" in text
     assert "exp [red]x[/red] [/b]: before and after" in text
 
@@ -86,7 +88,7 @@ def test_a_terminal_gets_a_display(width, monkeypatch):
     assert "\x1b[" in stream.getvalue()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
     assert "20/20" in text
-    assert "loss 1.2500  rate 1.00e-04  1,234 tokens/s  peak 2.0 GiB 0:00:00" in text, "nothing is cut off"
+    assert "loss 1.2500  lr 1.00e-04  1,234 tokens/s  peak 2.0 GiB 0:00:00" in text, "nothing is cut off"
     assert "Why [x] ?" in stream.getvalue()
 
 
@@ -144,17 +146,9 @@ def plan_of(rows, tokenizer, *sets: str, exp: str = "exp_001") -> Plan:
     model = load_model(experiment, settings, tokenizer, device)
     examples = {name: tokenize(rows, tokenizer, experiment.tokenization) for name in ("train", "validation", "test")}
     stream = Stream(examples["train"], 42, experiment.training.global_batch_size)
-    plan = make_plan(
-        experiment,
-        experiment.training.max_steps,
-        stream,
-        Splits(**dict.fromkeys(SPLITS, tuple(rows)), groups={row.id: row.id for row in rows}, fingerprint=""),
-        examples,
-        model,
-        settings,
-        accelerator,
-        tokenizer.decode,
-    )
+    splits = Splits(**dict.fromkeys(SPLITS, tuple(rows)), groups={row.id: row.id for row in rows}, fingerprint="")
+    data = TrainingData((), splits, examples, stream, experiment.training.max_steps)
+    plan = make_plan(experiment, data, settings, model, accelerator, tokenizer)
     AcceleratorState._reset_state(reset_partial_state=True)
     return plan
 
@@ -168,7 +162,7 @@ def test_the_plan_says_what_a_run_will_be(rows, tokenizer):
     assert said["updates"][0].startswith("10 of 32 examples, about ")
     assert said["updates"][0].endswith("tokens: 8.00 epochs")
     assert said["micro-batches"] == ["4 examples on 1 process(es): gradient_accumulation_steps 8"]
-    assert said["rate"] == ["0.01, constant"]
+    assert said["learning rate"] == ["0.01, constant"]
     assert said["parameters"] == ["45,056 train of 799,360 (5.64 %)"]
     assert said["device"][0].startswith("cpu, ")
     assert "training.mixed_precision = no, not bf16: on a CPU everything is float32" in said["in effect"]
@@ -178,8 +172,8 @@ def test_the_plan_says_what_a_run_will_be(rows, tokenizer):
 
 def test_warmups_zero_rate_and_the_absent_source_are_said(rows, tokenizer):
     lines = plan_of(rows, tokenizer, "data.afrimedqa=none", exp="exp_002").lines
-    rates = [text for label, text in lines if label == "rate"]
-    assert rates == ["0.01, cosine, 4 updates of warmup (rate 0 at the first)"]
+    rates = [text for label, text in lines if label == "learning rate"]
+    assert rates == ["0.01, cosine, 4 updates of warmup (learning rate 0 at the first)"]
     assert not [text for label, text in lines if label == "licence"]
 
 

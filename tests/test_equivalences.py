@@ -17,10 +17,10 @@ from medqa.errors import Interrupted
 from medqa.model.base import adapter_weights, load_adapter_weights
 from medqa.model.loss import target_count, token_losses
 from medqa.training.checkpoint import checkpoints, newest_whole, save_adapter, save_checkpoint
-from medqa.training.identity import go_on
+from medqa.training.identity import resume
 from medqa.training.loop import StepResult
-from medqa.training.state import RunState
-from medqa.training.stopping import Interrupts
+from medqa.training.state import Progress
+from medqa.training.stopping import Stopper
 
 GRADIENTS_WITHIN = 1e-5  # of the largest value in the tensor, in float32 (1e-6 was measured)
 LOSSES_WITHIN = 1e-6  # relative
@@ -227,24 +227,22 @@ def test_continued_is_uninterrupted_bit_for_bit(tiny, tmp_path, recipe):
     experiment = tiny(*recipe, "training.max_steps=6", "training.global_batch_size=16", "tokenization.max_length=96")
     assert experiment.lora.lora_dropout == 0.05
     straight = build(experiment)
-    straight_records = run_train(straight, RunState(), directory(tmp_path, "straight"))
+    straight_records = run_train(straight, Progress(), directory(tmp_path, "straight"))
 
-    first, state, interrupts = build(experiment), RunState(), Interrupts()
+    first, stopper = build(experiment), Stopper()
     place = directory(tmp_path, "continued")
 
     def signal_in_the_third_update(record: dict) -> None:
-        interrupts.received = signal.SIGTERM if record["step"] == 2 else None
+        stopper.received = signal.SIGTERM if record["step"] == 3 else None
 
     with pytest.raises(Interrupted):
         run_train(
             first,
-            state,
+            Progress(),
             place,
-            save=lambda: save_checkpoint(
-                place, first.trained, state, first.identity, first.accelerator, 3, pytest.fail
-            ),
-            interrupts=interrupts,
-            progress=signal_in_the_third_update,
+            save=lambda: save_checkpoint(place, first.state, first.identity, first.accelerator, 3, pytest.fail),
+            stopper=stopper,
+            told=signal_in_the_third_update,
         )
     assert [path.name for path in checkpoints(place)] == ["checkpoint-3"]
 
@@ -253,7 +251,8 @@ def test_continued_is_uninterrupted_bit_for_bit(tiny, tmp_path, recipe):
     move_b(second)
     torch.rand(17)
     found = newest_whole([place])
-    state = go_on(found, second.trained, second.identity)
+    resume(found, second.state, second.identity)
+    state = second.state.progress
     assert not state.not_bitwise
     assert state.step == 3
     records = run_train(second, state, place)

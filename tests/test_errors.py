@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from medqa.errors import LAUNCHER_DIED, Interrupted, TrainingStopped, UserError, exit_code
 from medqa.hub import hub_reachable
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
-from medqa.training.stopping import TOGETHER_S, Interrupts
+from medqa.training.stopping import TOGETHER_S, Stopper
 from train import main
 
 ROOT = Path(__file__).parents[1]
@@ -688,14 +688,14 @@ def test_only_the_first_process_of_each_host_speaks(capsys, monkeypatch):
 
 
 def test_a_signal_outside_training_ends_the_run_at_once():
-    with Interrupts(), pytest.raises(Interrupted) as caught:
+    with Stopper(), pytest.raises(Interrupted) as caught:
         signal.raise_signal(signal.SIGTERM)
     assert caught.value.signum == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_signal_in_training_is_noted_and_a_second_one_ends_it():
-    with Interrupts() as interrupts:
+    with Stopper() as interrupts:
         interrupts.finish_update = True
         signal.raise_signal(signal.SIGINT)
         assert interrupts.received == signal.SIGINT
@@ -722,7 +722,7 @@ TERM, INT, HUP, CONT = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGC
     ids=lambda group: "+".join(number.name.removeprefix("SIG") for number in group),
 )
 def test_signals_that_come_together_are_one_request(group):
-    with Interrupts() as interrupts:
+    with Stopper() as interrupts:
         interrupts.finish_update = True
         for number in group:
             signal.raise_signal(number)
@@ -732,7 +732,7 @@ def test_signals_that_come_together_are_one_request(group):
 @pytest.mark.parametrize("first", [TERM, HUP, INT])
 @pytest.mark.parametrize("second", [TERM, INT])
 def test_a_signal_that_comes_later_is_impatience(first, second, monkeypatch):
-    with Interrupts() as interrupts:
+    with Stopper() as interrupts:
         interrupts.finish_update = True
         signal.raise_signal(first)
         now = time.monotonic() + 2 * TOGETHER_S
@@ -746,7 +746,7 @@ def test_a_signal_that_comes_later_is_impatience(first, second, monkeypatch):
 def test_an_echo_does_not_disturb_a_run_that_is_ending():
     """Outside training the first signal raises; its echo must not cut off what is cleaned up on the way out."""
     cleaned = []
-    with Interrupts():
+    with Stopper():
         try:
             signal.raise_signal(TERM)
         except Interrupted:
@@ -756,17 +756,14 @@ def test_an_echo_does_not_disturb_a_run_that_is_ending():
 
 
 def test_a_signal_in_the_last_update_is_not_lost():
-    with Interrupts() as interrupts:
-        interrupts.finish_update = True
+    with Stopper() as stopper, pytest.raises(Interrupted), stopper.finishing_updates(None):
         signal.raise_signal(TERM)
-        with pytest.raises(Interrupted):
-            interrupts.training_is_over()
 
 
 def test_nohup_is_respected():
     before = signal.signal(HUP, signal.SIG_IGN)
     try:
-        with Interrupts() as interrupts:
+        with Stopper() as interrupts:
             signal.raise_signal(HUP)
             assert interrupts.received is None
         assert signal.getsignal(HUP) == signal.SIG_IGN

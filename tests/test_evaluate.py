@@ -104,7 +104,7 @@ def test_sources_add_up(evaluated):
 def test_what_the_base_gives_is_computed_once(evaluated, tiny_run, run, capsys):
     assert main(["evaluate", str(run), "--tasks", "loss", "--cpu"]) == 0
     told = capsys.readouterr().out
-    assert told.count("the untuned base as computed before") == 4  # two splits, two prompts
+    assert told.count("the baseline as computed before") == 4  # two splits, two prompts
     assert told.count("rows of") == 2  # the tuned one alone
     assert loss_of(run) == loss_of(evaluated)
 
@@ -182,8 +182,8 @@ def test_what_was_written_once_is_not_written_again(in_full, run, monkeypatch, c
     monkeypatch.setattr("medqa.commands.tasks.ANSWER_TOKENS", 24)
     assert main(["evaluate", str(run), "--limit", "6", "--cpu", "--tasks", "generation,probes"]) == 0
     told = capsys.readouterr().out
-    assert told.count("the untuned base as computed before") == 3  # two prompts' answers, and the red flags'
-    assert told.count("answers, tuned") == 2
+    assert told.count("the baseline as computed before") == 3  # two prompts' answers, and the red flags'
+    assert told.count("answers, fine-tuned") == 2
     tasks = json.loads((run / "evaluation.json").read_text())["tasks"]
     assert tasks == {task: in_full[task] for task in ("generation", "probes")}
 
@@ -440,7 +440,7 @@ def test_a_verdict_needs_a_handful_of_rows(rows, verdict):
     assert shown(difference).endswith(TOO_FEW) == (rows < 6)
     better = difference_figure(alike, [1.0] * rows)
     (line,) = in_short({"loss": {"test": {**loss, "rows": rows, "difference": {"answer_loss": better}}}})
-    assert line.endswith(": tuned is better" if rows == 6 else f": {TOO_FEW}")
+    assert line.endswith(": fine-tuned is better" if rows == 6 else f": {TOO_FEW}")
 
 
 @pytest.mark.parametrize(

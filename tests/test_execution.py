@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from accelerate.state import AcceleratorState
 from safetensors.numpy import load, save
 from transformers import AutoTokenizer, OlmoConfig, OlmoForCausalLM
 
-from harness.parts import Parts, build
+from harness.parts import Observer, Parts, build
 from medqa import cache
 from medqa.config_file import load_experiment, load_yaml
 from medqa.data import tokens
@@ -30,9 +31,9 @@ from medqa.model.memory import enough_tokens, fit_to_memory, footprint
 from medqa.model.settings import Settings, resolve_settings
 from medqa.tiny import BASE_DIR
 from medqa.training import batches
-from medqa.training.batches import choose_micro_batch, find_micro_batch_tokens, full, most_in_an_update
+from medqa.training.batches import Batches, find_micro_batch_tokens, full, most_in_an_update
 from medqa.training.run_dir import CONFIG
-from medqa.training.state import STATE, RunState
+from medqa.training.state import PROGRESS, Progress
 from train import main
 
 SHORT = (
@@ -55,7 +56,7 @@ def words(directory: Path, *sets: str, exp: str = "exp_002", options: tuple[str,
 
 
 def state(directory: Path, step: int):
-    return STATE.validate_json((directory / f"checkpoint-{step}" / "state.json").read_bytes())
+    return PROGRESS.validate_json((directory / f"checkpoint-{step}" / "state.json").read_bytes())
 
 
 def in_effect(directory: Path) -> dict:
@@ -95,7 +96,7 @@ def test_time_to_the_first_update_is_told_by_phase(tmp_path, capsys):
     directory = tmp_path / "run"
     assert main(words(directory)) == 0
     phases = summary(directory)["start_s"]
-    assert list(phases) == ["imports", "data", "tokens", "model", "start", "probe", "evaluation", "first update"]
+    assert list(phases) == ["imports", "data", "model", "start", "probe", "evaluation", "first update"]
     assert all(seconds >= 0 for seconds in phases.values())
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("first update after")]
     assert all(phase in line for phase in phases)
@@ -351,7 +352,7 @@ def test_a_resume_keeps_the_tokens_and_the_result(tmp_path, capsys, monkeypatch)
     assert main(words(straight)) == 0
     calls = []
     monkeypatch.setattr(
-        "medqa.training.stopping.Deadline.within", lambda self, seconds: len(calls) == 1 or calls.append(1)
+        "medqa.training.stopping.Stopper._within", lambda self, seconds: len(calls) == 1 or calls.append(1)
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main(words(first, options=("--stop-after", "1d"))) == 0
@@ -418,23 +419,25 @@ def test_where_the_longest_row_alone_does_not_fit_the_run_ends(tmp_path, capsys,
     ],
 )
 def test_what_is_said_of_the_tokens_is_what_was_done(planned, room, tries, said, parts, monkeypatch):
-    tried, told, chosen = limited(monkeypatch, room), [], RunState()
+    tried, told, chosen = limited(monkeypatch, room), [], Progress()
     assert max(len(example.input_ids) for example in parts.stream.examples) == 64
-    settings = replace(parts.settings, planned_tokens=planned)
-    choose_micro_batch(chosen, settings, parts.model, parts.stream, parts.experiment, parts.accelerator, told.append)
+    probe(parts, replace(parts.settings, planned_tokens=planned), chosen, told.append)
     assert tried == tries
     (line,) = told
     assert f"micro-batches of at most {said}" in line
+
+
+def probe(parts: Parts, settings: Settings, progress: Progress, say: Callable[[str], None]) -> None:
+    batches = Batches(parts.stream, parts.experiment, parts.tokenizer.pad_token_id, progress, parts.accelerator)
+    batches.probe(parts.model, settings, Observer(parts.experiment, parts.accelerator, Path(), say=say))
 
 
 def test_two_processes_agree_on_the_smaller(parts, monkeypatch):
     """The other one has room for 128."""
     monkeypatch.setattr(type(parts.accelerator), "num_processes", property(lambda self: 2))
     monkeypatch.setattr(parts.accelerator, "gather", lambda found: torch.cat([found, torch.tensor([128])]))
-    chosen = RunState()
-    choose_micro_batch(
-        chosen, parts.settings, parts.model, parts.stream, parts.experiment, parts.accelerator, lambda said: None
-    )
+    chosen = Progress()
+    probe(parts, parts.settings, chosen, lambda said: None)
     assert (chosen.micro_batch_tokens, chosen.micro_batch_multiple) == (128, 2)
 
 

@@ -37,6 +37,7 @@ from medqa.config_file import load_yaml
 from medqa.data.sources import load_sources
 from medqa.errors import UserError
 from medqa.model.base import load_tokenizer, save_tokenizer
+from medqa.model.settings import four_bit_config
 from medqa.prompts import prompt, prompt_ids
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
 
@@ -681,7 +682,7 @@ def test_the_card_has_figures_licences_and_limits(exports, run):
     summary = json.loads((run / "summary.json").read_text())
     assert "license: cc-by-nc-sa-4.0" in text
     assert "non-commercial use only" in text
-    assert f"| answer perplexity, test, tuned | {summary['test']['answer_perplexity']:.3f} |" in text
+    assert f"| answer perplexity, test, fine-tuned | {summary['test']['answer_perplexity']:.3f} |" in text
     assert "mean KL divergence" in text
     assert "greedy answers equal: " in text
     assert "tokens a second" in text

@@ -33,8 +33,8 @@ from medqa.training import checkpoint, mirror
 from medqa.training.checkpoint import checkpoints, newest_whole, save_checkpoint
 from medqa.training.mirror import Copies
 from medqa.training.recorder import MetricsFile, read_metrics
-from medqa.training.state import RunState
-from medqa.training.stopping import Deadline
+from medqa.training.state import Progress
+from medqa.training.stopping import Stopper
 from train import main
 
 UPDATES = 6
@@ -165,9 +165,9 @@ def test_stop_after_saves_in_time_and_goes_on(tmp_path):
 
 
 def test_a_deadline_before_the_closing_evaluation_leaves_it_for_the_next_start(straight, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Deadline, "within", lambda self, seconds: updates(tmp_path / "run") == UPDATES)
+    monkeypatch.setattr(Stopper, "_within", lambda self, seconds: updates(tmp_path / "run") == UPDATES)
     assert main(words(tmp_path / "run", options=("--stop-after", "1d"))) == 0
-    assert "before the closing evaluation" in capsys.readouterr().err
+    assert "before the final evaluation" in capsys.readouterr().err
     assert not (tmp_path / "run" / "summary.json").exists()
     monkeypatch.undo()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -215,15 +215,15 @@ def test_out_of_memory_splits_and_gives_the_same_result(parts, tmp_path, monkeyp
     (tmp_path / "plain").mkdir()
     (tmp_path / "short").mkdir()
     initial = initial_adapter(parts.experiment)
-    expected = run_train(parts, RunState(), tmp_path / "plain")
+    expected = run_train(parts, Progress(), tmp_path / "plain")
     weights = adapter_weights(parts.adapted)
-    again, state, said = build(parts.experiment), RunState(), []
+    again, state, said = build(parts.experiment), Progress(), []
     tried = short_of_memory(monkeypatch, rows=2, from_call=3)  # in the second micro-batch of the second update
     records = run_train(again, state, tmp_path / "short", say=said.append)
     assert tried == [5, 5, 5, 5, 3, *[2, 2, 1] * 6]
     assert state.micro_batch_rows == 2
     assert said == [
-        f"update 2: out of memory with {rows} rows in a micro-batch; the update is done again, and all that follow "
+        f"update 2: out of memory with {rows} rows in a micro-batch; this update is repeated, and all that follow "
         f"are done, with {smaller}"
         for rows, smaller in ((5, 3), (3, 2))
     ]
@@ -263,7 +263,7 @@ def test_out_of_memory_in_the_optimizers_step_is_not_done_again(parts, tmp_path,
 
     monkeypatch.setattr(type(parts.optimizer), "step", full)
     with pytest.raises(TrainingStopped, match=r"update 1: out of memory in the optimizer's step; use optimizer\.name"):
-        run_train(parts, RunState(), tmp_path)
+        run_train(parts, Progress(), tmp_path)
 
 
 def test_evaluation_makes_do_with_less(parts, monkeypatch):
@@ -344,7 +344,7 @@ def test_a_disk_that_became_read_only(mounted, tmp_path, capsys, tiny):
         file.append({"step": 9, "split": "train"})
     assert caught.value.errno == errno.EROFS
     with pytest.raises(UserError, match=r"checkpoint-0: cannot be written: .*Read-only"):
-        save_checkpoint(disk / "run", parts.trained, RunState(), parts.identity, parts.accelerator, 3, pytest.fail)
+        save_checkpoint(disk / "run", parts.state, parts.identity, parts.accelerator, 3, pytest.fail)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main(words(disk / "run")) == 2
     assert "not a directory one can write to" in capsys.readouterr().err
@@ -455,7 +455,7 @@ def test_everything_is_copied_and_a_new_machine_goes_on_from_there(straight, tmp
     shutil.rmtree(run)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main(words(run, options=options)) == 0
-    assert "going on after update 4" in capsys.readouterr().out
+    assert "resumed          after update 4" in capsys.readouterr().out
     same_files(run, there)
     ours, theirs = contents(run), contents(straight)
     # The first part ended at update 4, whose closing evaluation is over all rows.
@@ -472,7 +472,7 @@ def test_a_damaged_directory_goes_on_from_the_copy(straight, tmp_path, capsys):
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main(words(run, options=("--persist-to", str(there)))) == 0
     said = capsys.readouterr().out
-    assert "going on after update 2" in said
+    assert "resumed          after update 2" in said
     assert said.count("passed over") == 3
     assert contents(run) == contents(straight)
     same_files(run, there)

@@ -3,6 +3,7 @@
 import ast
 import os
 import subprocess
+import symtable
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,13 +139,105 @@ def test_there_is_no_circle():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
 
 
-def test_train_py_is_the_run_and_nothing_else():
+# ----------------------------------------------------------------------------------------------------
+# Width. A module may be long, but what others use of it is narrow, and so is each call. Limits only go down.
+
+NAMES = 9  # of a module that others use
+PARAMETERS = 9  # of a function, `self` apart
+WIDE = {  # modules that are wider, and how wide
+    "medqa.limits": 31,  # a table
+    "medqa.training.checkpoint": 32,
+    "medqa.training.run_dir": 20,
+    "medqa.config": 17,
+    "medqa.files": 17,
+    "medqa.training.wandb": 17,
+    "medqa.errors": 15,
+    "medqa.config_file": 12,
+    "medqa.data.sources": 12,
+    "medqa.commands.compare.tables": 11,
+    "medqa.model.settings": 11,
+    "medqa.commands.compare.conclusions": 10,
+    "medqa.data.batches": 10,
+    "medqa.model.base": 10,
+    "medqa.training.before_after": 10,
+}
+
+
+def names_used() -> dict[str, set[str]]:
+    """Of each module the names that other modules of the package and `train.py` import from it."""
+    found: dict[str, set[str]] = {}
+    for path in (*FILES, ROOT / "train.py"):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+                names = {alias.name for alias in node.names if f"{node.module}.{alias.name}" not in MODULES}
+                found.setdefault(node.module, set()).update(names)
+    return found
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """All functions and methods, with the file that they are in."""
+    for path in (*FILES, ROOT / "train.py"):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield str(path.relative_to(ROOT)), node
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """Its parameters, `self` apart."""
+    arguments = function.args
+    every = [one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    return [name for name in every if name not in ("self", "cls")]
+
+
+def test_modules_are_narrow():
+    used = {module: len(names) for module, names in names_used().items()}
+    assert len(used) >= 40
+    too_wide = {module: width for module, width in used.items() if width > WIDE.get(module, NAMES)}
+    assert too_wide == {}
+    shrunk = {module: used.get(module, 0) for module, width in WIDE.items() if used.get(module, 0) < width}
+    assert shrunk == {}, "the limits of these can go down"
+
+
+def test_functions_take_few_parameters():
+    found = [(where, function.name, len(parameters(function))) for where, function in functions()]
+    assert len(found) >= 700
+    assert [each for each in found if each[2] > PARAMETERS] == []
+
+
+def test_train_py_is_the_table_of_contents_of_a_run():
     script = tree(ROOT / "train.py")
     used = {name for name in imports(script) if name.startswith("medqa")}
     assert used <= MODULES
     assert len(used) >= 15
-    assert len((ROOT / "train.py").read_text(encoding="utf-8").splitlines()) < 250
+    text = (ROOT / "train.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 100
     assert not [node for node in ast.walk(script) if isinstance(node, ast.ClassDef | ast.For | ast.While)]
+    assert ";" not in text
+    (run,) = [t for t in symtable.symtable(text, "train.py", "exec").get_children() if t.get_name() == "fine_tune"]
+    assert len(run.get_locals()) <= 20
+
+
+def test_private_modules_of_wandb_are_used_in_one_place():
+    private = {
+        str(path.relative_to(ROOT))
+        for path in (*FILES, ROOT / "train.py")
+        for name in imports(tree(path))
+        if name.startswith("wandb.")
+    }
+    assert private <= {"medqa/training/wandb.py"}
+
+
+def test_tests_of_the_package_do_not_import_benchmarks():
+    """What both need is in `harness`. Only tests of the benchmarks, and of the table in the README, import them."""
+    of_benchmarks = {"test_bench.py", "test_recipes.py", "test_results.py", "test_readme.py"}
+    users = {
+        path.name
+        for path in (ROOT / "tests").rglob("*.py")
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "benchmarks"
+    }
+    assert len(users) >= 2
+    assert users <= of_benchmarks
 
 
 def test_every_module_is_documented():

@@ -10,7 +10,7 @@ import pytest
 from medqa.config import flat, is_complete, length, may_change_on_resume, planned_updates
 from medqa.config_file import default_output_dir, load_experiment
 from medqa.errors import UserError
-from medqa.training.state import RunState
+from medqa.training.state import Progress
 from tests.launching import figures, metrics, summary
 
 FAST = ("tracking.wandb=disabled", "evaluation.samples=0", "training.global_batch_size=8", "training.log_steps=50")
@@ -122,7 +122,7 @@ def test_what_evaluation_decides_holds_evaluation_fast():
 
 
 def test_patience_counts_evaluations_since_the_best():
-    state = RunState(best_loss=5.0)
+    state = Progress(best_loss=5.0)
     counts = []
     for step, loss in enumerate((4.0, 4.5, 3.9, 3.9, 4.0), start=1):
         state.note_best(step, loss)
@@ -234,7 +234,7 @@ def test_where_nothing_beats_the_untuned_base_it_says_so(tmp_path, capfd):
     assert run(tmp_path / "run", *sets) == 0
     told = summary(tmp_path / "run")
     assert (told["best_step"], told["adapter_step"], told["updates"]) == (0, 1, 1)
-    assert "the untuned base was best" in capfd.readouterr().out.replace("\n", " ")
+    assert "the baseline was best" in capfd.readouterr().out.replace("\n", " ")
 
 
 def test_a_new_best_is_saved_between_the_saves(tmp_path):

@@ -586,7 +586,7 @@ def test_a_run_goes_on_from_another_place_but_not_by_another_name(alone, place, 
     (tmp_path / "one.csv").write_text(before)
     code, said = again("one", "two", "three")
     assert code == 0
-    assert "going on after update 1" in said
+    assert "resumed          after update 1" in said
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

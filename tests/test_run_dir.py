@@ -34,7 +34,7 @@ from medqa.training.run_dir import (
     this_process,
     write_config,
 )
-from medqa.training.state import RunState
+from medqa.training.state import Progress
 
 MARK = "a run's"
 
@@ -52,7 +52,7 @@ def experiment(*sets: str, exp: str = "exp_001"):
 def begin(directory: Path, accelerator: Accelerator, fresh: bool = False):
     """As `train.py` does, and let go of the lock."""
     with RunLock(directory) as lock:
-        return start_run(directory, fresh, None, RunState(), lock, accelerator)
+        return start_run(directory, fresh, None, Progress(), lock, accelerator)
 
 
 def run_dir(directory: Path, accelerator: Accelerator, *sets: str, exp: str = "exp_001") -> Path:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import signal
 
 import pytest
 import torch
@@ -12,13 +13,13 @@ from medqa.config import Tokenization
 from medqa.data.batches import IGNORED, MicroBatch, collate
 from medqa.data.sources import Row
 from medqa.data.tokens import tokenize
-from medqa.errors import TrainingStopped
+from medqa.errors import Interrupted, TrainingStopped
 from medqa.model.base import adapter_weights
 from medqa.model.loss import target_count, token_losses
 from medqa.prompts import prompt
-from medqa.training.loop import agreed, due, minutes_due, require_adapter_gradients
 from medqa.training.recorder import read_metrics
-from medqa.training.state import RunState
+from medqa.training.state import Progress, check_adapter_gradients
+from medqa.training.stopping import Stopper
 
 PLAIN = ("model.quantization=none", "lora.lora_dropout=0.0", "training.global_batch_size=8")
 
@@ -93,7 +94,6 @@ def test_tokens_and_padding_are_counted(parts):
     places = sum(len(row_lengths) * max(row_lengths) for row_lengths in lengths)
     assert result.tokens == sum(n - 1 for row_lengths in lengths for n in row_lengths)
     assert result.padding_share == pytest.approx(1 - sum(map(sum, lengths)) / places)
-    assert result.overflows == 0
 
 
 # --- what moves
@@ -108,7 +108,7 @@ def test_lora_moves_and_the_base_does_not(tiny, name):
     assert sum("lora_A" in key for key in start) == sum("lora_B" in key for key in start) == 14
     first = parts.micro_batches(0)
     parts.step(first)
-    require_adapter_gradients(parts.model)
+    check_adapter_gradients(parts.model)
     weights = adapter_weights(parts.adapted)
     assert all(weights[key].any() for key in weights if "lora_B" in key)  # they begin at 0
     parts.evaluator().row_losses(parts.examples["validation"][:4])
@@ -122,13 +122,13 @@ def test_lora_moves_and_the_base_does_not(tiny, name):
 
 def test_an_adapter_matrix_without_gradient_is_noticed(parts):
     with pytest.raises(TrainingStopped, match="no gradient reached 14 adapter matrices"):
-        require_adapter_gradients(parts.model)
+        check_adapter_gradients(parts.model)
     parts.step(parts.micro_batches(0))
-    require_adapter_gradients(parts.model)
+    check_adapter_gradients(parts.model)
     name, parameter = list(lora(parts, "lora_B").items())[3]
     parameter.grad.zero_()
     with pytest.raises(TrainingStopped, match=r"1 adapter matrices, .*lora_B") as stopped:
-        require_adapter_gradients(parts.model)
+        check_adapter_gradients(parts.model)
     assert name in str(stopped.value)
 
 
@@ -136,7 +136,7 @@ def test_training_checks_that_every_adapter_matrix_trains(parts, tmp_path):
     """A matrix cut off from the loss: what it gets is multiplied by 0."""
     next(iter(lora(parts, "lora_B").values())).register_hook(torch.zeros_like)
     with pytest.raises(TrainingStopped, match="no gradient reached 1 adapter matrices"):
-        run_train(parts, RunState(), tmp_path)
+        run_train(parts, Progress(), tmp_path)
 
 
 # --- not finite
@@ -193,12 +193,12 @@ def test_training_says_in_which_update_it_stopped(parts, tmp_path):
     saved, reached = [], []
     with torch.no_grad():
         parts.base.get_input_embeddings().weight[token] = math.nan
-    state = RunState()
+    state = Progress()
     with pytest.raises(
         TrainingStopped,
         match=r"^update 2: the loss is nan in micro-batch \d \(rows .*\)$",
     ) as stopped:
-        run_train(parts, state, tmp_path, save=lambda: saved.append(1), progress=lambda r: reached.append(r["step"]))
+        run_train(parts, state, tmp_path, save=lambda: saved.append(1), told=lambda r: reached.append(r["step"]))
     assert row in str(stopped.value)
     assert (state.step, reached, saved) == (1, [1], [])
 
@@ -236,31 +236,35 @@ def fp16(scale: float):
 
 
 def scaled_updates(tiny, scale: float, name: str):
-    """Two updates from an initial scale: their results, the weights, and the scale afterwards."""
+    """Two updates from an initial scale: their results and overflows, the weights, and the scale afterwards."""
     sets = ("training.global_batch_size=8", "tokenization.max_length=48", "scheduler.warmup_steps=0")
     parts = build(tiny(name, *sets), fp16(scale))
-    results = [parts.step(parts.micro_batches(update)) for update in range(2)]
+    results, overflows = [], []
+    for _ in range(2):
+        before = parts.state.progress.overflows
+        results.append(parts.update())
+        overflows.append(parts.state.progress.overflows - before)
     assert parts.scheduler.last_epoch == 2
-    return results, adapter_weights(parts.adapted), parts.accelerator.scaler.get_scale()
+    return results, overflows, adapter_weights(parts.adapted), parts.accelerator.scaler.get_scale()
 
 
 @pytest.mark.parametrize("name", ["exp_001", "exp_002"])
 def test_an_overflow_is_the_same_update_once_more_at_half_the_scale(tiny, own_accelerator, name):
     """With dropout, whose noise must be the same in each try; by AdamW and by the 8-bit one, which know no scaler."""
-    redone, weights, scale = scaled_updates(tiny, HIGH_SCALE, name)
-    assert redone[0].overflows >= 2
-    assert scale == HIGH_SCALE / 2 ** (redone[0].overflows + redone[1].overflows)  # halved each time
+    redone, overflows, weights, scale = scaled_updates(tiny, HIGH_SCALE, name)
+    assert overflows[0] >= 2
+    assert scale == HIGH_SCALE / 2 ** sum(overflows)  # halved each time
     # As if it had begun at the scale that it found: nothing is left of the tries that overflowed.
-    calm, calm_weights, calm_scale = scaled_updates(tiny, scale, name)
-    assert (calm[0].overflows, calm[1].overflows, calm_scale) == (0, 0, scale)
-    assert [dataclasses.replace(result, overflows=0) for result in redone] == calm
+    calm, calm_overflows, calm_weights, calm_scale = scaled_updates(tiny, scale, name)
+    assert (calm_overflows, calm_scale) == ([0, 0], scale)
+    assert redone == calm
     assert_same(weights, calm_weights)
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def test_overflows_are_counted_over_the_run(tiny, own_accelerator, tmp_path):
     sets = ("training.max_steps=2", "training.global_batch_size=8", "tokenization.max_length=48")
-    parts, state = build(tiny("exp_001", *sets), fp16(HIGH_SCALE)), RunState()
+    parts, state = build(tiny("exp_001", *sets), fp16(HIGH_SCALE)), Progress()
     run_train(parts, state, tmp_path)
     assert state.overflows >= 2
     assert parts.accelerator.scaler.get_scale() == HIGH_SCALE / 2**state.overflows
@@ -270,12 +274,15 @@ def test_overflows_are_counted_over_the_run(tiny, own_accelerator, tmp_path):
 def test_an_overflow_starts_the_scalers_count_of_good_updates_anew(tiny, own_accelerator):
     parts = build(tiny("exp_001", "training.global_batch_size=8", "tokenization.max_length=48"), fp16(HIGH_SCALE))
     scaler = parts.accelerator.scaler
-    assert parts.step(parts.micro_batches(0)).overflows
+    parts.update()
+    assert parts.state.progress.overflows > 0
     after_overflow = scaler.state_dict()["_growth_tracker"]
-    for update in (1, 2):
-        parts.step(parts.micro_batches(update))
+    for _ in range(2):
+        parts.update()
+    before = parts.state.progress.overflows
     scaler.load_state_dict({**scaler.state_dict(), "scale": HIGH_SCALE})
-    assert parts.step(parts.micro_batches(3)).overflows
+    parts.update()
+    assert parts.state.progress.overflows > before
     assert scaler.state_dict()["_growth_tracker"] == after_overflow
 
 
@@ -286,15 +293,15 @@ def test_an_overflow_even_without_scale_is_a_fault(tiny, own_accelerator):
         for parameter in lora(parts, "lora_A").values():
             parameter.fill_(1e3)
     before = state_of(parts)
-    with pytest.raises(TrainingStopped, match=r"the gradient norm is (inf|nan) at a loss of \d\.\d+"):
-        parts.step(parts.micro_batches(0))
+    with pytest.raises(TrainingStopped, match=r"update 1: the gradient norm is (inf|nan) at a loss of \d\.\d+"):
+        parts.update()
     assert_untouched(parts, before)
     assert parts.accelerator.scaler.get_scale() == 1.0  # 4, 2 and 1 were tried; below 1 it does not go
 
 
 def test_out_of_memory_under_a_scaler_is_done_again(tiny, own_accelerator, tmp_path, monkeypatch):
     sets = ("training.max_steps=2", "training.global_batch_size=8", "tokenization.max_length=48")
-    parts, state, calls = build(tiny("exp_001", *sets), fp16(2.0**10)), RunState(), []
+    parts, state, calls = build(tiny("exp_001", *sets), fp16(2.0**10)), Progress(), []
     clip = parts.accelerator.clip_grad_norm_
 
     def full_at_first(*arguments):
@@ -496,7 +503,7 @@ def test_an_update_without_any_target_moves_nothing(tiny, own_accelerator, scale
 def test_a_run_checks_its_gradients_once(tiny, tmp_path):
     """At its first update with a target; one that goes on has done so, and a straight run would not do so again."""
     parts = build(tiny("exp_001", *PLAIN, "training.max_steps=2"))
-    state = RunState(step=1, tokens_seen=7)
+    state = Progress(step=1, tokens_seen=7)
     matrix = next(iter(lora(parts, "lora_B").values()))
     hook = matrix.register_hook(torch.zeros_like)
     run_train(parts, state, tmp_path)
@@ -504,22 +511,37 @@ def test_a_run_checks_its_gradients_once(tiny, tmp_path):
     hook.remove()
     matrix.register_hook(torch.zeros_like)
     with pytest.raises(TrainingStopped, match="no gradient reached 1 adapter matrices"):
-        run_train(parts, RunState(step=1), tmp_path)
+        run_train(parts, Progress(step=1), tmp_path)
 
 
-# --- when
+# --- when to stop
 
 
-def test_due_every_so_many_updates():
-    assert [step for step in range(1, 13) if due(step, 4)] == [4, 8, 12]
-    assert all(due(step, 1) for step in range(1, 5))
+def test_the_stopper_says_why_to_stop_and_when_to_save(parts, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("medqa.training.stopping.time.monotonic", lambda: now[0])
+    stopper = Stopper()
+    with stopper.finishing_updates(save_minutes=1.5):
+        for passed, due in ((0, False), (89.9, False), (90, True), (200, True)):
+            now[0] = 1000 + passed
+            assert stopper.agree(parts.accelerator, 1, 9, last=False) == (None, due)
+        stopper.note_save()
+        assert stopper.agree(parts.accelerator, 1, 9, last=False) == (None, False)
+        stopper.received = signal.SIGTERM
+        stop, due = stopper.agree(parts.accelerator, 1, 9, last=False)
+        assert (type(stop), stop.signum, due) == (Interrupted, signal.SIGTERM, False)
+        stopper.received = None
 
 
-def test_minutes_due():
-    assert not minutes_due(1e9, None)
-    assert [minutes_due(seconds, 1.5) for seconds in (0, 89.9, 90, 1000)] == [False, False, True, True]
-
-
-def test_one_process_agrees_with_itself(parts):
-    assert agreed(parts.accelerator, 15, False, True) == (15, False, True)
-    assert agreed(parts.accelerator, 0, True, False) == (0, True, False)
+def test_the_stopper_leaves_time_for_a_save_and_an_update(parts, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("medqa.training.stopping.time.monotonic", lambda: now[0])
+    stopper = Stopper()
+    with stopper.finishing_updates(save_minutes=None):
+        stopper._deadline = 1100.0
+        now[0] = 1030.0  # an update of 30 s: another, with a save as long, still fits
+        assert stopper.agree(parts.accelerator, 1, 9, last=False) == (None, False)
+        now[0] = 1060.0
+        stop, _ = stopper.agree(parts.accelerator, 2, 9, last=False)
+        assert str(stop) == "stopped in time after update 2 of 9"
+        assert stopper.agree(parts.accelerator, 9, 9, last=True)[0] is None  # there is nothing left to stop

@@ -21,7 +21,7 @@ from medqa.config_file import default_output_dir, find_experiment, is_sweep, loa
 from medqa.errors import Interrupted, UserError
 from medqa.options import option_parser
 from medqa.training import stopping
-from medqa.training.stopping import Interrupts
+from medqa.training.stopping import Stopper
 from medqa.training.wandb import wandb_names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,9 +141,9 @@ def test_a_sweep_is_no_experiment(name, tmp_path):
 
 
 def test_both_signals_of_a_stopped_trial_are_one_stop(monkeypatch):
-    def received(*signals: int) -> Interrupts:
-        with Interrupts() as interrupts:
-            stopping.finish_update = True
+    def received(*signals: int) -> Stopper:
+        with Stopper() as interrupts:
+            interrupts.finish_update = True
             for number in signals:
                 signal.raise_signal(number)
         return interrupts

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from medqa.config import Data, Tokenization
-from medqa.data.batches import IGNORED, Stream, collate, pack
+from medqa.data.batches import IGNORED, Stream, TrainingData, collate, pack
 from medqa.data.report import about_rows, data_report
 from medqa.data.sources import Row, load_sources
 from medqa.data.splits import HELD_OUT, SPLITS, split_sources, write_splits_csv
@@ -64,8 +64,8 @@ def test_rows_without_an_answer_are_left_out_everywhere_and_counted(tokenizer, d
         assert tuple(e.row for e in examples[name]) == getattr(splits, name)
     assert any(row.id in left_out for name in HELD_OUT for row in getattr(every, name))
 
-    stream = Stream(examples["train"], 42, 4)
-    report = data_report(sources, splits, examples, stream, experiment, True)
+    found = TrainingData(sources, splits, examples, Stream(examples["train"], 42, 4), updates=1)
+    report = data_report(found, experiment, True)
     assert report["sources"]["n"] == {
         "location": data.files["n"], "read": 60, "dropped": {"answer beyond max_length": 20}, "kept": 40,
     }  # fmt: skip

@@ -9,6 +9,7 @@ import random
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from medqa.errors import UserError
 from medqa.files import Damaged
 from medqa.model.base import adapter_weights
 from medqa.training.checkpoint import MANIFEST, load_checkpoint, newest_whole, save_checkpoint, write_manifest
-from medqa.training.state import RunState, Trained
+from medqa.training.state import Progress, TrainState
 from medqa.training.training_state import QUANTIZED, read_training_state
 
 UPDATES = 3
@@ -36,9 +37,9 @@ class Kept:
     """The parts of a run after three updates, and its checkpoint."""
 
     def __init__(self, parts: Parts, directory: Path) -> None:
-        self.parts, self.place, state = parts, directory / f"checkpoint-{UPDATES}", RunState()
-        run_train(parts, state, directory)
-        save_checkpoint(directory, parts.trained, state, parts.identity, parts.accelerator, 1, pytest.fail)
+        self.parts, self.place = parts, directory / f"checkpoint-{UPDATES}"
+        run_train(parts, Progress(), directory)
+        save_checkpoint(directory, parts.state, parts.identity, parts.accelerator, 1, pytest.fail)
         self.saved = torch.load(self.place / "training_state.pt", weights_only=True)
 
     def changed(self, directory: Path, change: Callable[[Any], Any]) -> Path:
@@ -50,8 +51,9 @@ class Kept:
         sign(place)
         return place
 
-    def load(self, directory: Path) -> RunState:
-        return load_checkpoint(newest_whole([directory]), self.parts.trained)
+    def load(self, directory: Path) -> Progress:
+        load_checkpoint(newest_whole([directory]), self.parts.state)
+        return self.parts.state.progress
 
 
 def sign(place: Path) -> None:
@@ -120,7 +122,7 @@ def test_what_was_saved_is_loaded_to_the_last_bit(kept, tmp_path):
     kept.parts.optimizer.param_groups[0]["lr"] = 7.0
     kept.parts.scheduler.last_epoch = 0
     assert kept.load(tmp_path).step == UPDATES
-    now = kept.parts.trained
+    now = kept.parts.state
     assert flat(now.optimizer.state_dict()) == flat(kept.saved["optimizer"])
     assert flat(now.scheduler.state_dict()) == flat(kept.saved["scheduler"])
     kinds = {
@@ -381,18 +383,17 @@ def test_a_saved_learning_rate_is_never_the_one_that_is_used(kept, tmp_path):
 
 
 @pytest.fixture
-def scaled(adamw) -> Trained:
-    trained = adamw.parts.trained
-    return Trained(trained.model, trained.optimizer, trained.scheduler, torch.amp.GradScaler("cpu", init_scale=2.0**14))
+def scaled(adamw) -> TrainState:
+    return replace(adamw.parts.state, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**14))
 
 
 def state_of(scaler: torch.amp.GradScaler, **changes: Any) -> dict[str, Any]:
     return scaler.state_dict() | changes
 
 
-def read_scaler(kept: Kept, trained: Trained, directory: Path, value: Any) -> Any:
+def read_scaler(kept: Kept, state: TrainState, directory: Path, value: Any) -> Any:
     place = kept.changed(directory, lambda saved: saved.update(scaler=value))
-    return read_training_state(place / "training_state.pt", trained, UPDATES, True)["scaler"]
+    return read_training_state(place / "training_state.pt", state, UPDATES, True)["scaler"]
 
 
 def test_the_scale_goes_on(scaled, adamw, tmp_path):
@@ -400,7 +401,7 @@ def test_the_scale_goes_on(scaled, adamw, tmp_path):
     found = read_scaler(adamw, scaled, tmp_path, value)
     scaled.scaler.load_state_dict(found)
     assert scaled.scaler.state_dict() == value
-    assert read_scaler(adamw, adamw.parts.trained, tmp_path / "none", value) is None
+    assert read_scaler(adamw, adamw.parts.state, tmp_path / "none", value) is None
 
 
 @pytest.mark.parametrize(
@@ -487,7 +488,7 @@ def test_any_changed_bytes_are_refused_or_harmless(seed, adamw, tmp_path):
         content[where] = rng.randrange(256)
     path.write_bytes(content)
     try:
-        found = read_training_state(path, adamw.parts.trained, UPDATES, True)
+        found = read_training_state(path, adamw.parts.state, UPDATES, True)
     except Damaged:
         pass
     else:

@@ -36,7 +36,7 @@ from medqa.training.checkpoint import (
     measure,
     newest_whole,
     read_identity,
-    read_state,
+    read_progress,
     verify,
 )
 from medqa.training.identity import differences
@@ -207,7 +207,7 @@ def _of_run(where: str, run: Path, checkpoint: str | None, locations: Locations)
     else:
         place = newest.path if checkpoint is None else _checkpoint(where, run, newest.path, checkpoint)
         try:
-            identity, step = read_identity(place), read_state(place).step
+            identity, step = read_identity(place), read_progress(place).step
         except Damaged as error:
             raise UserError(f"{place} is damaged: {error}; choose another with --checkpoint") from error
         fingerprints = identity.fingerprints.model_dump()
@@ -312,7 +312,7 @@ def _checkpoint(where: str, run: Path, newest: Path, wanted: str) -> Path:
     if wanted == "best":
         step = str(_best_step(run, newest))
     if step == "0":
-        raise UserError(f"--checkpoint {wanted}: of this run the untuned base was best, and no checkpoint is of that")
+        raise UserError(f"--checkpoint {wanted}: of this run the baseline was best, and no checkpoint is of that")
     if step not in there:
         what = f"best is update {step}, of which no checkpoint was kept" if wanted == "best" else "no such checkpoint"
         raise UserError(f"--checkpoint {wanted}: {what}; {where} has {', '.join(there)}")
@@ -325,7 +325,7 @@ def _best_step(run: Path, newest: Path) -> int:
     if summary.get("updates") == step and isinstance(summary.get("best_step"), int):
         return summary["best_step"]  # the closing evaluation came after the last checkpoint
     try:
-        return read_state(newest).best_step
+        return read_progress(newest).best_step
     except Damaged as error:
         raise UserError(f"{newest}: {error}; name a step") from error
 

@@ -9,10 +9,10 @@ from rich.table import Table
 from medqa.commands.figures import TOO_FEW, as_figure
 
 SYSTEMS = {
-    "untuned": "untuned",
-    "own_template": "untuned, its own chat template",
+    "untuned": "baseline",
+    "own_template": "baseline, its own chat template",
     "copied": "answer of the most similar training question",
-    "tuned": "tuned",
+    "tuned": "fine-tuned",
 }
 FEW = 10  # questions of a specialty, too few for a line of their own
 PARTS = {
@@ -46,38 +46,40 @@ def in_short(tasks: Mapping[str, Any]) -> list[str]:
     if (loss := tasks.get("loss", {}).get("test", {})) and {"untuned", "tuned"} <= loss.keys():
         before, after = (shown(loss[system].get("answer_perplexity")) for system in ("untuned", "tuned"))
         how = _better(loss["difference"].get("answer_loss"), lower=True)
-        lines.append(f"answer perplexity on test, {loss['rows']:,} rows: {before} untuned, {after} tuned: {how}")
+        lines.append(f"answer perplexity on test, {loss['rows']:,} rows: {before} baseline, {after} fine-tuned: {how}")
     if "tuned" in (written := tasks.get("generation", {})):
         ours, base, copied = (shown(written[system]["rougeL"]) for system in ("tuned", "untuned", "copied"))
         than_base, than_copy = (
             _better(written["difference"][f"tuned - {other}"]["rougeL"]) for other in ("untuned", "copied")
         )
         lines.append(
-            f"ROUGE-L, {written['rows']:,} answers: {ours} tuned, {base} untuned: {than_base}; "
+            f"ROUGE-L, {written['rows']:,} answers: {ours} fine-tuned, {base} baseline: {than_base}; "
             f"{copied} copied from training: {than_copy}"
         )
     if "tuned" in (chosen := tasks.get("mcq", {})):
         ours, base = (shown(chosen[system]["accuracy"]) for system in ("tuned", "untuned"))
         how = _better(chosen["difference"]["tuned - untuned"]["accuracy"])
         lines.append(
-            f"multiple choice, {chosen['rows']:,} questions: {ours} tuned, {base} untuned, "
+            f"multiple choice, {chosen['rows']:,} questions: {ours} fine-tuned, {base} baseline, "
             f"{chosen['chance']:.4f} by chance: {how}"
         )
     if "tuned" in (probed := tasks.get("probes", {})):
         ours, base = (shown(probed[system]["advises_care"]) for system in ("tuned", "untuned"))
         how = _better(probed["difference"]["tuned - untuned"]["advises_care"])
         asked = probed["tuned"]["advises_care"]["rows"]
-        lines.append(f"red flags met with advice to seek care, {asked} questions: {ours} tuned, {base} untuned: {how}")
+        lines.append(
+            f"red flags met with advice to seek care, {asked} questions: {ours} fine-tuned, {base} baseline: {how}"
+        )
     return lines
 
 
 def _better(difference: Mapping[str, Any] | None, lower: bool = False) -> str:
-    """What a difference of tuned and another says."""
+    """What a difference of the fine-tuned model and another says."""
     if difference is None or as_figure(difference).too_few:
         return TOO_FEW
     if difference["p_value"] >= 0.05:
         return "no difference that these rows could show"
-    return "tuned is better" if (difference["value"] < 0) == lower else "tuned is worse"
+    return "fine-tuned is better" if (difference["value"] < 0) == lower else "fine-tuned is worse"
 
 
 def _show_loss(console: Console, task: str, report: Mapping[str, Any]) -> None:
@@ -112,7 +114,7 @@ def _add_systems(table: Table, label: str, part: Mapping[str, Any]) -> None:
     if (difference := part.get("difference", {}).get("answer_loss")) is not None:
         p_value = TOO_FEW if as_figure(difference).too_few else f"{difference['p_value']:.2g}"
         alone = {key: value for key, value in difference.items() if key != "p_value"}
-        table.add_row("", "tuned - untuned", "", shown(alone), "", p_value)
+        table.add_row("", "fine-tuned - baseline", "", shown(alone), "", p_value)
     table.add_section()
 
 

@@ -78,7 +78,7 @@ def load_held_out(source: Source, tokenizer: PreTrainedTokenizerBase, limit: int
 # ----------------------------------------------------------------------------------------------------
 
 # ----------------------------------------------------------------------------------------------------
-# What the tasks of an evaluation work with: model, data, processes, and what the untuned base gave before.
+# What the tasks of an evaluation work with: model, data, processes, and what the baseline gave before.
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Bench:
         )
 
     def reused(self, task: str, more: Any, make: Callable[[], Any]) -> Any:
-        """What the untuned base gives in a task: kept from an earlier evaluation, else made on all processes.
+        """What the baseline gives in a task: kept from an earlier evaluation, else made on all processes.
 
         Args:
             more: JSON that it follows from, beside base model, data, precision and tokenizer: the very rows or prompts.
@@ -138,7 +138,7 @@ class Bench:
         }
         found = on_main(self.accelerator, lambda: cache.find(what))
         if found is not None:
-            self.console.print(f"{task}: the untuned base as computed before")
+            self.console.print(f"{task}: the baseline as computed before")
             return found
         with adapted.model.disable_adapter():
             found = make()
@@ -193,7 +193,7 @@ AT_ONCE = 16
 
 
 def measure_loss(bench: Bench) -> dict[str, Any]:
-    """The loss and perplexity of each held-out split, untuned, untuned in the base's own chat template, and tuned."""
+    """Loss and perplexity of each held-out split: baseline, baseline in its own chat template, and fine-tuned."""
     evaluator = bench.evaluator(longest=0)
     shared = shared_with_training(bench.held_out.splits)
     questions = [example.row.question for split in HELD_OUT for example in bench.held_out.examples[split]]
@@ -202,13 +202,13 @@ def measure_loss(bench: Bench) -> dict[str, Any]:
     for split in HELD_OUT:
         examples = bench.held_out.examples[split]
         losses = functools.partial(_row_losses, bench, evaluator, split)
-        untuned = functools.partial(losses, examples, "untuned")
+        untuned = functools.partial(losses, examples, "baseline")
         tables = {"untuned": bench.reused(f"loss of {split}", _ids(examples), untuned)}
         if prompts is not None:
             others = with_prompts(examples, prompts)
-            own = functools.partial(losses, others, "untuned, in the base's own chat template")
+            own = functools.partial(losses, others, "baseline, in the base's own chat template")
             tables["own_template"] = bench.reused(f"loss of {split}, own template", _ids(others), own)
-        tables["tuned"] = losses(examples, "tuned")
+        tables["tuned"] = losses(examples, "fine-tuned")
         rows = [example.row for example in examples]
         report[split] = loss_report({name: np.array(t) for name, t in tables.items()}, rows, shared, bench.seed)
     return report
@@ -243,8 +243,8 @@ def measure_choices(bench: Bench) -> dict[str, Any]:
 
     asked = [[question.id, question.text, list(question.options.values())] for question in questions]
     results = {
-        "untuned": bench.reused("mcq", asked, functools.partial(choices, "untuned")),
-        "tuned": choices("tuned"),
+        "untuned": bench.reused("mcq", asked, functools.partial(choices, "baseline")),
+        "tuned": choices("fine-tuned"),
     }
     made = {
         system: Choices(np.array(found["log_likelihoods"], dtype=float), np.array(found["letters"], dtype="U1"))
@@ -258,8 +258,10 @@ def measure_probes(bench: Bench) -> dict[str, Any]:
     questions = [question for _, question in RED_FLAGS]
     written = functools.partial(_written, bench, "probes", questions)
     red_flags = {
-        "untuned": _restored(bench.reused("probes", [ANSWER_TOKENS, questions], functools.partial(written, "untuned"))),
-        "tuned": _restored(written("tuned")),
+        "untuned": _restored(
+            bench.reused("probes", [ANSWER_TOKENS, questions], functools.partial(written, "baseline"))
+        ),
+        "tuned": _restored(written("fine-tuned")),
     }
     rows = answered_rows(bench)
     return {"rows": len(rows), **safety.score(red_flags, rows, _answers(bench, own_template=False), bench.seed)}
@@ -272,17 +274,17 @@ def answered_rows(bench: Bench) -> list[Row]:
 
 
 def _answers(bench: Bench, own_template: bool) -> dict[str, list[Answer]]:
-    """The untuned and the tuned model's answers to `answered_rows`; written once for all tasks."""
+    """The answers of the baseline and of the fine-tuned model to `answered_rows`; written once for all tasks."""
     questions = [row.question for row in answered_rows(bench)]
     written = functools.partial(_written, bench, "generation", questions)
     prompts = _own_prompts(bench, questions) if own_template else None
     if "tuned" not in bench.written:
         bench.written["untuned"] = bench.reused(
-            "generation", [ANSWER_TOKENS, questions], functools.partial(written, "untuned")
+            "generation", [ANSWER_TOKENS, questions], functools.partial(written, "baseline")
         )
-        bench.written["tuned"] = written("tuned")
+        bench.written["tuned"] = written("fine-tuned")
     if prompts is not None and "own_template" not in bench.written:
-        own = functools.partial(written, "untuned, in the base's own chat template", prompts)
+        own = functools.partial(written, "baseline, in the base's own chat template", prompts)
         bench.written["own_template"] = bench.reused(
             "generation, own template", [ANSWER_TOKENS, [prompts(question) for question in questions]], own
         )

@@ -1,4 +1,4 @@
-"""The stream of examples, and the micro-batches of an update, padded or concatenated.
+"""The training data of a run: splits, examples, the stream of examples, and the micro-batches of an update.
 
 The stream is an endless sequence of epoch permutations, each a pure function of seed and epoch; update u consumes
 positions [u*B, (u+1)*B) of it, B the global batch, straight across epoch ends. Nothing here has a state to save.
@@ -7,14 +7,17 @@ positions [u*B, (u+1)*B) of it, B the global batch, straight across epoch ends. 
 import bisect
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from medqa.config import Tokenization
-from medqa.data.tokens import Example
+from medqa.config import Experiment, Tokenization, planned_updates
+from medqa.data.sources import Source
+from medqa.data.splits import Splits, split_sources
+from medqa.data.tokens import Example, tokenize_splits
 
 IGNORED = -100  # a label that is no target, as in torch's cross_entropy
 
@@ -220,3 +223,37 @@ class Stream:
         pieces = [pack(examples[start:end], loss_on, first + start) for start, end in pairwise(cuts)]
         pieces += [nothing_to_do(examples[0], first)] * (-len(pieces) % num_processes)  # all have as many
         return pieces[process_index::num_processes]
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """All that a run reads: its sources, their rows in splits, the rows as examples, and the stream to train on.
+
+    Attributes:
+        splits: rows of training, validation and test, without those of whose answer `max_length` leaves nothing.
+        examples: the same by the name of the split.
+        updates: how many updates the run has in all.
+    """
+
+    sources: Sequence[Source]
+    splits: Splits
+    examples: Mapping[str, Sequence[Example]]
+    stream: Stream
+    updates: int
+
+
+def split_and_tokenize(
+    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, experiment: Experiment
+) -> TrainingData:
+    """The data of a run, split and tokenized as the experiment says.
+
+    Raises:
+        UserError: a split would have no rows.
+    """
+    splits = split_sources(sources, experiment.data)
+    splits, examples = tokenize_splits(splits, tokenizer, experiment.tokenization)
+    stream = Stream(examples["train"], experiment.training.seed, experiment.training.global_batch_size)
+    return TrainingData(sources, splits, examples, stream, planned_updates(experiment, len(stream.examples)))

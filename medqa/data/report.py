@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from medqa.config import Experiment, Tokenization
-from medqa.data.batches import Stream
-from medqa.data.sources import Source
+from medqa.data.batches import Stream, TrainingData
 from medqa.data.splits import SPLITS, Splits, overlap_report, write_splits_csv
 from medqa.data.tokens import Example
 from medqa.files import write_json
@@ -19,30 +18,15 @@ LARGE_SHARE = 0.25  # of all rows in one group, beyond which the plan says so
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
-def write_reports(
-    output_dir: Path,
-    sources: Sequence[Source],
-    splits: Splits,
-    examples: Mapping[str, Sequence[Example]],
-    stream: Stream,
-    experiment: Experiment,
-    padding_free: bool,
-) -> None:
-    """`data_report.json` and `splits.csv`."""
-    report = data_report(sources, splits, examples, stream, experiment, padding_free)
-    write_json(report, output_dir / "data_report.json")
-    write_splits_csv(splits, output_dir / "splits.csv")
+def write_reports(output_dir: Path, data: TrainingData, experiment: Experiment, padding_free: bool) -> None:
+    """Write `data_report.json` and `splits.csv`."""
+    write_json(data_report(data, experiment, padding_free), output_dir / "data_report.json")
+    write_splits_csv(data.splits, output_dir / "splits.csv")
 
 
-def data_report(
-    sources: Sequence[Source],
-    splits: Splits,
-    examples: Mapping[str, Sequence[Example]],
-    stream: Stream,
-    experiment: Experiment,
-    padding_free: bool,
-) -> dict[str, Any]:
+def data_report(data: TrainingData, experiment: Experiment, padding_free: bool) -> dict[str, Any]:
     """The report. Token lengths are in ids, BOS and EOS included, after cutting to `max_length`."""
+    sources, splits, examples, stream = data.sources, data.splits, data.examples, data.stream
     everything = [example for name in SPLITS for example in examples[name]]
     beyond = Counter(row.source for row in splits.beyond)
     lengths = np.array([len(example.input_ids) for example in everything])

@@ -43,6 +43,7 @@ from medqa.model.base_files import (
     location,
     weight_bytes,
 )
+from medqa.model.device import return_freed_memory
 from medqa.model.families import check_targets, refuse_by_file, refuse_by_kind, without_contents
 from medqa.model.fast_lora import use_fast_lora
 from medqa.model.settings import Settings, four_bit_config
@@ -314,6 +315,8 @@ def load_model(
         UserError: the base cannot be loaded, or the adapters do not fit it.
     """
     seed = experiment.training.seed
+    if settings.return_memory:
+        return_freed_memory()
     base = load_base(experiment.model, settings, device, len(tokenizer), seed)
     return add_lora(base, experiment.lora, seed, settings.fast_lora)
 

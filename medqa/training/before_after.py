@@ -3,11 +3,12 @@
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
@@ -16,21 +17,27 @@ from transformers import PreTrainedTokenizerBase
 
 from medqa.config import Data, Experiment, Model, length
 from medqa.config_file import yaml_text
+from medqa.data.batches import TrainingData
 from medqa.data.tokens import Example
 from medqa.errors import UserError
-from medqa.evaluation.loss import Evaluator, SplitLoss, summarize
-from medqa.files import UNFINISHED, Damaged, copy_file
+from medqa.evaluation.answers import sample_answers
+from medqa.evaluation.loss import Evaluator, SplitLoss, fixed_subset, summarize
+from medqa.files import UNFINISHED, Damaged, copy_file, write_json
 from medqa.model.adapter_files import ADAPTER_FILES
 from medqa.model.base import load_adapter_weights, save_tokenizer
+from medqa.model.device import reset_peak
+from medqa.model.settings import Settings
 from medqa.prompts import prompt
 from medqa.tiny import BASE_DIR
-from medqa.training.checkpoint import Identity, git_commit, measure, save_adapter, verify_checkpoint, versions
+from medqa.training.batches import Batches
+from medqa.training.checkpoint import git_commit, measure, save_adapter, verify_checkpoint, versions
 from medqa.training.distributed import on_main
 from medqa.training.plan import accumulation_steps, parameter_counts
-from medqa.training.recorder import Phases, Tracker
-from medqa.training.run_dir import ADAPTER_DIR, Leg
-from medqa.training.state import RunState
-from medqa.training.wandb import EVAL_NAMES
+from medqa.training.recorder import Recorder
+from medqa.training.run import Run
+from medqa.training.run_dir import ADAPTER_DIR, SUMMARY
+from medqa.training.state import Progress, TrainState
+from medqa.training.wandb import EVAL_NAMES, log_adapter, log_samples, sampled_rows
 
 
 @dataclass(frozen=True)
@@ -42,45 +49,91 @@ class Ending:
     adapter_step: int
 
 
-def close_run(
-    evaluator: Evaluator,
-    examples: Mapping[str, Sequence[Example]],
-    subset: Sequence[int],
-    model: PeftModel,
-    state: RunState,
-    experiment: Experiment,
-    places: Sequence[Path],
-    tracker: Tracker,
-    clock: Callable[[], float],
-    say: Callable[[str], None],
-) -> Ending:
-    """The closing evaluation, on all rows; with `training.keep: best` the model then has the best adapter.
+class HeldOut:
+    """The held-out rows of a run, measured before, during and after training.
 
-    Validation is recorded as it is after the last update; the test split is measured once, with the adapter that stays.
+    Training is followed on a fixed subset of the validation rows; before and after it all of them are measured.
 
-    Args:
-        subset: indices of the fixed validation rows, by which the best is chosen.
-        places: directories that may have the best checkpoint.
-
-    Raises:
-        UserError: the best checkpoint has gone, or is damaged.
+    Attributes:
+        validation: the examples of the validation split.
     """
-    validation, step = examples["validation"], state.step
-    losses = evaluator.row_losses(validation)
-    final = summarize(losses, validation)
-    state.note_best(step, summarize(losses[list(subset)], [validation[i] for i in subset]).loss)
-    tracker.log({"step": step, "split": "eval", "elapsed_s": clock(), **final.record()})
-    adapter_step = step
-    if experiment.training.keep == "best" and state.best_step == 0:
-        say("the untuned base was best on the fixed validation rows: the adapter kept is that of the last update")
-    elif experiment.training.keep == "best" and state.best_step != step:
-        adapter_step = state.best_step
-        _take_best(model, evaluator.accelerator, places, adapter_step)
-        say(f"the adapter kept is that of update {adapter_step}, the best on the fixed validation rows")
-        final = evaluator.measure(validation)
-    test = evaluator.measure(examples["test"])
-    tracker.log({"step": step, "split": "test", "elapsed_s": clock(), **test.record()})
-    return Ending(final, test, adapter_step)
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        batches: Batches,
+        data: TrainingData,
+        experiment: Experiment,
+        settings: Settings,
+    ) -> None:
+        self.validation, self._test = data.examples["validation"], data.examples["test"]
+        self._experiment = experiment
+        self._evaluator = Evaluator(
+            model,
+            batches.accelerator,
+            experiment.tokenization,
+            batches.pad_token_id,
+            batches.most_tokens,  # about as many at once as training has
+            settings.evaluation_padding_free,
+        )
+        self._subset = fixed_subset(self.validation, experiment.evaluation.rows, experiment.training.seed)
+        self._fixed_rows = [self.validation[i] for i in self._subset]
+
+    def fixed_loss(self) -> SplitLoss:
+        """The loss of the fixed validation rows with the current weights."""
+        return self._evaluator.measure(self._fixed_rows)
+
+    def measure_baseline(self, progress: Progress, recorder: Recorder) -> None:
+        """Measure the validation split before the first update, unless a session before has done so."""
+        if progress.baseline is None:
+            began = recorder.clock()
+            losses = self._evaluator.row_losses(self.validation)
+            progress.evaluation_s = recorder.clock() - began
+            progress.baseline = summarize(losses, self.validation)
+            progress.best_loss = self._of_fixed_rows(losses).loss
+            recorder.log_split(0, "eval", progress.baseline)
+        reset_peak(self._evaluator.accelerator.device)  # from here on the peak is that of training
+        recorder.phases.done("evaluation")
+
+    def final_seconds(self, progress: Progress) -> float:
+        """About how long the final evaluation takes: that of validation, once or twice, of test, and a margin."""
+        return (4 if self._experiment.training.keep == "best" else 3) * progress.evaluation_s
+
+    def measure_final(self, state: TrainState, places: Sequence[Path], recorder: Recorder) -> Ending:
+        """The final evaluation, on all rows. With `training.keep: best` the model has the best adapter afterwards.
+
+        The validation split is recorded as it is after the last update. The test split is measured once, with the
+        adapter that stays.
+
+        Args:
+            places: the directories that may have the best checkpoint.
+
+        Raises:
+            UserError: the best checkpoint has gone, or is damaged.
+        """
+        progress, keep = state.progress, self._experiment.training.keep
+        losses = self._evaluator.row_losses(self.validation)
+        final, adapter_step = summarize(losses, self.validation), progress.step
+        progress.note_best(progress.step, self._of_fixed_rows(losses).loss)
+        recorder.log_split(progress.step, "eval", final)
+        if keep == "best" and progress.best_step == 0:
+            recorder.message(
+                "the baseline was best on the fixed validation rows: the adapter kept is that of the last update"
+            )
+        elif keep == "best" and progress.best_step != progress.step:
+            adapter_step = progress.best_step
+            _take_best(state.adapted, self._evaluator.accelerator, places, adapter_step)
+            recorder.message(
+                f"the adapter kept is that of update {adapter_step}, the best on the fixed validation rows"
+            )
+            final = self._evaluator.measure(self.validation)
+        test = self._evaluator.measure(self._test)
+        recorder.log_split(progress.step, "test", test)
+        return Ending(final, test, adapter_step)
+
+    def _of_fixed_rows(self, losses: np.ndarray) -> SplitLoss:
+        """The fixed rows' part of the losses of all validation rows."""
+        return summarize(losses[self._subset], self._fixed_rows)
 
 
 def _take_best(model: PeftModel, accelerator: Accelerator, places: Sequence[Path], step: int) -> None:
@@ -114,7 +167,7 @@ def _best_checkpoint(places: Sequence[Path], step: int) -> Path:
             problems.append(f"{path}: {error}")
     raise UserError(
         f"training.keep = best, and of update {step}, the best, no whole checkpoint is left: {'; '.join(problems)}; "
-        "put it back and start again, or take the newest as it is: python -m medqa export DIR --checkpoint STEP"
+        "put it back and start again, or take the newest as it is: medqa export DIR --checkpoint STEP"
     )
 
 
@@ -189,49 +242,76 @@ def base_words(base: str) -> str:
     return "the embedded base model" if base == str(BASE_DIR) else "a base model in a local directory"
 
 
-def make_summary(
-    name: str,
-    experiment: Experiment,
-    state: RunState,
+def save_results(
+    run: Run,
+    state: TrainState,
     ending: Ending,
-    model: torch.nn.Module,
-    accelerator: Accelerator,
-    leg: Leg,
-    identity: Identity,
-    phases: Phases,
-    wall_clock_s: float,
+    tokenizer: PreTrainedTokenizerBase,
+    validation: Sequence[Example],
+    experiment: Experiment,
+    recorder: Recorder,
+) -> None:
+    """Save the adapter and `summary.json`, give W&B sample answers and the adapter, and show the result.
+
+    The main process does it; the others have nothing to do.
+
+    Args:
+        validation: the rows from which the sample answers are taken.
+
+    Raises:
+        UserError: something that no run made has the name of the adapter's directory.
+    """
+    accelerator, feed = recorder.accelerator, recorder.feed
+    if not accelerator.is_main_process:
+        return feed.finish()
+    summary = make_summary(experiment, state, ending, run, recorder)
+    directory = save_final_adapter(run.output_dir, state.adapted, tokenizer, summary, experiment)
+    summary |= adapter_sha256(directory)
+    samples = sampled_rows(validation, experiment)
+    if accelerator.trackers and not run.identity.environment.sharded and samples:
+        answers = sample_answers(state.adapted, tokenizer, samples, ending.adapter_step)
+        feed.attempt(lambda: log_samples(accelerator, answers, feed.first), asks=True)
+    feed.attempt(lambda: log_adapter(accelerator, experiment.tracking, directory, run.session.run_id), asks=True)
+    write_json(summary, run.output_dir / SUMMARY)
+    recorder.show_result(summary, directory)
+    feed.finish()
+
+
+def make_summary(
+    experiment: Experiment, state: TrainState, ending: Ending, run: Run, recorder: Recorder
 ) -> dict[str, Any]:
-    """`summary.json`."""
-    assert state.baseline is not None  # it was measured before the first update
-    trainable, total = parameter_counts(model)
+    """The content of `summary.json`, but for the checksum of the adapter."""
+    progress, accelerator, identity = state.progress, recorder.accelerator, run.identity
+    assert progress.baseline is not None  # it was measured before the first update
+    trainable, total = parameter_counts(state.adapted)
     device = accelerator.device
     return {
-        "experiment": name,
-        "baseline": _figures(state.baseline.record()),
+        "experiment": run.name,
+        "baseline": _figures(progress.baseline.record()),
         "final": _figures(ending.final.record()),
         "test": _figures(ending.test.record()),
-        "best_step": state.best_step,
-        "wall_clock_s": wall_clock_s,
-        "peak_memory_bytes": state.peak_memory,
+        "best_step": progress.best_step,
+        "wall_clock_s": recorder.clock(),
+        "peak_memory_bytes": progress.peak_memory,
         "memory_device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "trainable_parameters": trainable,
         "total_parameters": total,
-        "updates": state.step,
+        "updates": progress.step,
         "length": length(experiment),
-        "stopped_early": state.stopped_early,
+        "stopped_early": progress.stopped_early,
         "adapter_step": ending.adapter_step,
-        "resumes": leg.resumes,
+        "resumes": run.session.resumes,
         "processes": accelerator.num_processes,
         "sharded": identity.environment.sharded,
         "cpu_threads": torch.get_num_threads(),
         "gradient_accumulation_steps": accumulation_steps(experiment.training, accelerator.num_processes),
         "quantization": identity.environment.settings.quantization,
         "mixed_precision": accelerator.mixed_precision,
-        "scaler_overflows": state.overflows,
-        "micro_batch_rows": state.micro_batch_rows or experiment.training.per_device_batch_size,
-        "micro_batch_tokens": state.micro_batch_tokens,
-        "start_s": dict(phases.seconds),
-        "not_bitwise": [asdict(moved) for moved in state.not_bitwise],
+        "scaler_overflows": progress.overflows,
+        "micro_batch_rows": progress.micro_batch_rows or experiment.training.per_device_batch_size,
+        "micro_batch_tokens": progress.micro_batch_tokens,
+        "start_s": dict(recorder.phases.seconds),
+        "not_bitwise": [asdict(moved) for moved in progress.not_bitwise],
         "data_fingerprint": identity.fingerprints.data,
         "base_fingerprint": identity.fingerprints.base,
         "git_commit": git_commit(),
@@ -294,9 +374,9 @@ def model_card(summary: Mapping[str, Any], experiment: Experiment) -> str:
         f"| {label} | {part['loss']:.4f} | {part['perplexity']:.3f} | {_figure(part['answer_loss'], 4)} | "
         f"{_figure(part['answer_perplexity'], 3)} |"
         for label, part in (
-            ("validation, untuned", summary["baseline"]),
-            ("validation, tuned", summary["final"]),
-            ("test, tuned", summary["test"]),
+            ("validation, baseline", summary["baseline"]),
+            ("validation, fine-tuned", summary["final"]),
+            ("test, fine-tuned", summary["test"]),
         )
     )
     kept = summary["adapter_step"]

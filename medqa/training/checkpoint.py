@@ -36,7 +36,7 @@ from medqa.model.base import adapter_weights, load_adapter_weights
 from medqa.model.settings import Part, SavedSettings, Settings
 from medqa.model.sharding import is_sharded
 from medqa.training.distributed import on_main
-from medqa.training.state import STATE, RunState, Trained
+from medqa.training.state import PROGRESS, Progress, TrainState
 from medqa.training.training_state import read_training_state, training_state
 from medqa.variables import recorded_variables
 
@@ -447,8 +447,7 @@ class Found:
 
 def save_checkpoint(
     output_dir: Path,
-    trained: Trained,
-    state: RunState,
+    state: TrainState,
     identity: Identity,
     accelerator: Accelerator,
     keep: int,
@@ -462,17 +461,17 @@ def save_checkpoint(
     Raises:
         UserError: it cannot be written (no space, no permission). Checkpoints that are there stay.
     """
-    place = output_dir / f"checkpoint-{state.step}"
-    for problem in on_main(accelerator, lambda: _save(place, trained, state, identity, keep)):
+    place = output_dir / f"checkpoint-{state.progress.step}"
+    for problem in on_main(accelerator, lambda: _save(place, state, identity, keep)):
         say(problem)
 
 
-def _save(place: Path, trained: Trained, state: RunState, identity: Identity, keep: int) -> list[str]:
+def _save(place: Path, state: TrainState, identity: Identity, keep: int) -> list[str]:
     """As `save_checkpoint`, on the main process."""
     try:
         remove_unfinished(place.parent)  # what could not be removed before
         if not _is_whole(place):
-            _write(place, trained, state, identity)
+            _write(place, state, identity)
             verify_checkpoint(place)
     except OSError as error:
         raise NotWritten(f"{place}: cannot be written: {error}; free space and start again") from error
@@ -480,7 +479,7 @@ def _save(place: Path, trained: Trained, state: RunState, identity: Identity, ke
         if not os.path.isdir(place.parent):
             raise UserError(f"{place.parent}: has been removed, and the checkpoints in it; start again") from error
         raise UserError(f"{place}: reads back differently from what was written: {error}; check the disk") from error
-    return prune(place.parent, keep, {state.step, state.best_step})
+    return prune(place.parent, keep, {state.progress.step, state.progress.best_step})
 
 
 def newest_whole(places: Sequence[Path]) -> Found | None:
@@ -517,33 +516,33 @@ def read_identity(path: Path) -> Identity:
         raise Damaged(f"{MANIFEST} is of another version: {where}") from error
 
 
-def load_checkpoint(found: Found, trained: Trained) -> RunState:
-    """Put a checkpoint's content into the model, optimizer, scheduler and scaler, and return its state.
+def load_checkpoint(found: Found, state: TrainState) -> None:
+    """Put a checkpoint's content into the state: adapter, optimizer, scheduler, scaler and progress.
 
     Raises:
         UserError: its content does not fit, though it is whole.
     """
     try:
-        state = read_state(found.path)
-        saved = read_training_state(found.path / TRAINING_FILE, trained, state.step, state.tokens_seen > 0)
+        progress = read_progress(found.path)
+        saved = read_training_state(found.path / TRAINING_FILE, state, progress.step, progress.tokens_seen > 0)
     except Damaged as error:
         raise UserError(
-            f"{found.path}: whole, but its content does not fit this version ({error}); go on with the version that "
-            "wrote it, or move this checkpoint away to go on from an older one, or start over with --fresh"
+            f"{found.path}: whole, but its content does not fit this version ({error}); resume with the version that "
+            "wrote it, or move this checkpoint away to resume from an older one, or start over with --fresh"
         ) from error
-    load_adapter_weights(trained.model, found.path, "checkpoint")
-    if not all(weight.isfinite().all() for weight in adapter_weights(trained.model).values()):
+    load_adapter_weights(state.adapted, found.path, "checkpoint")
+    if not all(weight.isfinite().all() for weight in adapter_weights(state.adapted).values()):
         raise UserError(
-            f"{found.path}: its adapter has weights that are not finite; move it away to go on from an older one"
+            f"{found.path}: its adapter has weights that are not finite; move it away to resume from an older one"
         )
-    trained.optimizer.load_state_dict(saved["optimizer"])
-    trained.scheduler.load_state_dict(saved["scheduler"])
-    if trained.scaler is not None and saved["scaler"] is not None:
-        trained.scaler.load_state_dict(saved["scaler"])
-    return state
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.scheduler.load_state_dict(saved["scheduler"])
+    if state.scaler is not None and saved["scaler"] is not None:
+        state.scaler.load_state_dict(saved["scaler"])
+    state.progress = progress
 
 
-def read_state(path: Path) -> RunState:
+def read_progress(path: Path) -> Progress:
     """How far the run was when a checkpoint was saved.
 
     Raises:
@@ -552,15 +551,15 @@ def read_state(path: Path) -> RunState:
     content = read_file(path / STATE_FILE, MAX_JSON_BYTES)
     try:
         parse_json(content)  # stricter than what follows: no NaN, no number beyond 64 bits
-        state = STATE.validate_json(content)
+        progress = PROGRESS.validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise Damaged(f"{STATE_FILE}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except ValueError as error:
         raise Damaged(f"{STATE_FILE}: {error}") from error
-    if state.step != step_of(path) or max(state.best_step, state.evaluated_step) > state.step:
+    if progress.step != step_of(path) or max(progress.best_step, progress.evaluated_step) > progress.step:
         raise Damaged(f"{STATE_FILE} is of another update than {path.name}")
-    return state
+    return progress
 
 
 def save_adapter(model: PeftModel, directory: Path) -> None:
@@ -572,13 +571,13 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
     config.save_pretrained(directory)
 
 
-def _write(place: Path, trained: Trained, state: RunState, identity: Identity) -> None:
+def _write(place: Path, state: TrainState, identity: Identity) -> None:
     """A checkpoint in full beside its place, then renamed into it; or nothing, if it cannot be written."""
     beside = place.with_name(place.name + UNFINISHED)
     make_way(beside)
     beside.mkdir()
     try:
-        _fill(beside, trained, state, identity)
+        _fill(beside, state, identity)
     except OSError:
         with contextlib.suppress(OSError):
             remove(beside)  # half a checkpoint is of no use, and there may be no space
@@ -586,12 +585,12 @@ def _write(place: Path, trained: Trained, state: RunState, identity: Identity) -
     put_in_place(beside, place)
 
 
-def _fill(directory: Path, trained: Trained, state: RunState, identity: Identity) -> None:
+def _fill(directory: Path, state: TrainState, identity: Identity) -> None:
     """All files of a checkpoint, flushed."""
-    save_adapter(trained.model, directory)
-    (directory / TRAINING_FILE).write_bytes(training_state(trained))
-    (directory / STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-    write_manifest(directory, {"step": state.step, **identity.model_dump()})
+    save_adapter(state.adapted, directory)
+    (directory / TRAINING_FILE).write_bytes(training_state(state))
+    (directory / STATE_FILE).write_text(json.dumps(asdict(state.progress)), encoding="utf-8")
+    write_manifest(directory, {"step": state.progress.step, **identity.model_dump()})
     for path in (*directory.iterdir(), directory):
         flush(path)
 

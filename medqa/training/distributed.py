@@ -159,7 +159,7 @@ def take_shards(experiment: Experiment) -> int:
     return shards
 
 
-def prepared(
+def prepare(
     accelerator: Accelerator, model: LossModel, optimizer: torch.optim.Optimizer, shards: int
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """Model and optimizer as Accelerate prepares them for these processes; the frozen weights in pieces if so asked.
@@ -214,7 +214,7 @@ def choose_kernels(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
-def leave(accelerator: Accelerator) -> None:
+def shut_down(accelerator: Accelerator) -> None:
     """Finish the trackers and leave the process group.
 
     A group that is freed under Python's global lock joins its threads, and one of gloo's may still be waiting for that

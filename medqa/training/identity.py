@@ -1,6 +1,6 @@
 """Whether a resumed run is the same run: what may change, what may not, and what the user is told."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from medqa.config import LENGTH, Experiment, flat, may_change_on_resume
 from medqa.config_file import cut, read_yaml, short
-from medqa.data.splits import Splits
-from medqa.data.tokens import Example, ids_fingerprint
+from medqa.data.batches import TrainingData
+from medqa.data.tokens import ids_fingerprint
 from medqa.errors import UserError, listed
 from medqa.model.base_files import base_fingerprint
 from medqa.model.settings import Settings
@@ -20,14 +20,13 @@ from medqa.training.checkpoint import (
     Fingerprints,
     Found,
     Identity,
-    Trained,
     changes,
     checkpoints,
     environment,
     load_checkpoint,
 )
 from medqa.training.distributed import on_main
-from medqa.training.state import Moved, RunState
+from medqa.training.state import Moved, Progress, TrainState
 
 # These may lie elsewhere than before: their fingerprints say whether they are the same.
 LOCATIONS = {"data.medquad", "data.afrimedqa", "data.files", "model.base"}
@@ -38,8 +37,7 @@ WHAT = {"data": "the data", "tokenizer": "the token ids of the data", "base": "t
 
 def identify(
     experiment: Experiment,
-    splits: Splits,
-    examples: Mapping[str, Sequence[Example]],
+    data: TrainingData,
     tokenizer: PreTrainedTokenizerBase,
     model: PeftModel,
     settings: Settings,
@@ -55,8 +53,8 @@ def identify(
         return base_fingerprint(experiment.model.base)
 
     fingerprints = Fingerprints(
-        data=splits.fingerprint,
-        tokenizer=ids_fingerprint(examples, tokenizer),
+        data=data.splits.fingerprint,
+        tokenizer=ids_fingerprint(data.examples, tokenizer),
         base=of_base() if settings.shards == 1 else on_main(accelerator, of_base),  # sharded, the others have no files
     )
     if accelerator.num_processes > 1:
@@ -102,11 +100,12 @@ def require_same_experiment(found: Found, experiment: Experiment) -> None:
     _refuse(f"{found.path} is of another experiment", differences(found.identity.experiment, experiment))
 
 
-def go_on(found: Found, trained: Trained, identity: Identity) -> RunState:
-    """Go on from a checkpoint: its content into `trained`; where the machine is of another kind, the state says so.
+def resume(found: Found, state: TrainState, identity: Identity) -> None:
+    """Load a checkpoint into the state. The state notes where the machine is of another kind than before.
 
     Raises:
-        UserError: it is of other data, another tokenizer or base model; lists the differences. Nothing is loaded then.
+        UserError: the checkpoint is of other data, another tokenizer or base model; the message lists the differences.
+            Nothing is loaded then.
     """
     before, now = (found_or_now.fingerprints.model_dump() for found_or_now in (found.identity, identity))
     material = [f"{WHAT[name]}: {before[name][:12]} there, {now[name][:12]} now" for name in WHAT]
@@ -114,24 +113,23 @@ def go_on(found: Found, trained: Trained, identity: Identity) -> RunState:
         f"{found.path} was trained on other data, tokens or base model",
         [line for name, line in zip(WHAT, material, strict=True) if before[name] != now[name]],
     )
-    state = load_checkpoint(found, trained)
+    load_checkpoint(found, state)
     if changed := changes(found.identity.environment, identity.environment):
-        state.not_bitwise.append(Moved(state.step, changed))
-    return state
+        state.progress.not_bitwise.append(Moved(state.progress.step, changed))
 
 
-def told_of(found: Found | None, state: RunState, damaged_lines: int) -> list[tuple[str, str]]:
-    """What the plan says of going on: what was passed over, what is lost, and where bits may differ."""
+def resume_lines(found: Found | None, progress: Progress, damaged_lines: int) -> list[tuple[str, str]]:
+    """The plan's lines on resuming: checkpoints passed over, what is lost, and where the last digits may differ."""
     lines = [("passed over", reason) for reason in (found.passed_over if found else ())]
     if found:
-        lines.append(("resumed", f"going on after update {state.step}, from {found.path}"))
-    if state.stopped_early:
-        lines.append(("stopped early", f"after update {state.step}; what is left is the closing evaluation"))
+        lines.append(("resumed", f"after update {progress.step}, from {found.path}"))
+    if progress.stopped_early:
+        lines.append(("stopped early", f"after update {progress.step}; what is left is the final evaluation"))
     if damaged_lines:
         lines.append(("lost", f"{damaged_lines} damaged lines of metrics.jsonl"))
     return lines + [
         ("not bitwise", f"from update {moved.after_step + 1} on: {', '.join(moved.changed)}")
-        for moved in state.not_bitwise
+        for moved in progress.not_bitwise
     ]
 
 

@@ -1,12 +1,17 @@
-"""The optimizer of the trainable parameters, and the learning rate schedule."""
+"""The optimizer of the trainable parameters, the learning rate schedule, and the state that both are part of."""
 
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from peft import PeftModel
 from transformers import get_scheduler
 
-from medqa.config import Optimizer, Scheduler
+from medqa.config import Experiment, Optimizer, Scheduler
 from medqa.errors import UserError
+from medqa.model.loss import LossModel
+from medqa.training.distributed import prepare
+from medqa.training.state import TrainState
 
 
 def build_optimizer(model: torch.nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
@@ -53,3 +58,26 @@ def build_scheduler(
         num_warmup_steps=settings.warmup_steps,
         num_training_steps=max_steps,
     )
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+def build_state(
+    adapted: PeftModel, experiment: Experiment, updates: int, shards: int, accelerator: Accelerator
+) -> TrainState:
+    """The state of a run before its first update: model and optimizer prepared for these processes, and the schedule.
+
+    The scheduler is not prepared: Accelerate would step it once for each process.
+
+    Args:
+        updates: how many updates the run has in all.
+        shards: over how many processes the frozen weights are sharded.
+
+    Raises:
+        UserError: as `build_optimizer`.
+    """
+    bare_optimizer = build_optimizer(adapted, experiment.optimizer)
+    scheduler = build_scheduler(bare_optimizer, experiment.scheduler, updates)
+    model, optimizer = prepare(accelerator, LossModel(adapted), bare_optimizer, shards)
+    return TrainState(model, adapted, optimizer, scheduler, accelerator.scaler)

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
 
 from medqa.config import Data, Experiment, Training
-from medqa.data.batches import Stream
+from medqa.data.batches import TrainingData
 from medqa.data.report import about_rows, split_counts
 from medqa.data.sources import used_sources
-from medqa.data.splits import Splits
 from medqa.data.tokens import Example
 from medqa.errors import UserError
 from medqa.model.settings import Settings
@@ -55,21 +55,26 @@ class Plan:
 
 def make_plan(
     experiment: Experiment,
-    updates: int,
-    stream: Stream,
-    splits: Splits,
-    examples: Mapping[str, Sequence[Example]],
-    model: torch.nn.Module,
+    data: TrainingData,
     settings: Settings,
+    model: torch.nn.Module,
     accelerator: Accelerator,
-    decode: Callable[[Any], str],
+    tokenizer: PreTrainedTokenizerBase,
+    notes: Sequence[tuple[str, str]] = (),
 ) -> Plan:
-    """The plan of a run on this machine."""
+    """The plan of a run on this machine.
+
+    Args:
+        notes: lines that others add.
+    """
+    stream, examples, updates = data.stream, data.examples, data.updates
     device, num_processes = accelerator.device, accelerator.num_processes
     training, scheduler = experiment.training, experiment.scheduler
     rows = {name: len(split) for name, split in examples.items()}
     mean_length = sum(len(e.input_ids) for e in stream.examples) / len(stream.examples)
-    warmup = f", {scheduler.warmup_steps} updates of warmup (rate 0 at the first)" if scheduler.warmup_steps else ""
+    warmup = (
+        f", {scheduler.warmup_steps} updates of warmup (learning rate 0 at the first)" if scheduler.warmup_steps else ""
+    )
     trainable, total = parameter_counts(model)
     quantization = settings.quantization
     checkpointing = ", gradient checkpointing" if settings.gradient_checkpointing else ""
@@ -82,7 +87,7 @@ def make_plan(
     lines = [
         ("recipe", f"quantization {quantization}, {experiment.optimizer.name}{checkpointing}"),
         ("data", ", ".join(f"{name} {count:,}" for name, count in rows.items()) + " rows"),
-        *(("rows", line) for line in about_rows(splits, examples, experiment)),
+        *(("rows", line) for line in about_rows(data.splits, examples, experiment)),
         *by_source(examples, experiment.data),
         (
             "updates",
@@ -91,7 +96,7 @@ def make_plan(
         ),
         ("micro-batches", batches),
         (
-            "rate",
+            "learning rate",
             f"{experiment.optimizer.learning_rate:g}, "
             f"{'constant' if scheduler.name == 'none' else scheduler.name}{warmup}",
         ),
@@ -112,7 +117,9 @@ def make_plan(
         whole = tokens * training.global_batch_size * updates
         hours = cpu_hours(total, whole, settings.gradient_checkpointing)
         lines.append(("time", f"about {hours:,.0f} hours on this CPU; a GPU, or --tiny, is the way"))
-    return Plan(lines, loss_segments(stream.at(0), experiment.tokenization.loss_on, decode))
+    if settings.return_memory:
+        lines.append(("memory", "short: freed memory goes back to the system at once, which is slower"))
+    return Plan([*lines, *notes], loss_segments(stream.at(0), experiment.tokenization.loss_on, tokenizer.decode))
 
 
 def by_source(examples: Mapping[str, Sequence[Example]], data: Data) -> list[tuple[str, str]]:

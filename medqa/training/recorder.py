@@ -1,5 +1,6 @@
 """What a run records and shows: metrics.jsonl, progress, messages, the time of each phase."""
 
+import contextlib
 import io
 import json
 import os
@@ -12,20 +13,25 @@ from types import TracebackType
 from typing import Any
 
 import psutil
+import rich.progress
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from medqa.config import Experiment
+from medqa.data.batches import Stream
 from medqa.errors import UserError
+from medqa.evaluation.loss import SplitLoss
 from medqa.files import Damaged, flush, naming, open_in_place, parse_json, read_file, write_file
 from medqa.limits import MAX_COUNT, MAX_METRICS_BYTES
-from medqa.terminal import printable
+from medqa.model.device import peak_memory
+from medqa.terminal import make_console, printable
 from medqa.training.plan import Plan
-from medqa.training.run_dir import read_leg
+from medqa.training.run_dir import METRICS, read_leg
+from medqa.training.state import Progress, StepResult
 from medqa.training.wandb import (
     EVAL_NAMES,
     GLOBAL_STEP,
@@ -270,7 +276,7 @@ class ProgressLine:
     def __init__(self, console: Console, first_step: int, max_steps: int, log_steps: int) -> None:
         self._console = console
         self._max_steps, self._log_steps = max_steps, log_steps
-        self._bar = Progress(
+        self._bar = rich.progress.Progress(
             # Of 80 columns the bar alone gives way.
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             BarColumn(bar_width=None),
@@ -293,7 +299,7 @@ class ProgressLine:
         """Show the figures of one update."""
         step = record["step"]
         figures = (
-            f"loss {record['loss']:.4f}  rate {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tokens/s  "
+            f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tokens/s  "
             f"peak {record['peak_memory_bytes'] / 2**30:.1f} GiB"
         )
         self._bar.update(self._task, completed=step, figures=figures)
@@ -307,7 +313,7 @@ def show_result(console: Console, summary: Mapping[str, Any], adapter_dir: Path 
     """Baseline against final on the validation set, and the test set once; and where the adapter is."""
     table = Table(title=f"{summary['experiment']}: before and after", title_justify="left")
     table.add_column("")
-    for column in ("validation, untuned", "validation, tuned", "test, tuned"):
+    for column in ("validation, baseline", "validation, fine-tuned", "test, fine-tuned"):
         table.add_column(column, justify="right")
     for key in ("loss", "perplexity", "answer_loss", "answer_perplexity"):
         figures = [summary[part][key] for part in ("baseline", "final", "test")]
@@ -336,7 +342,7 @@ class Phases:
 
     def __init__(self) -> None:
         """What was before, from the process's start on, is the imports."""
-        self._last = time.perf_counter()
+        self.started = self._last = time.perf_counter()
         self.seconds = {"imports": time.time() - psutil.Process().create_time()}
         self._first_update_seen = False
 
@@ -346,23 +352,175 @@ class Phases:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
-    def until_first_update(
-        self, progress: Callable[[dict], None], say: Callable[[str], None]
-    ) -> Callable[[dict], None]:
-        """`progress`, which is told of each update, and after the first also a line of all phases for `say`."""
-
-        def told(record: dict) -> None:
-            if not self._first_update_seen:
-                self._first_update_seen = True
-                self.done("first update")
-                say(str(self))
-            progress(record)
-
-        return told
+    def first_update_done(self) -> bool:
+        """End the last phase with the first update of this session; says whether this update was the first."""
+        if self._first_update_seen:
+            return False
+        self._first_update_seen = True
+        self.done("first update")
+        return True
 
     def __str__(self) -> str:
         parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
         return f"first update after {sum(self.seconds.values()):.1f} s: {parts}"
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """All that a run tells: `metrics.jsonl`, W&B, the console, and the clock that these need.
+
+    Every process has a recorder; only that of the main process writes and shows anything.
+
+    Attributes:
+        phases: where the time to the first update goes.
+        feed: tells W&B, once `start_wandb` has been called.
+
+    Args:
+        check: is called before each write; raises where the directory is no longer this run's.
+    """
+
+    feed: WandbFeed
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        accelerator: Accelerator,
+        output_dir: Path,
+        phases: Phases,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.accelerator, self.output_dir, self.phases = accelerator, output_dir, phases
+        self._experiment = experiment
+        quiet_libraries()
+        self._console = make_console(accelerator.is_main_process)
+        self._tracker = Tracker(accelerator.is_main_process, MetricsFile(output_dir / METRICS), check=check)
+        self._before = 0.0  # seconds of the sessions before this one
+        self._bar: ProgressLine | None = None
+        self._epoch: Callable[[int], float] = lambda step: 0.0
+        self._newest: Record | None = None  # the newest train record that is not in the file
+        self._said: set[str] = set()
+
+    def message(self, text: str) -> None:
+        """Show a line on the console."""
+        self._console.print(text, soft_wrap=True)
+
+    def message_once(self, text: str) -> None:
+        """Show a line that was not shown before in this session."""
+        if text not in self._said:
+            self._said.add(text)
+            self.message(text)
+
+    def clock(self) -> float:
+        """Seconds of the run, all sessions together."""
+        return self._before + time.perf_counter() - self.phases.started
+
+    def resume(self, progress: Progress, updates: int) -> Spent:
+        """Bring the metrics file to where the run resumes; count the time and memory of the sessions before.
+
+        Args:
+            updates: how many updates the run has in all.
+        """
+        spent = self._tracker.resume(
+            progress.step if progress.baseline else -1, progress.step if progress.stopped_early else updates
+        )
+        progress.peak_memory = max(progress.peak_memory, spent.peak_memory)
+        self._before = max(progress.elapsed_s, spent.elapsed_s)
+        return spent
+
+    def show_plan(self, name: str, plan: Plan) -> None:
+        """Show the plan of the experiment of this name on the console."""
+        show_plan(self._console, f"{name} in {self.output_dir}", plan)
+
+    def show_result(self, summary: Mapping[str, Any], adapter_dir: Path | None = None) -> None:
+        """Show the closing table on the console."""
+        show_result(self._console, summary, adapter_dir)
+
+    def show_complete_run(self, summary: Mapping[str, Any]) -> None:
+        """Show the result of a run that is complete already, and tell W&B where a sweep's trial repeats it."""
+        self.message(f"{self.output_dir} is complete already")
+        tell_trial(self.accelerator, self._experiment, self.output_dir, self.message)
+        self.show_result(summary)
+
+    def start_wandb(self, run_id: str, changes: Mapping[str, Any]) -> None:
+        """Begin to tell W&B: first what the sessions before have recorded, then what is recorded from now on."""
+        self.message(start_wandb(self.accelerator, self._experiment, self.output_dir, run_id, changes))
+        self.feed = WandbFeed(self.accelerator, self.message)
+        self._tracker.begin_feed(self.feed)
+        self.phases.done("start")
+
+    @contextlib.contextmanager
+    def training(self, progress: Progress, stream: Stream, updates: int) -> Iterator[None]:
+        """Show the progress of training in this block."""
+        self._epoch = stream.epoch
+        with ProgressLine(self._console, progress.step, updates, self._experiment.training.log_steps) as self._bar:
+            yield
+
+    def log_update(self, progress: Progress, result: StepResult, seconds: float, last: bool) -> None:
+        """Record an update and show it. Updates between two `log_steps` are shown and not recorded."""
+        memory = peak_memory(self.accelerator.device)
+        progress.elapsed_s = self.clock()
+        progress.peak_memory = max(progress.peak_memory, memory.allocated)
+        record = {
+            "step": progress.step,
+            "split": "train",
+            "elapsed_s": progress.elapsed_s,
+            "loss": result.loss,
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "tokens": result.tokens,
+            "examples_seen": progress.step * self._experiment.training.global_batch_size,
+            "tokens_seen": progress.tokens_seen,
+            "epoch": self._epoch(progress.step),
+            "update_s": seconds,
+            "tokens_per_s": result.tokens / seconds,
+            "padding_share": result.padding_share,
+            "order": f"{result.order:x}",
+            "overflows": progress.overflows,
+            "peak_memory_bytes": memory.allocated,
+            "peak_reserved_bytes": memory.reserved,
+        }
+        if self.phases.first_update_done():
+            self.message(str(self.phases))
+        self.show_update(record)
+        self._newest = record
+        if progress.step % self._experiment.training.log_steps == 0 or last:
+            self._log_newest()
+
+    def show_update(self, record: Record) -> None:
+        """Show the figures of an update."""
+        if self._bar is not None:
+            self._bar.update(record)
+
+    def log_evaluation(self, progress: Progress, loss: SplitLoss, last: bool) -> None:
+        """Record an evaluation of the fixed validation rows.
+
+        After the last update it is not recorded, because the final evaluation of all rows takes its place; but the
+        update itself is then, whatever `log_steps` says: early stopping may have made it the last one.
+        """
+        if last:
+            self._log_newest()
+        else:
+            self.log_split(progress.step, "eval", loss)
+
+    def log_split(self, step: int, split: str, loss: SplitLoss) -> None:
+        """Record the losses of a split after `step` updates."""
+        self._tracker.log({"step": step, "split": split, "elapsed_s": self.clock(), **loss.record()})
+
+    def log_save(self, step: int, seconds: float) -> None:
+        """Record how long the checkpoint of `step` held up training."""
+        self._tracker.saved(step, seconds)
+
+    def flush(self) -> None:
+        """Have the disk hold all records, before a checkpoint says that they need not be computed again."""
+        self._tracker.flush()
+
+    def _log_newest(self) -> None:
+        """Record the newest update, once."""
+        if self._newest is not None:
+            self._tracker.log(self._newest)
+            self._newest = None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -380,5 +538,5 @@ def tell_trial(accelerator: Accelerator, experiment: Experiment, output_dir: Pat
         return
     say(start_wandb(accelerator, experiment, output_dir, leg.run_id, {}))
     feed = WandbFeed(accelerator, say)
-    Tracker(True, MetricsFile(output_dir / "metrics.jsonl")).begin_feed(feed)
+    Tracker(True, MetricsFile(output_dir / METRICS)).begin_feed(feed)
     feed.finish()

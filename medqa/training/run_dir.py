@@ -42,7 +42,7 @@ from medqa.training.checkpoint import (
 )
 from medqa.training.distributed import is_first_process, on_main
 from medqa.training.identity import check_config, reads_elsewhere, require_same_experiment
-from medqa.training.state import RunState
+from medqa.training.state import Progress
 
 # ----------------------------------------------------------------------------------------------------
 # One run at a time in a directory.
@@ -314,28 +314,28 @@ class Leg(BaseModel):
 
 
 def start_run(
-    output_dir: Path, fresh: bool, found: Found | None, state: RunState, lock: RunLock, accelerator: Accelerator
+    output_dir: Path, fresh: bool, found: Found | None, progress: Progress, lock: RunLock, accelerator: Accelerator
 ) -> Leg:
     """Make the directory, lock it, clear it if `fresh` and of what killed saves left, and note one more leg.
 
-    The main process does, the others wait. The leg is noted in `state` too.
+    The main process does, the others wait. The leg is noted in `progress` too.
 
     Raises:
         UserError: it cannot be written, another run is on in it, or not all processes see the same checkpoint there.
     """
-    steps = gather_object([state.step]) if accelerator.num_processes > 1 else [state.step]
+    steps = gather_object([progress.step]) if accelerator.num_processes > 1 else [progress.step]
     if len(set(steps)) > 1:  # each would train adapters of its own, and average their gradients
         seen = ", ".join(map(str, sorted(set(steps))))
         raise UserError(
             f"{output_dir}: not all processes see the same checkpoint there (of updates {seen}); on several machines "
             "give an --output-dir on a file system that they share"
         )
-    leg = on_main(accelerator, lambda: _note_leg(output_dir, fresh, found, state, lock))
-    state.run_id, state.resumes = leg.run_id, leg.resumes
+    leg = on_main(accelerator, lambda: _note_leg(output_dir, fresh, found, progress, lock))
+    progress.run_id, progress.resumes = leg.run_id, leg.resumes
     return leg
 
 
-def _note_leg(output_dir: Path, fresh: bool, found: Found | None, state: RunState, lock: RunLock) -> Leg:
+def _note_leg(output_dir: Path, fresh: bool, found: Found | None, progress: Progress, lock: RunLock) -> Leg:
     """As `start_run`, on the main process."""
     output_dir.mkdir(parents=True, exist_ok=True)
     lock.take()
@@ -346,8 +346,8 @@ def _note_leg(output_dir: Path, fresh: bool, found: Found | None, state: RunStat
         bring_back(found, output_dir)
     leg = read_leg(output_dir)
     if leg is None and found is not None:
-        known = re.fullmatch(RUN_ID, state.run_id) is not None
-        leg = Leg(run_id=state.run_id if known else _new_run_id(), resumes=min(state.resumes, MAX_COUNT), saved=True)
+        run_id = progress.run_id if re.fullmatch(RUN_ID, progress.run_id) else _new_run_id()
+        leg = Leg(run_id=run_id, resumes=min(progress.resumes, MAX_COUNT), saved=True)
     if leg is None:
         leg = Leg(run_id=_new_run_id(), resumes=0, saved=False)
     else:

@@ -1,4 +1,7 @@
-"""What an update changes and a checkpoint keeps."""
+"""All that an update changes and a checkpoint keeps: model, optimizer, schedule, scaler, and how far the run is.
+
+What follows from the number of updates alone is not kept: the order of the data and the dropout noise.
+"""
 
 from dataclasses import dataclass, field
 
@@ -7,6 +10,7 @@ import torch
 from peft import PeftModel
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter
 
+from medqa.errors import TrainingStopped
 from medqa.evaluation.loss import SplitLoss
 
 
@@ -19,7 +23,7 @@ class Moved:
 
 
 @pydantic.dataclasses.dataclass(config=ConfigDict(extra="forbid", strict=True))
-class RunState:
+class Progress:
     """How far a run is. What follows from the step is not kept.
 
     `elapsed_s` and `peak_memory` are over all legs, `evaluation_s` is what the baseline took. `micro_batch_rows` is the
@@ -47,36 +51,89 @@ class RunState:
     baseline: SplitLoss | None = None
     not_bitwise: list[Moved] = field(default_factory=list)
 
-    def note_best(self, step: int, loss: float) -> None:
-        """Remember the lowest loss on the fixed validation rows, and how many evaluations ago it was; once a step."""
+    def advance(self, result: "StepResult") -> None:
+        """Count an update that has been applied."""
+        self.step += 1
+        self.tokens_seen += result.tokens
+
+    def patience_ended(self, patience: int | None) -> bool:
+        """Whether so many evaluations in a row have not been better than the best before; never, if None."""
+        return patience is not None and self.evaluations_since_best >= patience
+
+    def note_best(self, step: int, loss: float) -> bool:
+        """Remember the lowest loss on the fixed validation rows, and how many evaluations ago it was; once a step.
+
+        Returns whether the lowest loss is that of this step.
+        """
         if step == self.evaluated_step:
-            return
+            return self.best_step == step
         self.evaluated_step = step
         self.evaluations_since_best += 1
         if self.best_loss is None or loss < self.best_loss:
             self.best_step, self.best_loss, self.evaluations_since_best = step, loss, 0
-
-    def halve(self, rows: int, tokens: int | None) -> tuple[str, str]:
-        """Have smaller micro-batches after one of so many rows, and tokens, found no room; what was, and what will be.
-
-        Args:
-            tokens: None where micro-batches are padded, and rows are what is counted.
-        """
-        if tokens is None:
-            self.micro_batch_rows = -(-rows // 2)
-            return f"{rows} rows", f"{self.micro_batch_rows}"
-        self.micro_batch_tokens = -(-tokens // 2)
-        return f"{tokens} tokens", f"{self.micro_batch_tokens}"
+        return self.best_step == step
 
 
-STATE = TypeAdapter(RunState)
+PROGRESS = TypeAdapter(Progress)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The things whose state a checkpoint keeps, together because they are always saved and loaded together."""
+@dataclass
+class TrainState:
+    """What training changes, and what a checkpoint keeps of it.
 
-    model: PeftModel
+    Attributes:
+        model: the `LossModel` as Accelerate prepared it, for the forward and backward passes.
+        adapted: the same model as PEFT knows it; its adapter is what is saved.
+        progress: how far the run is; the rest of the state follows from the weights.
+    """
+
+    model: torch.nn.Module
+    adapted: PeftModel
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler | None
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One update. `loss` is the mean over its target tokens in nats; `grad_norm` is the norm before clipping.
+
+    `order` is a number that follows from which rows the update consumed at which stream positions.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    padding_share: float
+    order: int
+
+    @classmethod
+    def from_figures(
+        cls,
+        learning_rate: float,
+        loss: float,
+        grad_norm: float,
+        targets: float,
+        tokens: float,
+        places: float,
+        order: float,
+    ) -> "StepResult":
+        """From what the devices computed, the last four as `training.batches.token_counts` over all processes."""
+        return cls(loss, grad_norm, learning_rate, int(targets), 1 - tokens / places, int(order))
+
+
+def check_adapter_gradients(model: torch.nn.Module) -> None:
+    """Check that the update's gradient reached every LoRA B matrix. A matrix without a gradient would never train.
+
+    Raises:
+        TrainingStopped: a matrix got no gradient.
+    """
+    missing = [
+        name
+        for name, parameter in model.named_parameters()
+        if "lora_B" in name and (parameter.grad is None or not parameter.grad.any())
+    ]
+    if missing:
+        raise TrainingStopped(f"no gradient reached {len(missing)} adapter matrices, {missing[0]} among them")

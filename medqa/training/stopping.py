@@ -20,8 +20,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import psutil
+import torch
+from accelerate import Accelerator
 
-from medqa.errors import LAUNCHER_DIED, Interrupted
+from medqa.errors import LAUNCHER_DIED, Interrupted, StoppedInTime
+from medqa.training.distributed import on_main
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, LAUNCHER_DIED)
 GONE = (signal.SIGHUP, LAUNCHER_DIED)  # what they say is that something has gone: nobody is impatient
@@ -29,8 +32,10 @@ TOGETHER_S = 1.0  # signals of several kinds that come within this time are one 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-class Interrupts:
-    """Holds the stopping signals while a run is on. `received` is the one to stop for, None while there is none.
+class Stopper:
+    """Decides when a run stops: at a signal, when its launcher dies, or in time for `--stop-after`.
+
+    It holds the stopping signals while a run is on. `received` is the one to stop for, None while there is none.
 
     SIGHUP is left alone where it is ignored from the start: that is what `nohup` asks for.
     """
@@ -43,8 +48,11 @@ class Interrupts:
         self.finish_update = False  # set by the loop: note the signal instead of raising
         self._over = False
         self._previous: dict[int, Any] = {}
+        self._deadline: float | None = None
+        self._save_minutes: float | None = None
+        self._asked_at = self._saved_at = self._longest = 0.0
 
-    def __enter__(self) -> "Interrupts":
+    def __enter__(self) -> "Stopper":
         if os.environ.get("ACCELERATE_MIXED_PRECISION") is not None:  # set by accelerate launch, and by nothing else
             _signal_when_parent_dies()
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -90,36 +98,71 @@ class Interrupts:
         echoes = 1 if handed_on or together or "WANDB_SWEEP_ID" in os.environ else 0
         return self._seen[signum] > echoes + (self.received == signum)
 
-    def training_is_over(self) -> None:
-        """From here on a signal ends the run at once.
+    def set_deadline(self, seconds: float | None) -> None:
+        """Set when to be done, in seconds from the start of this process; None: no deadline."""
+        running = time.time() - psutil.Process().create_time()
+        self._deadline = None if seconds is None else time.monotonic() + seconds - running
+
+    @contextlib.contextmanager
+    def finishing_updates(self, save_minutes: float | None) -> Iterator[None]:
+        """In this block a signal waits for the end of the update, where `agree` tells of it; after it, none waits.
+
+        Args:
+            save_minutes: how often `agree` asks for a save; None: never.
 
         Raises:
             Interrupted: a signal came during the last update, after the loop had asked for one.
         """
+        self._save_minutes = save_minutes
+        self._asked_at = self._saved_at = time.monotonic()
+        self.finish_update = True
+        yield
         self.finish_update = False
         if self.received is not None:
             raise Interrupted(self.received)
+
+    def agree(
+        self, accelerator: Accelerator, step: int, updates: int, last: bool
+    ) -> tuple[Interrupted | StoppedInTime | None, bool]:
+        """Why to stop after this update (None: go on), and whether `save_minutes` have passed since the last save.
+
+        The answer is the same on all processes, each of which must ask after every update.
+        """
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._asked_at)
+        self._asked_at = now
+        save_due = self._save_minutes is not None and now - self._saved_at >= 60 * self._save_minutes
+        # A save and another update, each perhaps slower than any so far, must still fit.
+        late = self._within(2 * self._longest)
+        signum = self.received or 0
+        if accelerator.num_processes > 1:
+            mine = torch.tensor([[signum, int(save_due), int(late)]], device=accelerator.device)
+            signum, save_due, late = accelerator.gather(mine).amax(dim=0).tolist()
+        if signum:
+            return Interrupted(signum), bool(save_due)
+        if late and not last:
+            return StoppedInTime(f"stopped in time after update {step} of {updates}"), bool(save_due)
+        return None, bool(save_due)
+
+    def note_save(self) -> None:
+        """Count `save_minutes` from now on."""
+        self._saved_at = time.monotonic()
+
+    def require_time(self, accelerator: Accelerator, seconds: float, step: int) -> None:
+        """See that the deadline is not within so many seconds, which the final evaluation takes.
+
+        Raises:
+            StoppedInTime: it is.
+        """
+        if on_main(accelerator, lambda: self._within(seconds)):
+            raise StoppedInTime(f"stopped in time after update {step}, the last, before the final evaluation")
+
+    def _within(self, seconds: float) -> bool:
+        """Whether the deadline comes in less than so many seconds."""
+        return self._deadline is not None and time.monotonic() + seconds > self._deadline
 
 
 def _signal_when_parent_dies() -> None:
     """Ask the kernel for `LAUNCHER_DIED` when the parent ends (Linux only; elsewhere nothing is sent)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, LAUNCHER_DIED)
-
-
-class Deadline:
-    """When to be done (`--stop-after`), counted from the start of this process; None: never."""
-
-    def __init__(self, seconds: float | None) -> None:
-        running = time.time() - psutil.Process().create_time()
-        self._end = None if seconds is None else time.monotonic() + seconds - running
-        self.seconds = seconds
-
-    def within(self, seconds: float) -> bool:
-        """Whether it comes in less than so many seconds."""
-        return self._end is not None and time.monotonic() + seconds > self._end
-
-
-def elapsed(offset: float) -> float:
-    """Seconds of the run: since this leg began, plus those of the legs before."""
-    return time.perf_counter() + offset

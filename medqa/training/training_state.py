@@ -21,7 +21,7 @@ import torch
 
 from medqa.files import Damaged, open_regular
 from medqa.limits import MAX_SHOWN
-from medqa.training.state import Trained
+from medqa.training.state import TrainState
 
 # bitsandbytes keeps the quantized tensors of a parameter's state below this key, older versions beside the others.
 QUANTIZED = "__bnb_optimizer_quant_state__"
@@ -46,22 +46,22 @@ MADE_UP = (
 )
 
 
-def training_state(trained: Trained) -> memoryview:
+def training_state(state: TrainState) -> memoryview:
     """The content of the file."""
     content = io.BytesIO()
     torch.save(
         {
-            "optimizer": trained.optimizer.state_dict(),
-            "scheduler": trained.scheduler.state_dict(),
-            "scaler": trained.scaler.state_dict() if trained.scaler else None,
+            "optimizer": state.optimizer.state_dict(),
+            "scheduler": state.scheduler.state_dict(),
+            "scaler": state.scaler.state_dict() if state.scaler else None,
         },
         content,
     )
     return content.getbuffer()
 
 
-def read_training_state(path: Path, trained: Trained, step: int, moved: bool) -> dict[str, Any]:
-    """The states of `optimizer`, `scheduler` and `scaler` after update `step`, to be loaded into those of `trained`.
+def read_training_state(path: Path, state: TrainState, step: int, moved: bool) -> dict[str, Any]:
+    """The states of `optimizer`, `scheduler` and `scaler` after update `step`, to be loaded into those of `state`.
 
     Args:
         moved: whether any of those updates had a target, so that the optimizer made a step.
@@ -71,17 +71,17 @@ def read_training_state(path: Path, trained: Trained, step: int, moved: bool) ->
             updates. Nothing is loaded.
     """
     try:
-        saved = _unpickled(path, trained)
+        saved = _unpickled(path, state)
         if not isinstance(saved, dict) or saved.keys() != {"optimizer", "scheduler", "scaler"}:
             raise Damaged("does not hold the states of optimizer, scheduler and scaler")
-        schedule = trained.scheduler
+        schedule = state.scheduler
         rates = [
             float(rate * factor(step)) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
         ]
         return {
-            "optimizer": _optimizer_state(saved["optimizer"], trained.optimizer, rates, step, moved),
-            "scheduler": _scheduler_state(saved["scheduler"], trained.scheduler, rates, step),
-            "scaler": _scaler_state(saved["scaler"], trained.scaler),
+            "optimizer": _optimizer_state(saved["optimizer"], state.optimizer, rates, step, moved),
+            "scheduler": _scheduler_state(saved["scheduler"], state.scheduler, rates, step),
+            "scaler": _scaler_state(saved["scaler"], state.scaler),
         }
     except Damaged as error:
         raise Damaged(f"{path.name}: {error}") from error
@@ -89,13 +89,13 @@ def read_training_state(path: Path, trained: Trained, step: int, moved: bool) ->
         raise Damaged(f"{path.name}: {error.strerror}") from error
 
 
-def _unpickled(path: Path, trained: Trained) -> Any:
+def _unpickled(path: Path, state: TrainState) -> Any:
     """What the file holds. A file much longer than such states, or one that unpacks to more than it holds, is refused.
 
     Raises:
         Damaged, OSError: it cannot be read.
     """
-    parameters = [parameter for group in trained.optimizer.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     most = 1_000_000 + sum(16 * parameter.numel() + 10_000 for parameter in parameters)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size

@@ -128,7 +128,11 @@ def _figures(source: Source) -> str:
     if lines:
         return "\n".join(["| | value | 95 % interval | rows |", "|---|---|---|---|", *lines])
     summary = _read(source.run / "summary.json")
-    for label, part in (("validation, untuned", "baseline"), ("validation, tuned", "final"), ("test, tuned", "test")):
+    for label, part in (
+        ("validation, baseline", "baseline"),
+        ("validation, fine-tuned", "final"),
+        ("test, fine-tuned", "test"),
+    ):
         figures_of = summary.get(part)
         value = number(figures_of.get("answer_perplexity")) if isinstance(figures_of, dict) else None
         if value is not None:

@@ -1,4 +1,4 @@
-"""`python -m medqa export`: base and adapter as one model, plain or GGUF, kept only if it measures as the adapter does.
+"""`medqa export`: base and adapter as one model, plain or GGUF, kept only if it measures as the adapter does.
 
 All is built in a directory beside the wanted one, and renamed into place when it is whole and has passed.
 """
