@@ -20,7 +20,7 @@ DPI = 100
 SMALLEST = 1e-9  # where a difference of exactly 0 would still not stand out on the axis
 THEIR_COLOUR, OUR_COLOUR, NORM_COLOUR = "#f2a65a", "#1f4e79", "#b9c4d0"
 TEXT, QUIET = "#1a1a1a", "#666666"
-TOLERANCE = 1e-6  # what tests/test_parity.py asserts
+TOLERANCE = 1e-6  # what tests/training/test_parity.py asserts
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from medqa.training.checkpoint import Fingerprints, Identity, environment
 from medqa.training.distributed import build_accelerator
 from medqa.training.loop import StepResult, robust_step, train, train_step
 from medqa.training.optimizer import build_state
-from medqa.training.recorder import Phases, Recorder, read_metrics
+from medqa.training.recorder import Phases, Recorder, Spent, read_metrics
 from medqa.training.run_dir import METRICS
 from medqa.training.state import Progress, TrainState
 from medqa.training.stopping import Stopper
@@ -172,6 +172,10 @@ class Observer(Recorder):
         super().__init__(experiment, accelerator, output_dir, Phases())
         self._progress, self._say = progress, say
         self.phases.first_update_done()  # so that no message tells how long it took
+
+    def resume(self, progress: Progress, updates: int) -> Spent:
+        """Keep the records up to the step, though no baseline was measured."""
+        return self._tracker.resume(progress.step, updates)
 
     def message(self, text: str) -> None:
         """Hand a message on."""

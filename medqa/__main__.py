@@ -24,6 +24,7 @@ from medqa.variables import settle_variables
 
 # These end a command as an error would, so that it removes what it has begun to write. Ctrl-C is Python's own.
 STOPPING = (signal.SIGTERM, signal.SIGHUP, LAUNCHER_DIED)
+COMPUTE_NOTHING = ("plan", "compare", "dashboard")  # of a model; no number of theirs depends on the environment
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
@@ -49,7 +50,8 @@ def run_command(options: argparse.Namespace) -> None:
     Raises:
         UserError: as `settle_variables`, and as the command.
     """
-    ignored = settle_variables()
+    refuse, on_cpu = options.command not in COMPUTE_NOTHING, getattr(options, "cpu", False)
+    ignored = settle_variables(devices=("cpu",) if on_cpu else ("cpu", "cuda"), refuse=refuse)
     if os.environ.get("RANK", "0") == "0":
         for label, text in ignored:
             print_error(f"{label}: {text}")

@@ -16,8 +16,10 @@ from typing import Any
 import yaml as pyyaml
 from pydantic import ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, Event, NodeEvent, ScalarEvent
+from ruamel.yaml.nodes import MappingNode, SequenceNode
 from ruamel.yaml.resolver import VersionedResolver
 
 from medqa.config import LENGTH, Experiment, flat, may_change_on_resume
@@ -72,6 +74,20 @@ CORE_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "fl
 NUMBER = re.compile("|".join(f"(?:{pattern})" for name, pattern, _ in CORE_SCHEMA if name in ("int", "float")))
 
 
+ANOTHER_DOCUMENT = "but found another document"
+# What ruamel finds, and what it is to somebody who has written the file.
+IN_WORDS = {
+    r"found character '\\t' that cannot start any token": "a tab, where YAML takes spaces alone; use spaces",
+    r"found character '(.)' that cannot start any token": r"a value cannot begin with \1; put it in quotes",
+    r"mapping values are not allowed here": (
+        "a colon where no key can be; indent the line as its neighbours, or put a value with a colon in quotes"
+    ),
+    r"expected <block end>, but found .*": "the line does not belong to those before it; indent it as its neighbours",
+    r"found undefined alias '(.*)'": r"*\1, and nothing before is called &\1; put a word that begins with * in quotes",
+    r"found unexpected end of stream": "a quote is opened and not closed; close it",
+}
+
+
 def load_yaml(text: str, where: str) -> Any:
     """The value that a YAML text stands for, within the limits of `medqa/limits.py`.
 
@@ -81,12 +97,45 @@ def load_yaml(text: str, where: str) -> Any:
     try:
         _check_size(text)
         return _loader().load(text)
-    # The last three: a tag such as `!!bool` on something else, which ruamel does not check.
-    except (YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+    # The last four: a tag such as `!!bool` on something else, a version that there is not, which ruamel does not check.
+    except (YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError, AssertionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{where}{line}: not valid YAML: {cut(problem)}") from error
+        if getattr(error, "problem", None) == ANOTHER_DOCUMENT:
+            raise UserError(f"{where}{line}: the text holds more than one YAML document; keep one") from error
+        raise UserError(f"{where}{line}: not valid YAML: {cut(_in_words(error, text))}") from error
+
+
+def _in_words(error: Exception, text: str) -> str:
+    """What is wrong with a YAML text, and what to do."""
+    if isinstance(error, DuplicateKeyError):
+        return _twice(error, text)
+    if isinstance(error, AssertionError):
+        return "its line %YAML names another version than 1.1 and 1.2; remove the line"
+    if isinstance(error, LookupError | TypeError | AttributeError):
+        return "a tag (a word that begins with !!) does not fit what it stands before; remove the tag"
+    problem = (getattr(error, "problem", None) or str(error)).splitlines()[0]
+    for pattern, words in IN_WORDS.items():
+        if found := re.fullmatch(pattern, problem):
+            return found.expand(words)
+    return problem
+
+
+def _twice(error: MarkedYAMLError, text: str) -> str:
+    """Which key stands twice, and where both are."""
+    waiting = [_loader().compose(text)]
+    while waiting:
+        node = waiting.pop()
+        pairs = node.value if isinstance(node, MappingNode) else []
+        second = next((key for key, _ in pairs if key.start_mark.index == error.problem_mark.index), None)
+        if second is not None:
+            lines = [key.start_mark.line + 1 for key, _ in pairs if (key.tag, key.value) == (second.tag, second.value)]
+            last = second.start_mark.line + 1
+            where = f" (lines {lines[0]} and {last})" if lines[0] < last else ""
+            return f"the key {second.value} stands twice{where}; keep one"
+        waiting += [child for pair in pairs for child in pair]
+        waiting += node.value if isinstance(node, SequenceNode) else []
+    return "a key stands twice; keep one"
 
 
 def read_yaml(path: Path) -> Any:
@@ -326,10 +375,23 @@ def wanted(key: str, detail: Mapping[str, Any]) -> str:
             return "a word is wanted" + (" (`none` to leave it out)" if key.startswith("data.") else "")
         case "list_type":
             return "a list is wanted"
+        case "too_short" | "too_long":
+            return _how_many(key, detail["ctx"]["actual_length"])
         case "string_unicode":
             return "text is wanted, and this has bytes that are not UTF-8; rename what it names"
         case _:
             return detail["msg"][0].lower() + detail["msg"][1:]
+
+
+def _how_many(key: str, given: int) -> str:
+    """How many values the list of this key takes, one of the wrong length being given."""
+    section, name = key.split(".")
+    limits = type(getattr(Experiment(), section)).model_fields[name].metadata
+    fewest = next((limit.min_length for limit in limits if hasattr(limit, "min_length")), 0)
+    most = next((limit.max_length for limit in limits if hasattr(limit, "max_length")), given)
+    bound = "exactly" if fewest == most else "at least" if given < fewest else "at most"
+    number = fewest if given < fewest else most
+    return f"a list of {bound} {number:,} value{'s' * (number != 1)} is wanted, and this has {given:,}"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -451,7 +513,7 @@ def parse_sets(words: Sequence[str]) -> tuple[dict[str, Override], list[str]]:
     problems = []
     for word in words:
         key, equals, text = word.partition("=")
-        if not equals:
+        if not equals or not key.strip():
             problems.append(f"--set {cut(word)}: write section.key=value")
             continue
         try:
@@ -462,6 +524,8 @@ def parse_sets(words: Sequence[str]) -> tuple[dict[str, Override], list[str]]:
         if key in Experiment.model_fields and isinstance(value, dict):  # a whole section, as a nested sweep gives it
             for name, inner in value.items():
                 overrides[f"{key}.{name}"] = Override(_without_none(f"{key}.{name}", inner), "--set", str(inner))
+        elif key in Experiment.model_fields:
+            problems.append(f"--set {cut(word)}: {key} is a section; write {key}.key=value")
         else:
             overrides[key] = Override(_without_none(key, value), "--set", text)
     return overrides, problems

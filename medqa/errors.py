@@ -24,8 +24,11 @@ NO_PERMISSION = (errno.EACCES, errno.EPERM)
 # What a disk, a mount or the system's limits answer, and no mistake of a program can cause.
 OF_THE_SYSTEM = (
     errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EBUSY, errno.EMFILE,
-    errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP, errno.EREMOTEIO,
+    errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP,
+    getattr(errno, "EREMOTEIO", errno.EIO),  # Linux alone has it
 )  # fmt: skip
+# What torch's RuntimeErrors say: of a CPU, of a file that is mapped, of a GPU without an error of its own for that.
+OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 LOST = "another process of this run has died or has not answered for training.process_timeout_s"
 ENDING = "MEDQA_ENDING"
 LAUNCHER_DIED = signal.SIGUSR1  # asked of the kernel in `training/stopping.py`
@@ -79,23 +82,16 @@ def exit_code(body: Callable[[], None]) -> int:
         body()
     except UserError as error:
         return _say(error, f"error: {error}", EXIT_USER_ERROR, "busy" if isinstance(error, Busy) else "mistake")
-    except OSError as error:
-        if (why := refusal(error)) is None:
-            raise
-        return _say(error, f"error: {why}", EXIT_USER_ERROR, "mistake")
-    except torch.OutOfMemoryError as error:
-        advice = (
-            "lower training.per_device_batch_size (training.micro_batch_tokens without padding) or "
-            "tokenization.max_length, or use model.quantization=4bit"
-        )
-        message = f"training stopped: {str(error).splitlines()[0]}; {advice}"
-        return _say(error, message, EXIT_TRAINING_STOPPED, "stopped")
+    except (MemoryError, OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            return _say(error, _no_memory(error), EXIT_TRAINING_STOPPED, "stopped")
+        if isinstance(error, OSError) and (why := refusal(error)) is not None:
+            return _say(error, f"error: {why}", EXIT_USER_ERROR, "mistake")
+        if isinstance(error, RuntimeError) and _lost_a_process(error):
+            return _say_alone(error, f"{LOST}: {str(error).splitlines()[0]}", EXIT_TRAINING_STOPPED, "lost")
+        raise
     except ProcessStopped as error:
         return _say_alone(error, f"training stopped: {error}", EXIT_TRAINING_STOPPED, "stopped")
-    except RuntimeError as error:
-        if not _lost_a_process(error):
-            raise
-        return _say_alone(error, f"{LOST}: {str(error).splitlines()[0]}", EXIT_TRAINING_STOPPED, "lost")
     except TrainingStopped as error:
         return _say(error, f"training stopped: {error}", EXIT_TRAINING_STOPPED, "stopped")
     except StoppedInTime as error:
@@ -106,20 +102,39 @@ def exit_code(body: Callable[[], None]) -> int:
     return 0
 
 
-def refusal(error: OSError, directory: Path | None = None) -> str | None:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory, on whatever device: torch has an exception of its own for that on a GPU alone."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    in_words = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return in_words or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def _no_memory(error: BaseException) -> str:
+    """What the user is told of memory that was not there."""
+    what = str(error).partition("\n")[0] or "out of memory"
+    return (
+        f"training stopped: {what}; lower training.per_device_batch_size (training.micro_batch_tokens without padding) "
+        "or tokenization.max_length, use model.quantization=4bit, or start it where there is more memory"
+    )
+
+
+def refusal(error: OSError, directory: Path | None = None, existed: bool = True) -> str | None:
     """What the user is told of a file that the system refuses to read or write; None where it is a defect of ours.
 
     Args:
         directory: what is being written to. Inside it every refusal is the system's, elsewhere those that no program
             can cause. Where the system does not say which file it was, no file is blamed.
+        existed: whether that was there. Of a directory that no one has made yet it is not said that it has gone.
     """
     named = None if error.filename is None else Path(str(error.filename))
     inside = directory is not None and named is not None and named.absolute().is_relative_to(directory.absolute())
     of_the_system = error.errno in (*NO_SPACE, *OF_THE_SYSTEM) or (named is not None and error.errno in NO_PERMISSION)
-    if not (inside or of_the_system):
+    if is_out_of_memory(error) or not (inside or of_the_system):
         return None
     gone = directory is not None and error.errno not in NO_SPACE and not os.path.isdir(directory)
-    if gone and (inside or named is None):
+    below = inside and named != directory and error.errno == errno.ENOENT  # it was made in the meantime
+    if gone and ((existed and (inside or named is None)) or below):
         return f"{directory}: has been removed, or is not mounted any more; see to it, then start again"
     advice = "make room there" if error.errno in NO_SPACE else "see to it"
     if named is not None:
@@ -138,10 +153,11 @@ def writing(directory: Path) -> Iterator[None]:
     Raises:
         NotWritten: no space, no permission, or the directory has gone.
     """
+    existed = os.path.isdir(directory)
     try:
         yield
     except OSError as error:
-        if (why := refusal(error, directory)) is None:
+        if (why := refusal(error, directory, existed)) is None:
             raise
         raise NotWritten(why) from error
 

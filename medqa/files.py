@@ -1,7 +1,7 @@
 """How files are written durably, locked, and read although they may be damaged or hostile.
 
-Writing: the content goes to a temporary file beside the target, is flushed to the disk, and is renamed into place;
-then the directory is flushed. A reader therefore sees the old file or the new one, also after a power cut. Nothing is
+Writing: the content goes to a temporary file beside the target, is flushed to the disk, and is renamed into place; then
+the directory is flushed. A reader therefore sees the old file or the new one, also after a power cut. Nothing is
 written through a symbolic link: a link at the temporary name is removed, and a link at the target is replaced.
 
 Reading: only regular files are opened (opening a pipe would wait for ever, and a device never ends), no more bytes than
@@ -16,6 +16,7 @@ import io
 import json
 import math
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -49,15 +50,19 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, *, among_others: bool = False) -> Iterator[IO[bytes]]:
     """A binary file to write to, which takes the place of `path` when the block ends without an exception.
 
     After an exception `path` is as it was before, and no temporary file is left.
 
+    Args:
+        among_others: the directory is not a run's, and a user may have a file by the temporary name of a run's: take
+            one that nobody has.
+
     Raises:
         OSError: the file cannot be written; the error's `filename` is set.
     """
-    beside = path.with_name(path.name + UNFINISHED)
+    beside = path.with_name(f".{secrets.token_hex(8)}{UNFINISHED}" if among_others else path.name + UNFINISHED)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     try:
         with naming(path):
@@ -73,8 +78,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             beside.unlink(missing_ok=True)
 
 
-def write_file(path: Path, content: str | bytes) -> None:
-    """Write a whole file durably, or leave the file as it was.
+def write_file(path: Path, content: str | bytes, *, among_others: bool = False) -> None:
+    """Write a whole file durably, or leave the file as it was; `among_others` as in `replacing`.
 
     Text is encoded as UTF-8. What UTF-8 cannot hold (a lone surrogate, as in a path with undecodable bytes) becomes its
     backslash escape.
@@ -82,7 +87,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: the file cannot be written; the error's `filename` is set.
     """
-    with replacing(path) as file:
+    with replacing(path, among_others=among_others) as file:
         file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
 
 

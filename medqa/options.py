@@ -25,7 +25,7 @@ def option_parser() -> argparse.ArgumentParser:
     """The parser; a wrong option ends the process with exit code 2 and says so."""
     parser = Parser(
         prog="train.py",
-        description="Fine-tune a language model on medical questions and answers with LoRA. Run it again to go on.",
+        description="Fine-tune a language model on medical questions and answers. The same command resumes a run.",
         allow_abbrev=False,
     )
     add_run_options(parser)
@@ -36,7 +36,7 @@ def option_parser() -> argparse.ArgumentParser:
         "--stop-after",
         type=duration,
         metavar="90m",
-        help="save and stop in time (1h30m, 45s); the same command goes on",
+        help="save and stop in time (1h30m, 45s); the same command resumes",
     )
     add("--persist-to", type=Path, metavar="DIR", help="copy checkpoints and results there too, verified")
     return parser

@@ -34,8 +34,9 @@ UNSAFE_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
 JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # emoji and Indic scripts are written with them
 UNUSUAL = re.compile(r"[^\x20-\x7e\n\t]")
 
-# What stands between `scheme://` and the last `@` before the path of an address.
-CREDENTIALS = re.compile(r"(?<=://)[^/?#\s]*@")
+# What stands between `scheme://` and the last `@` before the path of an address. A password may have the characters
+# that end the host: after `user:` it is the last `@` of the word, unless what follows the colon is a port.
+CREDENTIALS = re.compile(r"(?<=://)(?:[^/?#\s@:]*:(?!\d+[/?#])(?:(?!://)\S)*|[^/?#\s]*)@")
 
 
 def printable(text: str) -> str:

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -39,11 +39,13 @@ class Rule:
     Attributes:
         advice: for `TOLD` and `CLEARED` what decides instead (empty: nothing is said); for `REFUSED` what to do.
         harmless: values in lower case that ask for nothing else than what is done anyway.
+        device: the only one whose numbers it changes (`cpu` or `cuda`); None where it changes those of all.
     """
 
     kind: Kind
     advice: str = ""
     harmless: tuple[str, ...] = FALSE
+    device: str | None = None
 
 
 SEVERAL = "`torchrun --nproc_per_node N train.py ...` or `accelerate launch --multi_gpu --num_processes N train.py ...`"
@@ -95,9 +97,9 @@ TABLE = {
     "PARALLELISM_CONFIG_": Rule(Kind.CLEARED),
     # torch and the libraries below it.
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": Rule(Kind.TOLD),  # NVIDIA's containers set it: `settle_variables` undoes it
-    "ONEDNN_DEFAULT_FPMATH_MODE": Rule(Kind.REFUSED, FLOAT32, ("strict",)),
-    "DNNL_DEFAULT_FPMATH_MODE": Rule(Kind.REFUSED, FLOAT32, ("strict",)),
-    "NVIDIA_TF32_OVERRIDE": Rule(Kind.REFUSED, FLOAT32, ("0",)),
+    "ONEDNN_DEFAULT_FPMATH_MODE": Rule(Kind.REFUSED, FLOAT32, ("strict",), "cpu"),
+    "DNNL_DEFAULT_FPMATH_MODE": Rule(Kind.REFUSED, FLOAT32, ("strict",), "cpu"),
+    "NVIDIA_TF32_OVERRIDE": Rule(Kind.REFUSED, FLOAT32, ("0",), "cuda"),
     "ONEDNN_MAX_CPU_ISA": Rule(Kind.RECORDED),
     "DNNL_MAX_CPU_ISA": Rule(Kind.RECORDED),
     "MKL_CBWR": Rule(Kind.RECORDED),
@@ -147,8 +149,14 @@ def rule_of(name: str) -> Rule | None:
     return TABLE[max(prefixes, key=len)] if prefixes else None
 
 
-def settle_variables(environment: MutableMapping[str, str] = os.environ) -> list[tuple[str, str]]:
+def settle_variables(
+    environment: MutableMapping[str, str] = os.environ, *, devices: Sequence[str] = (), refuse: bool = True
+) -> list[tuple[str, str]]:
     """Apply the table to the environment; the result says, for the plan, what has no effect. Twice is as once.
+
+    Args:
+        devices: those that may compute, as far as they are known yet: `make_accelerator` knows the one that does.
+        refuse: whether a number may depend on the environment; where none does, nothing is refused.
 
     Raises:
         UserError: variables that ask for what is not done here, that have no meaning, or that a launcher left behind.
@@ -163,7 +171,8 @@ def settle_variables(environment: MutableMapping[str, str] = os.environ) -> list
         if rule is None:
             continue
         asks = value.lower() not in ("", *rule.harmless)
-        if rule.kind is Kind.REFUSED and asks:
+        elsewhere = rule.device is not None and rule.device not in devices
+        if rule.kind is Kind.REFUSED and asks and not elsewhere:
             problems.append(f"{name}={value}: {rule.advice}; or `unset {name}`")
         elif rule.kind is Kind.FLAG and value.lower() not in ("", *TRUE, *FALSE):
             problems.append(f"{name}={value}: neither true nor false; mend it, or `unset {name}`")
@@ -172,7 +181,7 @@ def settle_variables(environment: MutableMapping[str, str] = os.environ) -> list
         if rule.kind is Kind.CLEARED or not value:
             del environment[name]
     problems += _problems_of_ranks(environment)
-    if problems:
+    if problems and refuse:
         raise UserError(*problems)
     torch.set_float32_matmul_precision("highest")
     return ignored
@@ -200,6 +209,9 @@ def _problems_of_ranks(environment: MutableMapping[str, str]) -> list[str]:
 
     Where something is, they are removed: this is then no process of several, but the one that has to say so.
     """
+    for name in RANKS:
+        if not environment.get(name, "-").strip():  # as a script leaves one that has no value
+            del environment[name]
     if environment.get("LOCAL_RANK") == "-1":  # the convention for: not launched
         del environment["LOCAL_RANK"]
     present = [name for name in RANKS if name in environment]

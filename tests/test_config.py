@@ -82,11 +82,46 @@ def test_scalars_by_the_core_schema(text, value):
 @pytest.mark.parametrize(
     "text",
     ["a: 1\na: 2", "a: [1", "a: b: c", "\ta: 1", "- a\nb: 1", "!!bool maybe", "!!int ''", "!!python/object:os.system x",
-     "*x", "a: 1\n---\nb: 2", "{{a: 1}: 2}", "\x00", "9" * 5000],
+     "*x", "%YAML 1.3\n--- a", "{{a: 1}: 2}", "\x00", "9" * 5000],
 )  # fmt: skip
 def test_what_is_no_yaml_is_refused_with_its_place(text):
     with pytest.raises(UserError, match=r"^here(, line \d+)?: not valid YAML: ."):
         load_yaml(text, "here")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("a:\n\tb: 1\n", "here, line 2: not valid YAML: a tab, where YAML takes spaces alone; use spaces"),
+        ("m:\n  a: 1\n  b: 2\n  a: 3", "line 4: not valid YAML: the key a stands twice (lines 2 and 4); keep one"),
+        ("m: {r: 1}\nm: {r: 2}", "here, line 2: not valid YAML: the key m stands twice (lines 1 and 2); keep one"),
+        ("- b: 1\n- {a: 1, a: 2}", "here, line 2: not valid YAML: the key a stands twice; keep one"),
+        ("a: 1\n---\nb: 2", "here, line 2: the text holds more than one YAML document; keep one"),
+        ("%YAML 1.3\n--- a", "its line %YAML names another version than 1.1 and 1.2; remove the line"),
+        ("a: @x", "here, line 1: not valid YAML: a value cannot begin with @; put it in quotes"),
+        ("a: 'x", "here, line 1: not valid YAML: a quote is opened and not closed; close it"),
+        ("a: *b", "*b, and nothing before is called &b; put a word that begins with * in quotes"),
+    ],
+)  # fmt: skip
+def test_what_is_no_yaml_is_said_in_plain_words_with_what_to_do(text, said):
+    with pytest.raises(UserError) as caught:
+        load_yaml(text, "here")
+    assert str(caught.value).startswith("here")
+    assert str(caught.value).endswith(said)
+
+
+@pytest.mark.parametrize(
+    "word, wanted",
+    [
+        ("optimizer.betas=[0.9]", "a list of exactly 2 values is wanted, and this has 1"),
+        ("optimizer.betas=[0.9, 0.9, 0.9]", "a list of exactly 2 values is wanted, and this has 3"),
+        ("data.fractions=[]", "a list of exactly 3 values is wanted, and this has 0"),
+        ("lora.target_modules=[]", "a list of at least 1 value is wanted, and this has 0"),
+        (f"tracking.tags=[{'x, ' * 10_001}]", "a list of at most 10,000 values is wanted, and this has 10,001"),
+    ],
+)
+def test_how_many_values_a_list_takes_is_said(word, wanted):
+    assert refusal(word).endswith(f": {wanted}")
 
 
 def bomb(levels: int) -> str:
@@ -270,7 +305,7 @@ def test_all_problems_stand_in_one_message_with_file_key_value_and_suggestion(tm
     assert f"{file}: lora = 5" in line("lora = 5")
     assert "optimiser: no such section; did you mean optimizer?" in line("optimiser")
     assert "optimizer.learning_rate = 'fast': a number is wanted" in line("learning_rate")
-    assert "at least 2" in line("optimizer.betas")
+    assert "a list of exactly 2 values is wanted" in line("optimizer.betas")
     assert "training.global_batch_size = 1.5" in line("global_batch_size")
     assert "give one of the two" in line("give one")
     assert "warmup_steps = 11 is more than training.max_steps = 10" in line("warmup")
@@ -280,6 +315,19 @@ def test_all_problems_stand_in_one_message_with_file_key_value_and_suggestion(tm
     assert "--set nonsense: write section.key=value" in line("nonsense")
     assert "--set a.b=[, line 1: not valid YAML" in line("a.b")
     assert len(lines) == 14
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("=5", "--set =5: write section.key=value"),
+        ("==", "--set ==: write section.key=value"),
+        (" =5", "--set  =5: write section.key=value"),
+        ("lora=5", "--set lora=5: lora is a section; write lora.key=value"),
+    ],
+)
+def test_a_word_without_a_key_is_named(word, said):
+    assert refusal(word) == said
 
 
 @pytest.mark.parametrize(

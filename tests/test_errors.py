@@ -21,7 +21,16 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from medqa.errors import LAUNCHER_DIED, Interrupted, TrainingStopped, UserError, exit_code
+from medqa.errors import (
+    LAUNCHER_DIED,
+    Interrupted,
+    NotWritten,
+    StoppedInTime,
+    TrainingStopped,
+    UserError,
+    exit_code,
+    writing,
+)
 from medqa.hub import hub_reachable
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
 from medqa.training.stopping import TOGETHER_S, Stopper
@@ -114,7 +123,7 @@ OPTIONS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "empty file": (lambda d: argv(exp=written(d / "x.yaml", "")), ["x.yaml", "sections (model, lora"]),
     "repeated key": (
         lambda d: argv(exp=written(d / "x.yaml", "lora: {r: 1}\nlora: {r: 2}\n")),
-        ["x.yaml, line 2", "duplicate"],
+        ["x.yaml, line 2", "the key lora stands twice (lines 1 and 2); keep one"],
     ),
     "unknown key": (lambda d: argv(sets=("lora.rr=3",)), ["lora.rr = 3", "did you mean lora.r?"]),
     "mistyped key": (lambda d: argv(sets=("optimizer.lerning_rate=3",)), ["did you mean optimizer.learning_rate?"]),
@@ -653,6 +662,17 @@ def test_an_answer_that_never_fits_is_the_users_to_mend(capsys):
         (UserError("a, b, c"), 2, "error: a, b, c"),
         (TrainingStopped("no"), 3, "training stopped: no"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 3, "CUDA out of memory. Tried; lower"),
+        (MemoryError(), 3, "training stopped: out of memory; lower"),
+        (
+            OSError(12, "Cannot allocate memory", "/x/y"),
+            3,
+            "training stopped: [Errno 12] Cannot allocate memory: '/x/y';",
+        ),
+        (
+            RuntimeError("unable to mmap 8 bytes from file <x>: Cannot allocate memory (12)"),
+            3,
+            "stopped: unable to mmap",
+        ),
         (OSError(28, "No space left on device", "/x/metrics.jsonl"), 2, "/x/metrics.jsonl: No space left on device"),
         (Interrupted(signal.SIGTERM), 143, "SIGTERM"),
         (Interrupted(signal.SIGINT), 130, "stopped by SIGINT"),
@@ -665,6 +685,44 @@ def test_exit_codes(error, code, said, capsys):
 
     assert exit_code(body) == code
     assert said in capsys.readouterr().err
+
+
+def test_a_cpu_without_memory_is_no_defect(capsys):
+    assert exit_code(lambda: torch.empty(10**15)) == 3
+    assert "DefaultCPUAllocator: can't allocate memory" in (said := capsys.readouterr().err)
+    assert "; lower training.per_device_batch_size" in said
+
+
+def test_no_memory_while_a_file_is_written_is_not_said_of_the_disk(tmp_path, capsys):
+    def body() -> None:
+        with writing(tmp_path):
+            raise OSError(12, "Cannot allocate memory", str(tmp_path / "metrics.jsonl"))
+
+    assert exit_code(body) == 3
+    assert "Cannot allocate memory" in capsys.readouterr().err
+
+
+def test_only_a_directory_that_was_there_is_said_to_have_gone(tmp_path):
+    def fail(directory: Path, error: OSError) -> None:
+        with writing(directory):
+            if directory.exists():
+                directory.rmdir()
+            raise error
+
+    def why(directory: Path, error: OSError) -> str:
+        with pytest.raises(NotWritten) as caught:
+            fail(directory, error)
+        return str(caught.value)
+
+    (tmp_path / "there").mkdir()
+    gone = why(tmp_path / "there", OSError(5, "Input/output error"))
+    assert gone.startswith(f"{tmp_path / 'there'}: has been removed, or is not mounted any more")
+    for error in (OSError(24, "Too many open files"), OSError(30, "Read-only file system", str(tmp_path / "never"))):
+        message = why(tmp_path / "never", error)
+        assert error.strerror in message
+        assert "removed" not in message
+    made_and_removed = why(tmp_path / "never", FileNotFoundError(2, "No such file", str(tmp_path / "never" / "x")))
+    assert "has been removed" in made_and_removed
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), OSError(2, "No such file"), RuntimeError("ours")])
@@ -760,6 +818,16 @@ def test_a_signal_in_the_last_update_is_not_lost():
         signal.raise_signal(TERM)
 
 
+@pytest.mark.parametrize("error", [StoppedInTime("in time"), TrainingStopped("no"), NotWritten("full")])
+def test_after_training_was_ended_by_an_error_a_signal_ends_the_run_at_once(error):
+    """As while the last copies are waited for."""
+    with Stopper() as stopper:
+        with pytest.raises(type(error)), stopper.finishing_updates(None):
+            raise error
+        with pytest.raises(Interrupted):
+            signal.raise_signal(TERM)
+
+
 def test_nohup_is_respected():
     before = signal.signal(HUP, signal.SIG_IGN)
     try:
@@ -790,7 +858,7 @@ def test_a_signal_does_not_end_a_run_that_has_ended_before_it_has_said_how(capsy
         ("MASTER_PORT", "1"),
     ):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("train.find_experiment", lost)
+    monkeypatch.setattr("medqa.training.run.find_experiment", lost)
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the process has ended without a word"))
     try:
         assert main(argv("--output-dir", str(tmp_path / "run"))) == 3

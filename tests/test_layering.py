@@ -2,9 +2,11 @@
 
 import ast
 import os
+import re
 import subprocess
 import symtable
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +30,7 @@ TOP = {
     "options",
     "places",
     "prompts",
+    "recorded",
     "terminal",
     "variables",
 }
@@ -151,14 +154,14 @@ WIDE = {  # modules that are wider, and how wide
     "medqa.config": 17,
     "medqa.files": 17,
     "medqa.training.wandb": 17,
-    "medqa.errors": 15,
+    "medqa.errors": 16,
     "medqa.config_file": 12,
     "medqa.data.sources": 12,
     "medqa.commands.compare.tables": 11,
     "medqa.model.settings": 11,
     "medqa.commands.compare.conclusions": 10,
     "medqa.data.batches": 10,
-    "medqa.model.base": 10,
+    "medqa.model.base": 12,
     "medqa.training.before_after": 10,
 }
 
@@ -298,6 +301,23 @@ sys.exit(train.main([*words, "evaluation.rows=4", "evaluation.samples=1", "track
     assert (tmp_path / "out" / "summary.json").exists()
 
 
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "ruamel": "ruamel-yaml"}  # where the names differ
+
+
+def test_what_is_imported_is_declared_and_nothing_else():
+    used = {name.split(".")[0] for path in (*FILES, ROOT / "train.py") for name in imports(tree(path))}
+    used -= sys.stdlib_module_names | {"medqa", "train", "llama_cpp"}
+    used = {DISTRIBUTIONS.get(name, name).replace("_", "-").lower() for name in used}
+    assert len(used) >= 20
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    pinned = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    for declared in (project, [line for line in pinned if line and not line.startswith("#")]):
+        names = {
+            re.split(r"[=<>!~\[]", line)[0].strip().replace("_", "-").replace(".", "-").lower() for line in declared
+        }
+        assert names == used
+
+
 def handlers(module: ast.Module) -> Iterator[ast.ExceptHandler]:
     return (node for node in ast.walk(module) if isinstance(node, ast.ExceptHandler))
 
@@ -360,3 +380,34 @@ def test_no_trainer_is_behind_it():
         for alias in node.names
     }
     assert not imported & {"Trainer", "TrainingArguments", "SFTTrainer", "Seq2SeqTrainer"}
+
+
+def test_nothing_that_linux_alone_has_is_needed_to_import_it():
+    """As on macOS: names that only Linux has are taken away, after the libraries have been imported."""
+    large = {"accelerate", "datasets", "pandas", "peft", "pydantic", "rich", "torch", "transformers"}
+    imported = {name for path in (*FILES, ROOT / "train.py") for name in at_import(tree(path))}
+    libraries = sorted(name for name in imported if name.split(".")[0] in large)
+    code = f"""
+import contextlib, errno, importlib, os, resource, select, signal, socket, sys
+for name in {libraries!r}:
+    module, _, last = name.rpartition(".")
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        getattr(importlib.import_module(module), last)
+gone = {{errno: "EREMOTEIO ENOMEDIUM EMEDIUMTYPE EKEYEXPIRED EUCLEAN ENOTUNIQ EREMCHG ECOMM EHWPOISON EBADFD".split(),
+        os: "posix_fadvise sched_getaffinity memfd_create eventfd O_DIRECT O_TMPFILE O_PATH O_NOATIME getxattr".split(),
+        signal: "SIGPWR SIGSTKFLT SIGPOLL SIGRTMIN SIGRTMAX sigtimedwait sigwaitinfo".split(),
+        resource: "prlimit RLIMIT_NICE RLIMIT_RTPRIO RLIMIT_RTTIME RLIMIT_SIGPENDING RLIMIT_MSGQUEUE".split(),
+        select: "epoll".split(), socket: "AF_NETLINK AF_PACKET SO_PEERCRED".split()}}
+for module, names in gone.items():
+    for name in names:
+        with contextlib.suppress(AttributeError):
+            delattr(module, name)
+sys.path.insert(0, {str(ROOT)!r})
+for name in {[*sorted(MODULES - {COMMANDS}), COMMANDS, "train"]!r}:
+    importlib.import_module(name)
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,13 +127,11 @@ def test_what_a_launcher_always_sets_is_not_worth_a_word():
         ("ACCELERATE_CPU_AFFINITY", "numa"),
         ("FORK_LAUNCHED", "perhaps"),
         ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16"),
-        ("NVIDIA_TF32_OVERRIDE", "1"),
         ("LOCAL_RANK", "0"),
         ("LOCAL_RANK", "1"),
         ("LOCAL_RANK", "first"),
         ("RANK", "1"),
         ("WORLD_SIZE", "4"),
-        ("WORLD_SIZE", ""),
     ],
 )
 def test_what_is_not_done_here_is_refused_by_name(name, value, monkeypatch, tmp_path, capsys):
@@ -143,14 +142,51 @@ def test_what_is_not_done_here_is_refused_by_name(name, value, monkeypatch, tmp_
     assert f"`unset {name}`" in told
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv(name, value)
-    assert command(["plan", "--exp", "exp_001", "--tiny", "--cpu"]) == 2
+    assert command(["ask", str(tmp_path / "run"), "--cpu"]) == 2
     assert f"`unset {name}`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["compare"], ["plan", "--exp", "exp_001", "--tiny", "--cpu"]], ids=lambda w: w[0])
+def test_where_nothing_is_computed_nothing_is_refused(words, tiny_run, monkeypatch, tmp_path, capsys):
+    refused = {
+        "ACCELERATE_USE_DEEPSPEED": "true", "ONEDNN_DEFAULT_FPMATH_MODE": "BF16", "NVIDIA_TF32_OVERRIDE": "1",
+        "ACCELERATE_USE_CPU": "maybe", "RANK": "2", "WORLD_SIZE": "1",
+    }  # fmt: skip
+    for name, value in refused.items():
+        monkeypatch.setenv(name, value)
+    if words == ["compare"]:
+        words = [
+            *words,
+            str(tiny_run),
+            shutil.copytree(tiny_run, tmp_path / "copy"),
+            "--out",
+            str(tmp_path / "page.html"),
+        ]
+    assert command(list(map(str, words))) == 0
+    assert not {"RANK", "WORLD_SIZE"} & set(os.environ)
+
+
+def test_what_lowers_the_precision_of_another_device_is_not_refused(monkeypatch, tmp_path, new_accelerator):
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert make_accelerator(True, "no", False, 60.0).device.type == "cpu"
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+    monkeypatch.setenv("DNNL_DEFAULT_FPMATH_MODE", "ANY")
+    settle_variables(devices=["cuda"])
+    with pytest.raises(UserError, match="DNNL_DEFAULT_FPMATH_MODE=ANY: it would compute float32 in a lower precision"):
+        make_accelerator(True, "no", False, 60.0)
+
+
+@pytest.mark.parametrize("value", ["", " "])
+def test_ranks_that_are_empty_are_not_there(value):
+    given = {"RANK": value, "LOCAL_RANK": value, "WORLD_SIZE": value}
+    assert settle_variables(given) == settle_variables({})
+    assert given == {}
 
 
 def test_all_that_is_wrong_is_said_at_once():
     found = {"ACCELERATE_USE_DEEPSPEED": "true", "NVIDIA_TF32_OVERRIDE": "1", "RANK": "2", "LOCAL_RANK": "2"}
     with pytest.raises(UserError) as caught:
-        settle_variables(found)
+        settle_variables(found, devices=["cuda"])
     assert len(caught.value.args) == 3
     assert "without WORLD_SIZE, MASTER_ADDR, MASTER_PORT" in str(caught.value)
 
@@ -335,6 +371,10 @@ def test_without_a_home_caches_have_a_place_of_their_own(monkeypatch, tmp_path):
         ("http://user:PASS@host:80/x does not answer", "http://host:80/x does not answer"),
         ("proxy socks5h://u@h and 'https://u:P@SS@h'", "proxy socks5h://h and 'https://h'"),
         ("https://huggingface.co/a/b@main?x=c@d", "https://huggingface.co/a/b@main?x=c@d"),
+        ("https://user:pa/ss@host/x", "https://host/x"),
+        ("http://u:p#w@h and http://u:p?w@h", "http://h and http://h"),
+        ("'http://u:a/b@h','http://v:c/d@g'", "'http://h','http://g'"),
+        ("http://host:80/a/b@main", "http://host:80/a/b@main"),
         ("write to me@example.org", "write to me@example.org"),
     ],
 )

@@ -1,6 +1,7 @@
 """`medqa ask` puts questions to an adapter, one at a time, with the prompt of training."""
 
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ ADVICE = (
     "a pharmacist or a poison centre, before anything that stands below."
 )
 NOT_ADVICE = "Not medical advice: answers can be wrong, outdated or dangerous. Ask a professional."
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what stands for a byte that was not
 ALONE = "Each question stands alone, as in training: nothing said before is remembered. An empty line ends."
 
 
@@ -62,9 +64,13 @@ def answer(
         base: of the base model, without the adapter.
 
     Raises:
-        UserError: no question, or one so long that there is no room for an answer.
+        UserError: no question, one that is not UTF-8, or one so long that there is no room for an answer.
     """
-    question = question.encode(errors="replace").decode()  # halves of characters, of a command line in another encoding
+    if bad := NOT_UTF8.search(question):
+        raise UserError(
+            f"the question is not UTF-8 text (byte 0x{ord(bad[0]) & 0xFF:02x} after {bad.start():,} characters); write "
+            "it in UTF-8"
+        )
     if not question.strip():
         raise UserError("the question is empty; ask something")
     model, tokenizer = adapted.model, adapted.tokenizer
@@ -94,7 +100,8 @@ def answer(
 
 def as_record(adapted: Adapted, question: str, most_tokens: int, compare: bool) -> dict[str, Any]:
     """One question as the line of `--json`; a question that cannot be answered has `error` in place of an answer."""
-    record: dict[str, Any] = {"question": question, "red_flag": red_flag(question), "note": NOT_ADVICE}
+    shown = NOT_UTF8.sub("\N{REPLACEMENT CHARACTER}", question)  # not all readers of JSON take half a character
+    record: dict[str, Any] = {"question": shown, "red_flag": red_flag(question), "note": NOT_ADVICE}
     if record["red_flag"] is not None:
         record["advice"] = ADVICE
     try:
@@ -170,15 +177,15 @@ def conversation(adapted: Adapted, most_tokens: int, compare: bool, console: Con
 
 
 def piped_questions(stream: TextIO) -> Iterator[str]:
-    """The lines of a stream that are not blank. Bytes that are no UTF-8 are replaced, a byte order mark left out."""
+    """The lines of a stream that are not blank. A byte order mark is left out; for bytes see `_read_anything`."""
     _read_anything(stream, encoding="utf-8-sig")
     yield from (line.strip() for line in stream if line.strip())
 
 
 def _read_anything(stream: TextIO, **options: Any) -> None:
-    """Have a stream replace bytes that are not of its encoding, instead of ending the command."""
+    """Have a stream hand on bytes that are not of its encoding, for `answer` to refuse, instead of raising."""
     if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="replace", **options)
+        stream.reconfigure(errors="surrogateescape", **options)
 
 
 def answer_lines(adapted: Adapted, questions: Iterator[str] | list[str], most_tokens: int, compare: bool) -> None:

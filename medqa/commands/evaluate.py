@@ -18,7 +18,7 @@ from medqa.model.settings import resolve_settings, usable_gpu
 from medqa.training.checkpoint import versions
 from medqa.training.distributed import build_accelerator, make_accelerator
 from medqa.training.recorder import MetricsFile, Tracker
-from medqa.training.run_dir import ADAPTER_DIR, METRICS, WANDB_DIR, read_leg
+from medqa.training.run_dir import ADAPTER_DIR, METRICS, WANDB_DIR, read_session
 from medqa.training.wandb import WandbFeed, log_adapter, start_wandb, wandb_wanted
 from medqa.variables import is_on
 
@@ -207,8 +207,8 @@ def log_evaluation(
 
     An offline run is told all of training too, so that what is sent last is the whole of it.
     """
-    leg = read_leg(run)
-    if leg is None or not wandb_wanted(experiment.tracking):
+    session = read_session(run)
+    if session is None or not wandb_wanted(experiment.tracking):
         return
     if stranger := unconfirmed_entity(experiment.tracking):
         return say(
@@ -222,7 +222,7 @@ def log_evaluation(
     accelerator = make_accelerator(
         cpu or not usable_gpu(), found["mixed_precision"], True, experiment.training.process_timeout_s
     )
-    say(start_wandb(accelerator, experiment, run, leg.run_id, {}))
+    say(start_wandb(accelerator, experiment, run, session.run_id, {}))
     feed = WandbFeed(accelerator, say)
     Tracker(True, MetricsFile(run / METRICS)).begin_feed(feed)
     values = {f"evaluation/{path}": value for path, value in flat_figures(found["tasks"])}
@@ -232,7 +232,7 @@ def log_evaluation(
         feed.attempt(lambda: summary.update(values))
         if feed.first == 0:  # nothing of the run is at W&B yet
             feed.attempt(
-                lambda: log_adapter(accelerator, experiment.tracking, run / ADAPTER_DIR, leg.run_id), asks=True
+                lambda: log_adapter(accelerator, experiment.tracking, run / ADAPTER_DIR, session.run_id), asks=True
             )
     feed.finish()
 

@@ -22,7 +22,7 @@ from medqa.data.sources import load_sources
 from medqa.data.splits import split_sources
 from medqa.data.tokens import tokenize_splits
 from medqa.errors import UserError
-from medqa.model.base import add_lora, check_model, load_tokenizer
+from medqa.model.base import LOAD_ERRORS, add_lora, cannot_load, check_model, load_tokenizer
 from medqa.model.device import SPARE, available_memory
 from medqa.model.memory import enough_tokens, fit_to_memory, footprint
 from medqa.model.settings import BF16_CAPABILITY, DTYPES, Change, Settings, four_bit_unavailable, resolve_settings
@@ -319,7 +319,10 @@ def _way(
     run: dict[str, Any],
 ) -> dict[str, Any]:
     """One way to compute the recipe: what it holds by part, at its peak, and how large micro-batches may be."""
-    found = footprint(experiment, model_config, settings, vocabulary)
+    try:
+        found = footprint(experiment, model_config, settings, vocabulary)
+    except LOAD_ERRORS as error:  # the model cannot be built so, with such attention for example
+        raise cannot_load(experiment.model.base, error) from error
     most = found.most_tokens(machine.usable)
     places = run["largest_micro_batch"]
     if settings.padding_free:

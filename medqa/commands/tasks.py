@@ -68,10 +68,12 @@ def load_held_out(source: Source, tokenizer: PreTrainedTokenizerBase, limit: int
             f"{source.name}: was trained on other rows, or split otherwise, than {where} hold now: rows held out now "
             "may have been trained on; give the data of then with --medquad, --afrimedqa, --data"
         )
-    splits, examples = tokenize_splits(splits, tokenizer, tokenization, HELD_OUT)
+    splits, examples = tokenize_splits(
+        splits, tokenizer, tokenization
+    )  # all three: rows that are left out were not trained on
     seed = source.experiment.training.seed
     return HeldOut(
-        splits, {name: [found[i] for i in fixed_subset(found, limit, seed)] for name, found in examples.items()}
+        splits, {name: [examples[name][i] for i in fixed_subset(examples[name], limit, seed)] for name in HELD_OUT}
     )
 
 

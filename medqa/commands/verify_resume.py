@@ -48,7 +48,7 @@ Start = Callable[[list[str], Path], Process]  # the options of train.py, and the
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill: `start` (before the leg's first update), `update` or `save`, and where it met the run.
+    """One kill: `start` (before the session's first update), `update` or `save`, and where it met the run.
 
     `save_torn`: a checkpoint was left half written.
     """
@@ -80,7 +80,7 @@ def verify_resume(
     say(f"straight run in {straight}")
     started = time.monotonic()
     first_line = None
-    process = _leg(words, straight, start)
+    process = _session(words, straight, start)
     while process.poll() is None:
         if first_line is None and _newest_update(straight):
             first_line = time.monotonic() - started
@@ -91,7 +91,7 @@ def verify_resume(
     rng = random.Random(seed)
     told = []
     for moment, step, fraction in planned(records, kills, rng):
-        process = _leg(words, killed, start)
+        process = _session(words, killed, start)
         during: dict[str, Any] = {"start": first_line or 1.0, "update": records[step - 1]["update_s"]}
         during["save"] = records[step - 1].get("save_s", 0.0)
         wait_s = fraction * during[moment]
@@ -104,7 +104,7 @@ def verify_resume(
         left = _newest_checkpoint(killed)
         told.append(Kill(moment, step, _newest_update(killed), left, _saving(killed, 0)))
         say(f"killed ({moment}, update {step}): {told[-1].update_reached} reached, checkpoint {left}")
-    process = _leg(words, killed, start)
+    process = _session(words, killed, start)
     process.wait()
     _require_success(process, killed)
     return certificate(words, straight, killed, told, seed)
@@ -184,7 +184,7 @@ def show_certificate(console: Console, found: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _leg(words: Sequence[str], run: Path, start: Start) -> Process:
+def _session(words: Sequence[str], run: Path, start: Start) -> Process:
     """One start of the run."""
     return start([*words, "--output-dir", str(run), "--set", *SETS], run.with_suffix(".log"))
 
@@ -194,7 +194,7 @@ def _reached(process: Process, run: Path, moment: str, step: int, wait_s: float)
     until = time.monotonic() + wait_s
     metrics = run / "metrics.jsonl"
     before = _modified(metrics)
-    # The leg's first act on its directory is to clear away what the one before left, then to cut the metrics short.
+    # The session's first act on its directory is to clear away what the one before left, then to cut the metrics short.
     while _modified(metrics) == before and (moment != "start" or time.monotonic() < until):
         if process.poll() is not None:
             return False

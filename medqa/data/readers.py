@@ -280,8 +280,11 @@ def _read_parquet(path: Path, wanted: frozenset[str]) -> Table:
             return Table(tuple(columns), records)
     except MemoryError:  # pyarrow's own is an ArrowException, too
         raise
-    # ValueError: text that is no UTF-8, a field twice in a cell; OverflowError: a time that Python has not.
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+    # OSError without a number: a page that cannot be unpacked; ValueError: text that is no UTF-8, a field twice in a
+    # cell; OverflowError: a time that Python has not.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not the file's
+            raise
         raise UserError(f"{path}: broken parquet file ({first_line(error)}); fetch or export it again") from error
 
 

@@ -25,6 +25,7 @@ from medqa.data.readers import (
 )
 from medqa.errors import UserError
 from medqa.files import parse_json
+from medqa.terminal import without_credentials
 
 # ----------------------------------------------------------------------------------------------------
 # One record of a source: its cells as text, and the options of a multiple-choice question among them.
@@ -273,7 +274,8 @@ def _read_source(name: str, location: str) -> Table:
             raise UserError(f"{location}: not of the form {KAGGLE}owner/name; mend {option}, or give {none}")
         return read_kaggle(location.removeprefix(KAGGLE), wanted, option)
     if WEB_ADDRESS.match(location):
-        address = _without_password(location)
+        # Without the query, which may hold a secret; of a path that was an address one slash is left.
+        address = re.split(r"[?#]", without_credentials(re.sub(":/+", "://", location, count=1)), maxsplit=1)[0]
         if of_hub := HUB_ADDRESS.match(location):
             raise UserError(f"{address}: give the dataset's id: {with_value(option, of_hub[1])}")
         raise UserError(f"{address}: a web address; download the file, and give its path with {option}")
@@ -321,11 +323,6 @@ def _looks_like_a_path(location: str) -> bool:
         or location.count("/") > 1
         or "\\" in location
     )
-
-
-def _without_password(address: str) -> str:
-    """A web address without user, password and query, which may hold a secret."""
-    return re.sub(r":/.*@", "://", re.split(r"[?#]", address, maxsplit=1)[0])
 
 
 def _cleaned(name: str, location: str, table: Table, named: bool, seen: set[tuple[str, str]]) -> Source:

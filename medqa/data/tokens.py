@@ -68,21 +68,21 @@ def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, tokenizati
 
 
 def tokenize_splits(
-    splits: Splits, tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization, names: Sequence[str] = SPLITS
+    splits: Splits, tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization
 ) -> tuple[Splits, dict[str, list[Example]]]:
-    """The splits of these names as examples, and the splits without the rows that `tokenize` leaves out.
+    """The splits as examples, and the splits without the rows that `tokenize` leaves out.
 
     Raises:
         UserError: `max_length` leaves a split without rows.
     """
-    examples = {name: tokenize(getattr(splits, name), tokenizer, tokenization) for name in names}
-    if empty := [name for name in names if not examples[name]]:
+    examples = {name: tokenize(getattr(splits, name), tokenizer, tokenization) for name in SPLITS}
+    if empty := [name for name in SPLITS if not examples[name]]:
         raise UserError(
             f"tokenization.max_length cuts off every answer of {' and '.join(empty)}: their questions alone are longer "
             f"than {tokenization.max_length} ids; raise it, or give data with shorter questions"
         )
     kept = {example.row.id for found in examples.values() for example in found}
-    left_out = {row.id for name in names for row in getattr(splits, name)} - kept
+    left_out = {row.id for name in SPLITS for row in getattr(splits, name)} - kept
     return splits.without(left_out), examples
 
 

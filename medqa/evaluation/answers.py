@@ -149,14 +149,15 @@ def _continue(
 # The base model's own chat template: what its makers would have a question look like. A baseline of its own.
 #
 # A template is a program by whoever made the base. It may raise any exception, for some questions only, and it need
-# not end. So all questions are rendered in a process of its own, with limits, before anything is measured.
+# not end. So all questions are rendered in processes of its own, with limits, before anything is measured.
 
 PROBE = "What is asthma ?"
+TOGETHER = 256  # questions for which the limits are meant
 
 
 def own_template_prompts(
     base: str,
-    questions: Sequence[str] = (),
+    questions: Sequence[str],
     say: Callable[[str], None] = lambda text: None,
     once: Callable[[Callable[[], list[str] | None]], list[str] | None] = lambda render: render(),
 ) -> Callable[[str], list[int]] | None:
@@ -166,7 +167,7 @@ def own_template_prompts(
 
     Args:
         base: a directory or a hub id. Its tokenizer is loaded anew: the one of training has training's template.
-        questions: those that will be asked for.
+        questions: those that will be asked for; there are prompts for no others.
         say: is told why a template cannot be used.
         once: has one process render, and gives the result to all. They would wait for each other for ever if one ran
             into a limit and another did not.
@@ -178,7 +179,8 @@ def own_template_prompts(
 
     def render_all() -> list[str] | None:
         try:
-            return _rendered(tokenizer, asked)
+            chunks = [asked[start : start + TOGETHER] for start in range(0, len(asked), TOGETHER)]
+            return [text for chunk in chunks for text in _rendered(tokenizer, chunk)]
         except Failed as error:
             say(f"{base}: its own chat template cannot be used: {error}; measured without it")
             return None
@@ -189,8 +191,6 @@ def own_template_prompts(
     texts = dict(zip(asked, found, strict=True))
 
     def prompt(question: str) -> list[int]:
-        if question not in texts:
-            (texts[question],) = _rendered(tokenizer, [question])
         return tokenizer(texts[question], add_special_tokens=False)["input_ids"]
 
     return prompt

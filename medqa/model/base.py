@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from medqa import config
 from medqa.config import Experiment
-from medqa.errors import UserError
+from medqa.errors import UserError, is_out_of_memory
 from medqa.files import write_file
 from medqa.hub import hub_reachable
 from medqa.limited import Failed, OverLimit, limited
@@ -118,7 +118,7 @@ def check_model(model: config.Model, max_length: int) -> Any:
         loaded = AutoConfig.from_pretrained(location(model.base), trust_remote_code=False)
         refuse_by_kind(model.base, said, loaded, weight_bytes(model.base))
     except LOAD_ERRORS as error:
-        raise _cannot_load(model.base, error) from error
+        raise cannot_load(model.base, error) from error
     longest = getattr(loaded, "max_position_embeddings", None)
     if longest is not None and max_length > longest:
         raise UserError(
@@ -154,11 +154,11 @@ def load_tokenizer(base: str, pad_token: str) -> PreTrainedTokenizerBase:
         # The base's own template (TinyLlama's says `<|user|>`) would have servers send a prompt it was not trained on.
         tokenizer.chat_template = chat_template(tokenizer)
     except LOAD_ERRORS as error:
-        raise _cannot_load(base, error) from error
+        raise cannot_load(base, error) from error
     except Exception as error:
         if type(error) is not Exception:  # over a damaged tokenizer.json, tokenizers raises the base class itself
             raise
-        raise _cannot_load(base, error) from error
+        raise cannot_load(base, error) from error
     return tokenizer
 
 
@@ -399,10 +399,10 @@ def _from_pretrained(base: str, settings: Settings, device: torch.device) -> Pre
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except torch.OutOfMemoryError:
-        raise
     except LOAD_ERRORS as error:
-        raise _cannot_load(base, error) from error
+        if is_out_of_memory(error):
+            raise
+        raise cannot_load(base, error) from error
     if info["missing_keys"]:
         raise UserError(
             f"model.base = {base}: weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}, ...; "
@@ -426,7 +426,7 @@ def _add_tokens(model: PreTrainedModel, vocabulary: int) -> None:
     model.requires_grad_(False)
 
 
-def _cannot_load(base: str, error: Exception) -> UserError:
+def cannot_load(base: str, error: Exception) -> UserError:
     """What the user is told when a base model cannot be loaded."""
     if is_directory(base):
         reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -5,6 +5,7 @@ Only safetensors are read, only from the base's own directory, and no code that 
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +22,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
+# The keys that count layers. Others speak of layers too: of Gemma 3n's vocab_size_per_layer_input, 262,144 is usual.
+LAYERS = re.compile(r"^(num|n|encoder|decoder)_(.*_)?layers?$")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # What is read whole, with the most bytes that it may have.
 LARGEST = {
@@ -105,7 +108,7 @@ def check_configuration(base: str, said: Mapping[str, Any]) -> None:
             "anew with transformers' save_pretrained where you trust it, or give another with --model"
         )
     for key, value in said.items():
-        if "layer" in key and isinstance(value, int) and value > MAX_LAYERS:
+        if LAYERS.search(key) and isinstance(value, int) and value > MAX_LAYERS:
             raise UserError(
                 f"model.base = {base}: {CONFIG}: {key} = {str(value)[:40]}: more than {MAX_LAYERS:,} layers; fetch the "
                 "model again, or give another with --model"

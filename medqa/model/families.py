@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
@@ -112,7 +112,7 @@ def check_targets(model: torch.nn.Module, lora: Lora) -> None:
         )
 
 
-def without_contents(loaded: Any) -> torch.nn.Module:
+def without_contents(loaded: Any) -> PreTrainedModel:
     """The model of a configuration, all of its layers, of tensors that have shapes and take no memory."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(loaded))

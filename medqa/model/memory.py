@@ -9,6 +9,7 @@ of Python and torch (about 0.5 GiB), and not what an allocator loses to fragment
 """
 
 import bisect
+import contextlib
 import copy
 import functools
 import weakref
@@ -17,13 +18,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from medqa.config import Experiment, Optimizer
 from medqa.data.batches import MicroBatch
 from medqa.model.attention import SEGMENTED, attention_in_effect, padding_needed
-from medqa.model.base import add_lora
+from medqa.model.base import LOAD_ERRORS, add_lora
 from medqa.model.device import gibibytes
 from medqa.model.families import check_targets, without_contents
 from medqa.model.loss import CHUNK_BYTES, LossModel, summed_loss
@@ -84,7 +86,7 @@ class Storages(TorchDispatchMode):
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
     """Where a tensor's contents would be."""
-    return (tensor.inner if isinstance(tensor, Shape) else tensor).untyped_storage()
+    return tensor.untyped_storage()
 
 
 def _inside(operation: torch._ops.OpOverload, args: tuple) -> int:
@@ -148,52 +150,9 @@ def shape_model(
     return model.train()
 
 
-class Shape(torch.Tensor):
-    """A tensor that has shape, type and place (a CPU) but no memory. What is computed of one is one.
-
-    Much as torch's own FakeTensor, which does more and takes three times as long. Real tensors may come in, as token
-    ids do, and are then only a shape too; what depends on values (which places are targets) is computed of real ones.
-    """
-
-    inner: torch.Tensor  # type: ignore[assignment] # a tensor's product of that name is not used
-
-    @staticmethod
-    def __new__(cls: type["Shape"], inner: torch.Tensor) -> "Shape":
-        """A CPU's tensor with the type and strides of a meta tensor, which it keeps: its storage is what is counted."""
-        host = torch.device("cpu")
-        return torch.Tensor._make_wrapper_subclass(
-            cls, inner.size(), inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=host
-        )
-
-    def __init__(self, inner: torch.Tensor) -> None:
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override] # torch's own hints are narrower than what it passes
-        cls,
-        func: torch._ops.OpOverload,
-        types: Sequence[type],
-        args: tuple = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """The operation on meta tensors; in place, what comes out is what went in."""
-        if func is torch.ops.aten._fused_sdp_choice.default:  # which attention kernel: a CPU's answer is wanted
-            return func(*each_tensor(_blank, args), **(kwargs or {}))
-        wrappers: dict[int, torch.Tensor] = {}
-
-        def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
-            if isinstance(tensor, Shape):
-                wrappers[id(tensor.inner)] = tensor
-                return tensor.inner
-            return tensor if tensor.dim() == 0 else torch.empty_like(tensor, device="meta")
-
-        def wrapped(tensor: torch.Tensor) -> torch.Tensor:
-            return wrappers[id(tensor)] if id(tensor) in wrappers else Shape(tensor)
-
-        named = {name: each_tensor(unwrapped, value) for name, value in (kwargs or {}).items()}
-        if named.get("device") is not None:
-            named["device"] = torch.device("meta")
-        return each_tensor(wrapped, func(*each_tensor(unwrapped, args), **named))
+# Tensors with shape, type and device, and no contents. What is computed of them is such a tensor too; real tensors, as
+# token ids, may come in. What depends on values (which places are targets) is computed of real tensors alone.
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def each_tensor(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
@@ -205,13 +164,10 @@ def each_tensor(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     return value
 
 
-def _blank(tensor: torch.Tensor) -> torch.Tensor:
-    """A real tensor of the same shape, whose memory is never touched."""
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-
-
-def _empty(*size: int, dtype: torch.dtype = torch.float32) -> Shape:
-    return Shape(torch.empty(size, dtype=dtype, device="meta"))
+def _empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor on a CPU that has no contents."""
+    with FAKE:
+        return torch.empty(size, dtype=dtype)
 
 
 def tensors_of(model: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -225,7 +181,7 @@ def tensors_of(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _materialize(model: torch.nn.Module) -> None:
-    """Every weight and buffer on a CPU, as the mode in force makes tensors; what is shared stays shared."""
+    """Give every weight and buffer the form of a CPU's tensor without contents. What is shared stays shared."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -304,6 +260,7 @@ def _fused_dropout(p: float, x: torch.Tensor) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------
 
 DEPTH = 2  # layers of the larger model that is run
+ESTIMATES: dict[str, "Footprint"] = {}  # those of this process, by what was asked
 MOST = 2**24  # tokens of a micro-batch that are thought of
 SMALL = 4096  # below so many elements bitsandbytes keeps 32-bit state
 OPTIMIZER_BLOCK = 256  # elements with one scale, in 8-bit state
@@ -392,10 +349,21 @@ def footprint(
 ) -> Footprint:
     """The memory of this experiment's training. No weight is read, and no device is used.
 
+    An estimate takes one to two seconds and is kept for the same question: `medqa plan` asks several times.
+
     Args:
         model_config: as `check_model` returns it.
         vocabulary: the tokenizer's size, where it may be larger than the model's.
     """
+    asked = (model_config.to_json_string(use_diff=False), replace(settings, changes={}), vocabulary, DEPTH)
+    key = "\n".join((experiment.model_dump_json(), *map(repr, asked)))
+    if key not in ESTIMATES:
+        ESTIMATES[key] = _footprint(experiment, model_config, settings, vocabulary)
+    return ESTIMATES[key]
+
+
+def _footprint(experiment: Experiment, model_config: Any, settings: Settings, vocabulary: int | None) -> Footprint:
+    """As `footprint`, computed."""
     layers = model_config.num_hidden_layers
     depth = min(DEPTH, layers)
     arguments = (experiment, model_config, settings, vocabulary)
@@ -604,7 +572,8 @@ def fit_to_memory(
         settings, why, planned = _fastest_that_fits(settings, experiment, model_config, vocabulary, memory)
         settings = replace(settings, planned_tokens=planned.most_tokens(memory))
     elif settings.device_type == "cpu":
-        planned = footprint(experiment, model_config, settings, vocabulary)
+        with contextlib.suppress(*LOAD_ERRORS):  # what is wrong with the model is said when it is loaded
+            planned = footprint(experiment, model_config, settings, vocabulary)
         tokens = experiment.training.per_device_batch_size * experiment.tokenization.max_length
     if settings.gradient_checkpointing != model.gradient_checkpointing:
         asked_on, on = (str(each).lower() for each in (model.gradient_checkpointing, settings.gradient_checkpointing))

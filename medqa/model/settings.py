@@ -23,7 +23,7 @@ from medqa.errors import UserError
 from medqa.variables import is_on
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-KEPT = "as in the checkpoint that the run goes on from"
+KEPT = "as in the checkpoint that the run resumes from"
 DEVICES = Path("/dev")
 BF16_CAPABILITY = (8, 0)  # a T4 (7.5) only emulates bfloat16, slowly, though torch says that it is supported
 

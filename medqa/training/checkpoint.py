@@ -28,13 +28,14 @@ from pydantic import ValidationError
 from safetensors.torch import save
 
 from medqa.errors import NotWritten, UserError
-from medqa.files import UNFINISHED, Damaged, checksum, copy_file, flush, open_regular, parse_json, read_file, read_json
+from medqa.files import UNFINISHED, Damaged, checksum, copy_file, flush, open_regular, parse_json, read_file
 from medqa.limits import MAX_CHECKPOINT_FILE_BYTES, MAX_JSON_BYTES
 from medqa.model.adapter_files import ADAPTER_FILES
 from medqa.model.attention import SEGMENTED, VARLEN
 from medqa.model.base import adapter_weights, load_adapter_weights
 from medqa.model.settings import Part, SavedSettings, Settings
 from medqa.model.sharding import is_sharded
+from medqa.recorded import FORMAT, MANIFEST, NAME, checkpoints, read_manifest, step_of
 from medqa.training.distributed import on_main
 from medqa.training.state import PROGRESS, Progress, TrainState
 from medqa.training.training_state import read_training_state, training_state
@@ -148,9 +149,6 @@ def git_commit() -> str | None:
 # Whatever wrote a directory (this process, a copy to a network share, a download), the manifest alone decides whether
 # it is whole. It is JSON, and the files that it names are fixed by the reader, never by the file.
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-
 
 def write_manifest(directory: Path, about: Mapping[str, Any]) -> None:
     """Write the manifest over all files in `directory`, with what it says `about` them.
@@ -191,26 +189,6 @@ def verify(directory: Path, expected: Iterable[str]) -> dict[str, Any]:
     return body
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest, its own checksum verified, the files not looked at.
-
-    Raises:
-        Damaged: missing, not readable as one, or changed since it was written.
-    """
-    try:
-        body = read_json(directory / MANIFEST)
-    except Damaged as error:
-        reason = str(error).removeprefix(f"{directory / MANIFEST}: ")
-        raise Damaged(f"{MANIFEST}: {reason}") from error
-    if not isinstance(body, dict) or not {"format", "files", "checksum"} <= body.keys():
-        raise Damaged(f"{MANIFEST} is torn")
-    if body.pop("checksum") != checksum(body):
-        raise Damaged(f"{MANIFEST}: its own checksum is wrong")
-    if body["format"] != FORMAT:
-        raise Damaged(f"{MANIFEST} is of another version: its format is not {FORMAT}")
-    return body
-
-
 def measure(path: Path) -> dict[str, Any]:
     """Size in bytes and sha256 of a file.
 
@@ -229,7 +207,6 @@ def measure(path: Path) -> dict[str, Any]:
 #
 # Nothing here removes or writes through a link, or removes what a run did not write.
 
-NAME = re.compile(r"checkpoint-(\d{1,12})")
 # A checkpoint that is being written, or what is left of one that was being removed.
 LEFTOVER = re.compile(rf"{NAME.pattern}(\.[0-9a-f]{{8}})?{re.escape(UNFINISHED)}")
 # What a network file system calls a removed file that a process still has open. It removes the file later by itself.
@@ -238,18 +215,6 @@ TRAINING_FILE = "training_state.pt"
 STATE_FILE = "state.json"
 CONTENT = (*ADAPTER_FILES, TRAINING_FILE, STATE_FILE)
 CHECKPOINT_FILES = {*CONTENT, MANIFEST}
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Everything called like a checkpoint, by step (numerically: 100 comes after 50), oldest first; links too."""
-    return sorted(
-        (path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()), key=step_of
-    )
-
-
-def step_of(path: Path) -> int:
-    """The update of a checkpoint, by its name."""
-    return int(path.name.rpartition("-")[2])
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -273,21 +238,34 @@ def prune(output_dir: Path, keep: int, needed: set[int]) -> list[str]:
     removed: never a link, never one that somebody put something into, and never one that somebody has renamed.
 
     Returns:
-        Why any could not be removed, as sentences, which are the same for all of the same reason.
+        Why any could not be removed, as sentences: for each reason the oldest of which it holds, so that what is not
+        new is the same sentence again.
     """
     found = checkpoints(output_dir)
     whole = [path for path in found if seems_whole(path)]
-    stay = set()
-    for path in found[: found.index(whole[-1])] if whole else ():
-        if path not in whole[-keep:] and step_of(path) not in needed and is_ours(path) and not _is_renamed(path):
-            try:
-                remove(path)
-            except OSError as error:
-                stay.add(
-                    f"{output_dir}: an old checkpoint could not be removed, and stays: {error.strerror}; the same is "
-                    "not said again of others"
-                )
-    return sorted(stay)
+    kept = {*whole[-keep:], *(path for path in found if step_of(path) in needed)}
+    old = [path for path in found[: found.index(whole[-1])] if path not in kept] if whole else []
+    old = [*unfinished(output_dir), *(path for path in old if is_ours(path) and not _is_renamed(path))]
+    stay: dict[str, str] = {}
+    for path in sorted(old, key=lambda path: int(path.name.removeprefix("checkpoint-").split(".")[0])):
+        try:
+            remove(path)
+        except OSError as error:
+            stay.setdefault(str(error.strerror), _why_it_stays(output_dir, error))
+    return list(stay.values())
+
+
+def _why_it_stays(output_dir: Path, error: OSError) -> str:
+    """What is told of an old checkpoint that could not be removed, by the error that `remove` raised."""
+    file = Path(str(error.filename))
+    place = file if file.parent == output_dir else file.parent
+    name = f"checkpoint-{int(found[1])}" if (found := LEFTOVER.fullmatch(place.name)) else place.name
+    what = "" if file == place else f"{file.name}: "
+    stays = "it stays" if name == place.name else f"what is left of it stays, as {place.name}"
+    return (
+        f"{output_dir}: the old {name} cannot be removed ({what}{error.strerror}); {stays}; the same is not said again "
+        "of others"
+    )
 
 
 def is_ours(path: Path) -> bool:
@@ -313,15 +291,25 @@ def remove(path: Path) -> None:
     for a checkpoint, and `unfinished` finds it.
 
     Raises:
-        OSError: it cannot be removed, or not entirely. Where the manifest could not be, all of it is still there.
+        OSError: it cannot be removed, or not entirely: of the first file that could not be. Where that is the manifest,
+            all of it is still there.
     """
     (path / MANIFEST).unlink(missing_ok=True)
     if NAME.fullmatch(path.name):
         path = path.rename(path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}"))
-    for entry in list(os.scandir(path)):
-        with contextlib.suppress(OSError):
-            os.unlink(entry)
-    path.rmdir()  # which says why, where something is left
+    refused: list[OSError] = []
+    for name in sorted(os.listdir(path)):
+        try:
+            os.unlink(path / name)
+        except OSError as error:
+            refused.append(error)
+    try:
+        path.rmdir()
+    except OSError as error:
+        left = sorted(os.listdir(path))
+        if left and all(name.startswith(STILL_OPEN) for name in left):
+            raise OSError(errno.EBUSY, "still open in another process", str(path / left[0])) from error
+        raise (refused or [error])[0] from error
 
 
 def unfinished(output_dir: Path) -> Iterator[Path]:

@@ -69,7 +69,7 @@ def make_accelerator(on_cpu: bool, mixed_precision: str, tracked: bool, timeout_
         UserError: several processes were launched that do not know of each other, or a variable asks for what is not
             done here.
     """
-    settle_variables()
+    settle_variables(devices=("cpu" if on_cpu else "cuda",))
     given = read_by_accelerate()
     try:
         accelerator = Accelerator(

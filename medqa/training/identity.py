@@ -9,29 +9,26 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from medqa.config import LENGTH, Experiment, flat, may_change_on_resume
-from medqa.config_file import cut, read_yaml, short
+from medqa.config import Experiment, flat
+from medqa.config_file import read_yaml
 from medqa.data.batches import TrainingData
 from medqa.data.tokens import ids_fingerprint
 from medqa.errors import UserError, listed
 from medqa.model.base_files import base_fingerprint
 from medqa.model.settings import Settings
+from medqa.recorded import LOCATIONS, checkpoints, differences, with_later_keys
 from medqa.training.checkpoint import (
     Fingerprints,
     Found,
     Identity,
     changes,
-    checkpoints,
     environment,
     load_checkpoint,
 )
 from medqa.training.distributed import on_main
 from medqa.training.state import Moved, Progress, TrainState
 
-# These may lie elsewhere than before: their fingerprints say whether they are the same.
-LOCATIONS = {"data.medquad", "data.afrimedqa", "data.files", "model.base"}
-# Not yet in runs of the first versions.
-LATER_KEYS = {"data.mcq_answers", "data.files", "training.early_stopping_patience", "training.keep"}
+OUTPUT_DIR, PERSIST_TO = "--output-dir", "--persist-to"
 WHAT = {"data": "the data", "tokenizer": "the token ids of the data", "base": "the base model"}
 
 
@@ -71,33 +68,16 @@ def identify(
     )
 
 
-def differences(before: Mapping[str, Any], experiment: Experiment) -> list[str]:
-    """What makes `experiment` another one than that whose values were `before`, by `section.key`.
-
-    A key that there was not yet had what is now its default. Of data of one's own the names count: they are in the ids
-    of rows.
-    """
-    before = _with_later_keys(before)
-    files = before["data.files"]
-    there, now = sorted(map(str, files)) if isinstance(files, Mapping) else [], sorted(experiment.data.files)
-    names = [f"data.files: {cut(', '.join(there)) or 'none'} there, {cut(', '.join(now)) or 'none'} now"]
-    names = [] if there == now else names
-    return names + [
-        f"{key}: {short(before.get(key))} there, {short(value)} now"
-        for key, value in flat(experiment).items()
-        if before.get(key) != value
-        and key not in LOCATIONS
-        and not _may_change(key, before.get(key), value, experiment)
-    ]
-
-
-def require_same_experiment(found: Found, experiment: Experiment) -> None:
+def require_same_experiment(found: Found, experiment: Experiment, option: str) -> None:
     """See that a checkpoint is of this experiment.
+
+    Args:
+        option: the one that names the directory of its run.
 
     Raises:
         UserError: it is of another; lists the differences.
     """
-    _refuse(f"{found.path} is of another experiment", differences(found.identity.experiment, experiment))
+    _refuse(f"{found.path} is of another experiment", differences(found.identity.experiment, experiment), option)
 
 
 def resume(found: Found, state: TrainState, identity: Identity) -> None:
@@ -112,6 +92,7 @@ def resume(found: Found, state: TrainState, identity: Identity) -> None:
     _refuse(
         f"{found.path} was trained on other data, tokens or base model",
         [line for name, line in zip(WHAT, material, strict=True) if before[name] != now[name]],
+        OUTPUT_DIR,
     )
     load_checkpoint(found, state)
     if changed := changes(found.identity.environment, identity.environment):
@@ -144,15 +125,13 @@ def check_config(config: Path, experiment: Experiment, option: str) -> None:
     except UserError as error:
         if checkpoints(config.parent):
             return  # their manifests say whose the run is
-        raise UserError(f"{error}; --fresh starts over, or choose another {option}") from error
+        raise UserError(f"{error}; {ways_on(option)}") from error
     if not isinstance(saved, dict) or not saved.keys() & Experiment.model_fields.keys():
         if checkpoints(config.parent):
             return
-        raise UserError(
-            f"{config}: not a run's, or damaged; --fresh starts over if it is a run's, or choose another {option}"
-        )
+        raise UserError(f"{config}: not a run's, or damaged; {ways_on(option)}")
     before = _flat(saved)
-    _refuse(f"{option} {config.parent} holds the run of another experiment", differences(before, experiment))
+    _refuse(f"{option} {config.parent} holds the run of another experiment", differences(before, experiment), option)
 
 
 def reads_elsewhere(config: Path, experiment: Experiment) -> bool:
@@ -165,33 +144,29 @@ def reads_elsewhere(config: Path, experiment: Experiment) -> bool:
         return True  # damaged: who knows
     if not isinstance(saved, dict):
         return True
-    before, now = _with_later_keys(_flat(saved)), flat(experiment)
+    before, now = with_later_keys(_flat(saved)), flat(experiment)
     return any(before.get(key) != now[key] for key in LOCATIONS)
 
 
-def _refuse(what: str, found: list[str]) -> None:
+def _refuse(what: str, found: list[str], option: str) -> None:
     """Raise with the differences, if there are any, and the ways on."""
     if found:
-        raise UserError(
-            f"{what}: {listed(found)}\n"
-            "choose another --output-dir, or start over there with --fresh; to start a new run from the weights of a "
-            "checkpoint, choose another --output-dir and add --set lora.init_from=DIR/checkpoint-STEP"
+        afresh = (
+            "; to start a new run from the weights of a checkpoint, choose another --output-dir and add "
+            "--set lora.init_from=DIR/checkpoint-STEP"
         )
+        more = afresh if option == OUTPUT_DIR else ""
+        raise UserError(f"{what}: {listed(found)}\n{ways_on(option)}{more}")
+
+
+def ways_on(option: str) -> str:
+    """What to do about a directory that cannot be this run's.
+
+    Where it is that of the copies, `--fresh` would remove the run in the output directory too, and is not advised.
+    """
+    return f"choose another {option}" + (", or start over there with --fresh" if option == OUTPUT_DIR else "")
 
 
 def _flat(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A run's configuration as `section.key` to value."""
     return {f"{s}.{k}": v for s, keys in saved.items() if isinstance(keys, dict) for k, v in keys.items()}
-
-
-def _with_later_keys(before: Mapping[str, Any]) -> dict[str, Any]:
-    """What there was, and of the keys that came later their defaults."""
-    return {**{key: default for key, default in flat(Experiment()).items() if key in LATER_KEYS}, **before}
-
-
-def _may_change(key: str, before: Any, now: Any, experiment: Experiment) -> bool:
-    """Whether the run may go on with this change; updates may be added, never taken back."""
-    if key in LENGTH:
-        longer = isinstance(before, int | float) and now is not None and now > before
-        return may_change_on_resume(key, experiment) and longer
-    return may_change_on_resume(key, experiment)

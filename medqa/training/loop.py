@@ -144,7 +144,7 @@ def train_step(
     """
     optimizer.zero_grad()
     counts = accelerator.reduce(token_counts(micro_batches).to(accelerator.device), "sum")
-    targets = counts[0].clamp(min=1)
+    targets = counts[0].clamp(min=1)  # of the whole update: the one denominator
 
     losses = []
     for i, micro_batch in enumerate(micro_batches):
@@ -156,7 +156,8 @@ def train_step(
         losses.append(loss.detach())
 
     total = accelerator.reduce(torch.stack(losses).sum(), "sum")
-    norm = accelerator.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], max_grad_norm)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
     # The only host synchronization of the update
     figures = torch.stack([tensor.double() for tensor in (total, norm, *counts)]).tolist()
     if not (math.isfinite(figures[0]) and math.isfinite(figures[1])):

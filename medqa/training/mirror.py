@@ -6,6 +6,9 @@ and compared. The copy has the layout of a run's directory: a run goes on from i
 The place can go away while the run is on, and come back empty. What is there is therefore looked at before each copy,
 and never remembered alone. The directory itself is made once, at the start: made again later it would lie on this
 machine's own disk, below the place where something else had been mounted.
+
+Whose the directory is stands in its run.json from the start. A run that is killed before its first checkpoint leaves
+that behind: the next start goes on under its id, if no run that still lives holds the directory's lock.
 """
 
 import contextlib
@@ -38,7 +41,7 @@ from medqa.training.checkpoint import (
     verify_checkpoint,
 )
 from medqa.training.plan import parameter_counts
-from medqa.training.run_dir import ADAPTER_DIR, FILES, RUN_FILE, check_run_dir, clear, read_leg
+from medqa.training.run_dir import ADAPTER_DIR, FILES, RUN_FILE, RunLock, Session, check_run_dir, clear, read_session
 
 RETRY_S = 30.0
 UNSAID_WAIT_S = 2.0
@@ -56,6 +59,7 @@ class Copies:
         self.directory = directory
         self.places = [output_dir] if directory is None else [output_dir, directory]  # of the run's files
         self._output_dir = output_dir
+        self._lock = RunLock(output_dir if directory is None else directory, "--persist-to", "copies to it")
         self._run_id: str | None = None
         self._file_system: tuple[int, Path] | None = None  # of the directory: device, and where that is mounted
         self._thread: threading.Thread | None = None
@@ -69,12 +73,17 @@ class Copies:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Wait for the last copies, for a bounded time."""
+        """Wait for the last copies, for a bounded time, and leave the directory to others."""
+        with self._lock:
+            self._wait(kind is not None and issubclass(kind, Interrupted))
+
+    def _wait(self, signalled: bool) -> None:
+        """Wait for the last copies; a run that was stopped by a signal does not wait long."""
         if self._thread is None:
             return
         self._leaving.set()  # before the other: what is begun after it is the last round
         self._wanted.set()
-        seconds = SIGNALLED_WAIT_S if kind is not None and issubclass(kind, Interrupted) else LAST_WAIT_S
+        seconds = SIGNALLED_WAIT_S if signalled else LAST_WAIT_S
         try:
             self._thread.join(min(UNSAID_WAIT_S, seconds))
             if self._thread.is_alive():
@@ -88,8 +97,8 @@ class Copies:
         """See that the place is there, and this run's.
 
         Raises:
-            UserError: the directory above it does not exist (a mount that is missing), it cannot be written to, or
-                it holds another run.
+            UserError: the directory above it does not exist (a mount that is missing), it cannot be written to, it
+                holds another run, or another run is copying to it.
         """
         place, output_dir = self.directory, self._output_dir
         if place is None:
@@ -98,29 +107,49 @@ class Copies:
             raise UserError(f"--persist-to {place}: {place.absolute().parent} does not exist; is it mounted?")
         self._require_another_directory()
         check_run_dir(place, experiment, fresh, "--persist-to")
+        self._lock.take_if_there()
         if fresh:
             return
-        here, there = read_leg(output_dir), read_leg(place)
+        here, there = read_session(output_dir), read_session(place)
         if here is not None and there is not None and here.run_id != there.run_id:
             raise UserError(
                 f"--persist-to {place} holds another run than {output_dir}; choose another place, or move one away"
             )
 
+    def take(self) -> Session | None:
+        """Take the place for this run alone; make it if need be.
+
+        Returns:
+            What a run that ended before its first checkpoint has noted there: this one goes on as that run. None where
+            there is no such thing.
+
+        Raises:
+            UserError: another run is copying to it.
+        """
+        if self.directory is None:
+            return None
+        self._require_another_directory()
+        with contextlib.suppress(OSError):  # the thread comes to the same, says it, and tries again
+            self.directory.mkdir(exist_ok=True)
+            self._lock.take()
+        session = read_session(self.directory) if self._lock.held else None
+        return None if session is None or session.saved else session
+
     def start(self, keep: int, fresh: bool, say: Callable[[str], None]) -> None:
         """Begin to copy; the first time what is there is compared with what should be.
 
         Raises:
-            UserError: `fresh`, and the place holds what no run wrote, or cannot be cleared; or another run has just
-                begun to copy to the same place.
+            UserError: `fresh`, and the place holds what no run wrote, or cannot be cleared; or another run is copying
+                to the same place.
         """
         if self.directory is None:
             return
-        self._require_another_directory()  # again: now the output directory exists
+        self.take()
         if fresh and self.directory.is_dir():
             with writing(self.directory):
                 clear(self.directory)
-        leg = read_leg(self._output_dir)
-        self._run_id = None if leg is None else leg.run_id
+        session = read_session(self._output_dir)
+        self._run_id = None if session is None else session.run_id
         self._keep, self._say = keep, say
         with contextlib.suppress(OSError, Damaged):  # the thread comes to the same, says it, and tries again
             self._look()
@@ -194,17 +223,23 @@ class Copies:
             self._file_system = device, mount
         elif device != self._file_system[0]:
             raise Damaged(f"what was mounted at {self._file_system[1]} at the start has gone; mount it again")
-        noted = read_leg(place)
+        noted = read_session(place)
         if noted is None and self._run_id is not None:
+            self._lock.release()  # the file has gone, too, where the place came back empty
+            self._lock.take()
             try:
                 with (place / RUN_FILE).open("xb") as file:  # of two runs that start at once, one succeeds
                     file.write((self._output_dir / RUN_FILE).read_bytes())
                 return
             except FileExistsError:
                 time.sleep(CLAIM_WAIT_S)
-                noted = read_leg(place)
-        if noted is not None and self._run_id is not None and noted.run_id != self._run_id:
-            raise UserError(f"--persist-to {place}: another run copies to it; choose another place")
+                noted = read_session(place)
+        another = noted is not None and self._run_id is not None and noted.run_id != self._run_id
+        if another or self._lock.taken_over_by() is not None:
+            raise UserError(
+                f"--persist-to {place}: another run copies to it, or has; choose another place, or, once that run has "
+                "ended, start over there with --fresh"
+            )
 
     def _mirror(self) -> None:
         """Bring the copy up to date: the metrics before the checkpoints that they belong to, the summary last."""

@@ -30,7 +30,7 @@ from medqa.limits import MAX_COUNT, MAX_METRICS_BYTES
 from medqa.model.device import peak_memory
 from medqa.terminal import make_console, printable
 from medqa.training.plan import Plan
-from medqa.training.run_dir import METRICS, read_leg
+from medqa.training.run_dir import METRICS, read_session
 from medqa.training.state import Progress, StepResult
 from medqa.training.wandb import (
     EVAL_NAMES,
@@ -113,7 +113,7 @@ class MetricsFile:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a run's legs have taken so far, what was lost with a kill included: seconds, and peak bytes.
+    """What a run's sessions have taken so far, what was lost with a kill included: seconds, and peak bytes.
 
     `damaged` counts lines, the last one apart, that could not be read and are lost.
     """
@@ -187,7 +187,7 @@ class Tracker:
         return self._metrics.resume(step, max_steps) if self._is_main_process else Spent(0.0, 0, 0)
 
     def begin_feed(self, feed: WandbFeed) -> None:
-        """From here on W&B is told too, first of what the legs before have recorded."""
+        """From here on W&B is told too, first of what the sessions before have recorded."""
         self.feed = feed
         if self._is_main_process:
             feed.begin((record["step"], wandb_names(record)) for record in read_metrics(self._metrics.path))
@@ -533,10 +533,10 @@ def tell_trial(accelerator: Accelerator, experiment: Experiment, output_dir: Pat
     The id is the one that W&B's agent has chosen. Its run would stay without a single value, and the search would learn
     nothing from the trial.
     """
-    leg = read_leg(output_dir)
-    if "WANDB_SWEEP_ID" not in os.environ or leg is None or not accelerator.is_main_process:
+    session = read_session(output_dir)
+    if "WANDB_SWEEP_ID" not in os.environ or session is None or not accelerator.is_main_process:
         return
-    say(start_wandb(accelerator, experiment, output_dir, leg.run_id, {}))
+    say(start_wandb(accelerator, experiment, output_dir, session.run_id, {}))
     feed = WandbFeed(accelerator, say)
     Tracker(True, MetricsFile(output_dir / METRICS)).begin_feed(feed)
     feed.finish()

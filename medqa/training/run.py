@@ -26,8 +26,8 @@ from medqa.training.mirror import Copies, space_needed
 from medqa.training.plan import accumulation_steps
 from medqa.training.recorder import Phases, Recorder
 from medqa.training.run_dir import (
-    Leg,
     RunLock,
+    Session,
     check_run_dir,
     find_checkpoint,
     finished,
@@ -58,7 +58,7 @@ class Run:
     """
 
     identity: Identity
-    session: Leg
+    session: Session
 
     def __init__(self, experiment: Experiment, options: argparse.Namespace) -> None:
         self.phases = Phases()
@@ -127,7 +127,9 @@ class Run:
         if self.checkpoint is not None:
             resume(self.checkpoint, state, self.identity)
         progress = state.progress
-        self.session = start_run(self.output_dir, self._fresh, self.checkpoint, progress, self._lock, accelerator)
+        self.session = start_run(
+            self.output_dir, self._fresh, self.checkpoint, progress, self._lock, accelerator, self._copies.take
+        )
         spent = recorder.resume(progress, data.updates)
         if accelerator.is_main_process:
             accumulation = accumulation_steps(experiment.training, accelerator.num_processes)
@@ -164,10 +166,11 @@ class Run:
         recorder.show_complete_run(self.summary)
 
     def _start_copies(self, recorder: Recorder) -> None:
-        """Have the main process copy what there is to the mirror, and from then on each save.
+        """Have the main process copy what there is to the mirror, now and after each save.
 
         Raises:
             UserError: the mirror holds what no run wrote, or another run has just begun to copy there.
         """
         keep = self._experiment.training.keep_checkpoints
         on_main(recorder.accelerator, lambda: self._copies.start(keep, self._fresh, recorder.message))
+        self._copies.wake(set())  # what says whose the mirror is should be there soon

@@ -1,6 +1,5 @@
 """The directory of a run: its lock, whether it is this experiment's, its first files, starting over."""
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -9,7 +8,7 @@ import re
 import secrets
 import socket
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
@@ -41,7 +40,7 @@ from medqa.training.checkpoint import (
     seems_whole,
 )
 from medqa.training.distributed import is_first_process, on_main
-from medqa.training.identity import check_config, reads_elsewhere, require_same_experiment
+from medqa.training.identity import OUTPUT_DIR, PERSIST_TO, check_config, reads_elsewhere, require_same_experiment
 from medqa.training.state import Progress
 
 # ----------------------------------------------------------------------------------------------------
@@ -75,10 +74,15 @@ class Holder(BaseModel):
 
 
 class RunLock:
-    """Holds a directory's lock until it is left. Only the first process of a run takes it."""
+    """Holds a directory's lock until it is left. Only the first process of a run takes it.
 
-    def __init__(self, output_dir: Path) -> None:
-        self._output_dir = output_dir
+    Args:
+        option: by which the directory was given.
+        does: what a run does with it, for messages.
+    """
+
+    def __init__(self, output_dir: Path, option: str = "--output-dir", does: str = "is on in it") -> None:
+        self._output_dir, self._option, self._does = output_dir, option, does
         self._file: int | None = None
         self._mine: dict[str, Any] | None = None  # what the file says from when this run has written there
 
@@ -86,9 +90,18 @@ class RunLock:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let others take it."""
         if self._file is not None:
             os.close(self._file)
             self._file = self._mine = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this run has taken it."""
+        return self._mine is not None
 
     def take_if_there(self) -> None:
         """Take the lock of a directory that a run has been in, as the first process of this one; nothing is written.
@@ -122,21 +135,26 @@ class RunLock:
         Raises:
             UserError: another run has.
         """
+        if (holder := self.taken_over_by()) is not None:
+            raise UserError(
+                f"{self._option} {self._output_dir}: another run (process {holder['pid']} on {holder['host']}) has "
+                "taken it over while this one got no answer or had lost its lock; this one has stopped and leaves it "
+                "alone"
+            )
+
+    def taken_over_by(self) -> dict[str, Any] | None:
+        """Who has taken the directory since this run has; None where nobody has."""
         if self._mine is None:
-            return
+            return None
         try:  # by its name: a network mount then asks the server who is in it now
             descriptor = self._open(os.O_RDONLY)
         except FileNotFoundError:
-            return  # removed by hand: nobody has taken it
+            return None  # removed by hand: nobody has taken it
         try:
             holder = _holder(descriptor)
         finally:
             os.close(descriptor)
-        if holder is not None and holder != self._mine:
-            raise UserError(
-                f"--output-dir {self._output_dir}: another run (process {holder['pid']} on {holder['host']}) has taken "
-                "it over while this one got no answer or had lost its lock; this one has stopped and leaves it alone"
-            )
+        return None if holder == self._mine else holder
 
     def _take(self) -> None:
         """Open and lock the file."""
@@ -149,8 +167,8 @@ class RunLock:
                 os.close(descriptor)
                 who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
                 raise Busy(
-                    f"--output-dir {self._output_dir}: another run is on in it ({who}); wait for it or stop "
-                    "it, or choose another directory"
+                    f"{self._option} {self._output_dir}: another run {self._does} ({who}); wait for it or stop it, or "
+                    "choose another directory"
                 ) from error
         self._file = descriptor
 
@@ -162,7 +180,7 @@ class RunLock:
             OSError: it cannot be opened.
         """
         path = self._output_dir / LOCK_FILE
-        problem = f"--output-dir {self._output_dir}: {LOCK_FILE} is not a regular file; remove it, or choose another"
+        problem = f"{self._option} {self._output_dir}: {LOCK_FILE} is not a regular file; remove it, or choose another"
         try:
             descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         except OSError as error:
@@ -216,7 +234,7 @@ WANDB_DIR = "wandb"
 FILES = (CONFIG, "data_report.json", "splits.csv", METRICS, "evaluation.json", SUMMARY)
 
 
-def check_run_dir(output_dir: Path, experiment: Experiment, fresh: bool, option: str = "--output-dir") -> None:
+def check_run_dir(output_dir: Path, experiment: Experiment, fresh: bool, option: str = OUTPUT_DIR) -> None:
     """See whether this experiment can run in this directory, changing nothing.
 
     Raises:
@@ -231,7 +249,7 @@ def check_run_dir(output_dir: Path, experiment: Experiment, fresh: bool, option:
             "it, or choose another"
         )
     if fresh:
-        return _refuse_foreign(output_dir)
+        return _refuse_foreign(output_dir, option)
     if (output_dir / CONFIG).is_file():
         check_config(output_dir / CONFIG, experiment, option)
     elif not checkpoints(output_dir) and (foreign := _without_a_run(output_dir)):
@@ -247,7 +265,7 @@ def _not_a_runs(output_dir: Path) -> Iterator[str]:
     A file that is replaced whole may be a link: the link goes, and what it leads to stays as it is.
     """
     inside = [f"{ADAPTER_DIR}/{name}" for name in sorted(ADAPTER_DIR_FILES)]
-    folders = (ADAPTER_DIR, ADAPTER_DIR + UNFINISHED)
+    folders = (ADAPTER_DIR, ADAPTER_DIR + UNFINISHED, WANDB_DIR)
     for name in (*FILES, RUN_FILE, LOCK_FILE, *folders, *inside):
         path = output_dir / name
         of_its_kind = os.path.isdir(path) if name in folders else os.path.isfile(path)
@@ -300,7 +318,7 @@ class Summary(BaseModel):
     base_fingerprint: str | None = None
 
 
-class Leg(BaseModel):
+class Session(BaseModel):
     """One start of a run: the id that the run keeps over all of them, and how many came before.
 
     `saved` says that there was a checkpoint once: where there is none now, it was lost.
@@ -314,11 +332,21 @@ class Leg(BaseModel):
 
 
 def start_run(
-    output_dir: Path, fresh: bool, found: Found | None, progress: Progress, lock: RunLock, accelerator: Accelerator
-) -> Leg:
-    """Make the directory, lock it, clear it if `fresh` and of what killed saves left, and note one more leg.
+    output_dir: Path,
+    fresh: bool,
+    found: Found | None,
+    progress: Progress,
+    lock: RunLock,
+    accelerator: Accelerator,
+    elsewhere: Callable[[], Session | None] = lambda: None,
+) -> Session:
+    """Make the directory, lock it, clear it if `fresh` and of what killed saves left, and note one more session.
 
-    The main process does, the others wait. The leg is noted in `progress` too.
+    The main process does, the others wait. The session is noted in `progress` too.
+
+    Args:
+        elsewhere: gives the session of this run that was noted in another place, before its first checkpoint. The main
+            process alone asks, before anything is written.
 
     Raises:
         UserError: it cannot be written, another run is on in it, or not all processes see the same checkpoint there.
@@ -330,13 +358,21 @@ def start_run(
             f"{output_dir}: not all processes see the same checkpoint there (of updates {seen}); on several machines "
             "give an --output-dir on a file system that they share"
         )
-    leg = on_main(accelerator, lambda: _note_leg(output_dir, fresh, found, progress, lock))
-    progress.run_id, progress.resumes = leg.run_id, leg.resumes
-    return leg
+    session = on_main(accelerator, lambda: _note_session(output_dir, fresh, found, progress, lock, elsewhere))
+    progress.run_id, progress.resumes = session.run_id, session.resumes
+    return session
 
 
-def _note_leg(output_dir: Path, fresh: bool, found: Found | None, progress: Progress, lock: RunLock) -> Leg:
+def _note_session(
+    output_dir: Path,
+    fresh: bool,
+    found: Found | None,
+    progress: Progress,
+    lock: RunLock,
+    elsewhere: Callable[[], Session | None],
+) -> Session:
     """As `start_run`, on the main process."""
+    begun = elsewhere()
     output_dir.mkdir(parents=True, exist_ok=True)
     lock.take()
     if fresh:
@@ -344,16 +380,18 @@ def _note_leg(output_dir: Path, fresh: bool, found: Found | None, progress: Prog
     remove_unfinished(output_dir)
     if found is not None and found.path.parent != output_dir:
         bring_back(found, output_dir)
-    leg = read_leg(output_dir)
-    if leg is None and found is not None:
+    session = read_session(output_dir)
+    if session is None and found is not None:
         run_id = progress.run_id if re.fullmatch(RUN_ID, progress.run_id) else _new_run_id()
-        leg = Leg(run_id=run_id, resumes=min(progress.resumes, MAX_COUNT), saved=True)
-    if leg is None:
-        leg = Leg(run_id=_new_run_id(), resumes=0, saved=False)
+        session = Session(run_id=run_id, resumes=min(progress.resumes, MAX_COUNT), saved=True)
+    if session is None and not fresh:
+        session = begun
+    if session is None:
+        session = Session(run_id=_new_run_id(), resumes=0, saved=False)
     else:
-        leg = leg.model_copy(update={"resumes": leg.resumes + 1})
-    write_json(leg.model_dump(), output_dir / RUN_FILE)
-    return leg
+        session = session.model_copy(update={"resumes": session.resumes + 1})
+    write_json(session.model_dump(), output_dir / RUN_FILE)
+    return session
 
 
 def _new_run_id() -> str:
@@ -362,10 +400,10 @@ def _new_run_id() -> str:
     return chosen if re.fullmatch(RUN_ID, chosen) else secrets.token_hex(4)
 
 
-def read_leg(output_dir: Path) -> Leg | None:
+def read_session(output_dir: Path) -> Session | None:
     """What a directory's run noted last; None where none has begun or it is damaged. Checkpoints have it too."""
     try:
-        return Leg.model_validate(read_json(output_dir / RUN_FILE))
+        return Session.model_validate(read_json(output_dir / RUN_FILE))
     except (Damaged, ValidationError):
         return None
 
@@ -373,9 +411,9 @@ def read_leg(output_dir: Path) -> Leg | None:
 def note_saved(output_dir: Path) -> None:
     """Note, once, that there is a checkpoint now; each time for who started the run."""
     note("saved")
-    leg = read_leg(output_dir)
-    if leg is not None and not leg.saved:
-        write_json(leg.model_copy(update={"saved": True}).model_dump(), output_dir / RUN_FILE)
+    session = read_session(output_dir)
+    if session is not None and not session.saved:
+        write_json(session.model_copy(update={"saved": True}).model_dump(), output_dir / RUN_FILE)
 
 
 def find_checkpoint(output_dir: Path, elsewhere: Path | None, experiment: Experiment) -> Found | None:
@@ -387,8 +425,8 @@ def find_checkpoint(output_dir: Path, elsewhere: Path | None, experiment: Experi
     """
     found = newest_whole([output_dir] if elsewhere is None else [output_dir, elsewhere])
     if found is not None:
-        require_same_experiment(found, experiment)
-    elif (output_dir / RUN_FILE).exists() and ((leg := read_leg(output_dir)) is None or leg.saved):
+        require_same_experiment(found, experiment, OUTPUT_DIR if found.path.parent == output_dir else PERSIST_TO)
+    elif (output_dir / RUN_FILE).exists() and ((session := read_session(output_dir)) is None or session.saved):
         raise UserError(
             f"--output-dir {output_dir}: its checkpoints have gone (or {RUN_FILE}, which would say that there were "
             "none, is damaged); put one back, or start over with --fresh"
@@ -465,17 +503,20 @@ def clear(output_dir: Path) -> None:
     """
     _refuse_foreign(output_dir)
     folders = [folder for folder in _folders(output_dir) if folder.is_dir()]
+    why: dict[Path, str] = {}
     for folder in folders:
-        with contextlib.suppress(OSError):  # what stays is looked at below
+        try:
             remove(folder)
-    if stuck := [folder for folder in folders if _holds_files(folder)]:
-        raise UserError(f"--fresh: {', '.join(map(str, stuck[:5]))} cannot be removed; choose another --output-dir")
+        except OSError as error:  # what stays is looked at below
+            why[folder] = f"{error.filename}: {error.strerror}"
+    if stuck := [why.get(folder, str(folder)) for folder in folders if _holds_files(folder)]:
+        raise UserError(f"--fresh: cannot be removed: {', '.join(stuck[:5])}; choose another directory")
     for name in (*FILES, RUN_FILE):  # that one last: it says whose the others are
         (output_dir / (name + UNFINISHED)).unlink(missing_ok=True)
         (output_dir / name).unlink(missing_ok=True)
 
 
-def _refuse_foreign(output_dir: Path) -> None:
+def _refuse_foreign(output_dir: Path, option: str = OUTPUT_DIR) -> None:
     """Refuse to clear a directory in which a link, or a foreign file in one of the run's folders, would be lost.
 
     One whose folders nothing can be removed from is refused as well, before the rest of it is lost.
@@ -497,13 +538,13 @@ def _refuse_foreign(output_dir: Path) -> None:
     if foreign:
         raise UserError(
             f"--fresh: {output_dir} holds what no run wrote: {', '.join(map(str, foreign[:5]))}; "
-            "move it away, or choose another --output-dir"
+            f"move it away, or choose another {option}"
         )
     folders = [folder for folder in (output_dir, *_folders(output_dir)) if folder.is_dir()]
     if stuck := [folder for folder in folders if not os.access(folder, os.W_OK | os.X_OK)]:
         raise UserError(
             f"--fresh: there is no permission to remove what is in {', '.join(map(str, stuck[:5]))}; nothing was "
-            "removed: allow it, or choose another --output-dir"
+            f"removed: allow it, or choose another {option}"
         )
 
 

@@ -26,8 +26,8 @@ class Moved:
 class Progress:
     """How far a run is. What follows from the step is not kept.
 
-    `elapsed_s` and `peak_memory` are over all legs, `evaluation_s` is what the baseline took. `micro_batch_rows` is the
-    most examples that a micro-batch has had room for (None: as many as configured). Without padding
+    `elapsed_s` and `peak_memory` are over all sessions. `evaluation_s` is what the baseline took. `micro_batch_rows` is
+    the most examples that a micro-batch has had room for (None: as many as configured). Without padding,
     `micro_batch_tokens` bounds a micro-batch instead, and their number is a multiple of `micro_batch_multiple`; see
     `data.batches.divide`.
     """

@@ -116,8 +116,10 @@ class Stopper:
         self._save_minutes = save_minutes
         self._asked_at = self._saved_at = time.monotonic()
         self.finish_update = True
-        yield
-        self.finish_update = False
+        try:
+            yield
+        finally:
+            self.finish_update = False
         if self.received is not None:
             raise Interrupted(self.received)
 

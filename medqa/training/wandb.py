@@ -35,9 +35,9 @@ from medqa.terminal import without_credentials
 from medqa.variables import is_on
 
 # ----------------------------------------------------------------------------------------------------
-# What W&B is told, from a thread of its own: each step once over all legs, and no failure there holds training up.
+# What W&B is told, from a thread of its own: each step once over all sessions, and no failure there holds training up.
 #
-# W&B is a convenience: `metrics.jsonl` is the truth, and every leg of a run can be told from it again. While its
+# W&B is a convenience: `metrics.jsonl` is the truth, and every session of a run can be told from it again. While its
 # server is away W&B keeps everything on disk; what can fail in mid-run is its service process, which takes every
 # call, and what asks the server first (tables, artifacts). The end is bounded here: W&B would wait without end for a
 # service that hangs.
@@ -52,7 +52,7 @@ SUPERSEDED = "superseded"
 class WandbFeed:
     """Passes values on to the W&B run, on the main process, if there is one.
 
-    `first` is the first step that W&B does not know yet from a leg before this one.
+    `first` is the first step that W&B does not know yet from a session before this one.
     """
 
     def __init__(self, accelerator: Accelerator, say: Callable[[str], None]) -> None:
@@ -75,13 +75,14 @@ class WandbFeed:
             atexit.register(self._close)  # for a run that ends early; it comes before W&B's own hook
 
     def begin(self, told: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
-        """Bring a leg of a run that began earlier up to date: steps that are not at W&B yet are told again.
+        """Bring a session of a run that began earlier up to date: steps that are not at W&B yet are told again.
 
-        An offline leg is told everything, so that it alone is to be sent; those before it are moved aside. Where legs
-        before it were online or have been sent, it is told only what comes now: sending appends to what is there.
+        An offline session is told everything, so that it alone is to be sent; those before it are moved aside. Where
+        sessions before it were online or have been sent, it is told only what comes now: sending appends to what is
+        there.
 
         Args:
-            told: step and values of what the legs before recorded.
+            told: step and values of what the sessions before recorded.
         """
         if self._run is None:
             return
@@ -103,8 +104,8 @@ class WandbFeed:
             shutil.move(path, here.parent / SUPERSEDED / path.name)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Tell W&B of a step, unless an earlier leg has."""
-        closing = step == self.first - 1 and "train/loss" not in values  # came after that leg's last update
+        """Tell W&B of a step, unless an earlier session has."""
+        closing = step == self.first - 1 and "train/loss" not in values  # came after that session's last update
         if step >= self.first or closing:
             self.attempt(partial(self._log, dict(values), step))
 

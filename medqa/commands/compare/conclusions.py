@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medqa.commands.compare.read import ANSWER_PERPLEXITY, CONFIG, EVALUATION, Run, part
+from medqa.commands.compare.read import ANSWER_PERPLEXITY, CONFIG, EVALUATION, SUMMARY, Run, part
 from medqa.commands.figures import number
 from medqa.config import Experiment, evaluation_decides, flat
 from medqa.config_file import load_experiment, own_names, parse_sets
@@ -22,7 +22,7 @@ from medqa.errors import UserError
 from medqa.files import Damaged, read_json
 from medqa.terminal import printable
 
-TRAIN = Path(__file__).resolve().parents[2] / "train.py"
+TRAIN = Path(__file__).resolve().parents[3] / "train.py"
 SEED = "training.seed"
 BASE = "model.base"
 LOCATIONS = ("data.medquad", "data.afrimedqa", "data.files")
@@ -63,6 +63,11 @@ class Pair:
     first: Run
     second: Run
     keys: tuple[str, ...]
+
+    @property
+    def doubted(self) -> tuple[str, ...]:
+        """Those of the two of which it is not known how they were trained."""
+        return tuple(run.label for run in (self.first, self.second) if run.doubts)
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,8 @@ def shown(value: Any) -> str:
 
 def conclusion(pair: Pair, all_pairs: Sequence[Pair]) -> str:
     """What the difference between two runs says, and what it does not."""
+    if pair.doubted:
+        return f"nothing: how {' and '.join(pair.doubted)} was trained is not known, see the warnings"
     unfinished = [run.label for run in (pair.first, pair.second) if not run.finished]
     if len(pair.keys) > 1:
         text = f"{len(pair.keys)} settings at once: does not say which of them made the difference"
@@ -137,12 +144,17 @@ def conclusion(pair: Pair, all_pairs: Sequence[Pair]) -> str:
     if key in MEASURED or key.startswith("data.") or key == CONTENTS:
         return f"{key} alone, but with it the tokens that perplexity is of: the perplexities are not comparable"
     what = f"the cost of {key} (results differ by rounding and noise alone)" if key in COST else f"the effect of {key}"
-    seeds = [other for other in all_pairs if other.keys == (SEED,)]
+    seeds = [other for other in _believed(all_pairs) if other.keys == (SEED,)]
     mine = [o for o in seeds if {id(o.first), id(o.second)} & {id(pair.first), id(pair.second)}]
     if mine:
         other = mine[0]
         return f"isolates {what}; the noise of a seed, {other.first.label} against {other.second.label}{_gap(other)}"
     return f"isolates {what}, for one seed: one seed is one seed; repeat both with --set {SEED}=... to know the noise"
+
+
+def _believed(found: Sequence[Pair]) -> list[Pair]:
+    """The pairs of which it is known how both runs were trained."""
+    return [pair for pair in found if not pair.doubted]
 
 
 def _gap(pair: Pair) -> str:
@@ -157,14 +169,14 @@ def proposals(runs: Sequence[Run], found: Sequence[Pair]) -> list[Proposal]:
     Each setting that differs between any two runs differs from the first one in one of them. Where no two runs differ
     by the seed alone, the last one proposed does: it says how large the noise is.
     """
-    base = runs[0]
-    if printable(str(base.directory)) != str(base.directory):
-        return []  # no command that can be shown names it
+    base, found = runs[0], _believed(found)
+    if base.doubts or printable(str(base.directory)) != str(base.directory):
+        return []  # what it would be compared with is not known, or no command that can be shown names it
     changes = [change for p in found if p.first is base and len(p.keys) > 1 for change in one_changes(p)]
     if not any(pair.keys == (SEED,) for pair in found):
         another = {SEED: (base.experiment.training.seed + 1) % 2**63}
         changes += [(another, run) for run in [changed(base, another)] if run is not None]
-    seen = [recipe(flat(run.experiment)) for run in runs]
+    seen = [recipe(flat(run.experiment)) for run in runs if not run.doubts]
     proposed = []
     for change, experiment in changes:
         values = recipe(flat(experiment))
@@ -249,17 +261,19 @@ OPTIONS = {"model.base": "--model", "data.medquad": "--medquad", "data.afrimedqa
 
 def warnings(runs: Sequence[Run], found: Sequence[Pair]) -> list[str]:
     """Every warning, the gravest first."""
+    believed = _believed(found)
     said = [
+        *_doubted(runs),
         *_unfinished(runs),
         *_damaged(runs),
-        *_several_changes(runs, found),
+        *_several_changes(runs, believed),
         *_other_rows(runs),
         *_other_loss(runs),
         *_evaluations(runs),
         *_overlap(runs),
         *_subset(runs),
         *_machines(runs),
-        *_one_seed(found),
+        *_one_seed(believed),
         *_moved(runs[0]),
     ]
     return [printable(text) for text in said]
@@ -281,6 +295,16 @@ def _setting(key: str, run: Run) -> str:
 def _summarized(key: str, run: Run) -> str:
     """What a run's summary says of something, as text."""
     return str(run.summary[key])
+
+
+def _doubted(runs: Sequence[Run]) -> list[str]:
+    """Runs whose files say different things of how they were trained."""
+    return [
+        f"{run.label}: how it was trained is not known, and nothing is concluded from it, because its files do not say "
+        f"the same: {'; '.join(run.doubts)}. Put back what was changed since it was trained"
+        for run in runs
+        if run.doubts
+    ]
 
 
 def _unfinished(runs: Sequence[Run]) -> list[str]:
@@ -344,11 +368,7 @@ def _evaluations(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         if not run.evaluation:
             continue
-        step = number(run.evaluation.get("step"))
-        if step is not None and step != run.adapter_step:
-            said.append(f"{run.label}: {EVALUATION} is of update {step:.0f}, the run's adapter of {run.adapter_step}")
-        if run.evaluation.get("base_fingerprint", run.base_fingerprint) != run.base_fingerprint:
-            said.append(f"{run.label}: {EVALUATION} is of another base model than the run's")
+        said += [f"{run.label}: {text}" for text in (_other_update(run), _other_base(run)) if text]
         figure = run.figures.get(ANSWER_PERPLEXITY.format("tuned"))
         if figure is None or figure.low is None:
             said.append(f"{run.label}: {EVALUATION} has no interval of the answer perplexity")
@@ -357,6 +377,30 @@ def _evaluations(runs: Sequence[Run]) -> list[str]:
         whole = "; ".join(f"{labels}: {'all rows' if n is None else f'{n:.0f} rows'}" for n, labels in by.items())
         said.append(f"evaluated on a part of the rows ({whole})")
     return said
+
+
+def _other_update(run: Run) -> str | None:
+    """What to say of an evaluation that is of another update than the run's adapter."""
+    step = number(run.evaluation.get("step"))
+    if step is None or step == run.adapter_step:
+        return None
+    ours = f"the run's adapter of {run.adapter_step}" if run.finished else f"the newest update is {run.updates}"
+    return f"{EVALUATION} is of update {step:.0f}, {ours}"
+
+
+def _other_base(run: Run) -> str | None:
+    """What to say of an evaluation that is of another base model than the run, or may be."""
+    if "base_fingerprint" not in run.evaluation:
+        return None  # of the first versions
+    said = run.evaluation["base_fingerprint"]
+    if not isinstance(said, str) or not said:
+        return f"{EVALUATION} does not say of which base model it is"
+    if run.base_fingerprint is None:
+        return (
+            f"whether {EVALUATION} is of the base model that the run was trained on is not known: neither {SUMMARY} "
+            "nor a checkpoint says which one that was"
+        )
+    return f"{EVALUATION} is of another base model than the run's" if said != run.base_fingerprint else None
 
 
 def _overlap(runs: Sequence[Run]) -> list[str]:

@@ -292,8 +292,12 @@ def check_place(out: Path, force: bool) -> None:
     places.check_place(out.absolute().parent, "--out")
     if not os.path.isdir(out.absolute().parent):
         raise UserError(f"--out {out}: no directory {out.absolute().parent}; make it, or choose another file")
-    if not os.path.lexists(out):
+    try:
+        os.lstat(out)
+    except FileNotFoundError:
         return
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"--out {out}: cannot be written: {error.strerror}; choose another name") from error
     if not os.path.isfile(out):
         raise UserError(f"--out {out}: there is something that is no file; choose another name")
     try:
@@ -312,6 +316,6 @@ def write_page(page: str, out: Path) -> None:
         UserError: no room or permission.
     """
     try:
-        write_file(out, page)
+        write_file(out, page, among_others=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror}; make room, or choose another") from error

@@ -4,22 +4,30 @@ Not here: what several runs show together (`conclusions.py`), and how it is show
 """
 
 import json
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medqa.commands.figures import Figure, figures, number
 from medqa.config import Experiment, flat, is_complete, planned_updates
-from medqa.config_file import load_experiment, read_yaml
+from medqa.config_file import cut, load_experiment, read_yaml
 from medqa.errors import UserError, together
 from medqa.files import Damaged, Missing, read_file, read_json
-from medqa.limits import MAX_METRICS_BYTES
+from medqa.limits import MAX_COUNT, MAX_METRICS_BYTES
+from medqa.recorded import checkpoints, differences, read_manifest
 from medqa.terminal import printable
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 EVALUATION, DATA_REPORT = "evaluation.json", "data_report.json"
+ADAPTER_DIR, ADAPTER_CONFIG = "lora_adapters", "adapter_config.json"
+IN_ADAPTER_CONFIG = ("r", "lora_alpha", "lora_dropout", "target_modules")  # keys of `lora` that are there too
+
+MOST_SHOWN = 12  # values of a file that are named in a message
 
 Json = dict[str, Any]
 
@@ -35,6 +43,8 @@ class Run:
         summary, evaluation, data_report: empty where there is none.
         figures: of the evaluation, by path (`loss.test.tuned.answer_perplexity`).
         damage: what could not be read, in words.
+        doubts: what its files say otherwise of how it was trained than `experiment` and `in_effect`, in words.
+        fingerprints: of data and base model, as the newest checkpoint has them; empty where there is none.
     """
 
     label: str
@@ -49,6 +59,8 @@ class Run:
     data_report: Json = field(default_factory=dict)
     figures: dict[str, Figure] = field(default_factory=dict)
     damage: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+    fingerprints: Json = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -57,13 +69,18 @@ class Run:
         return asked | {key: used for key, used in self.in_effect.items() if key in asked}
 
     @property
-    def max_steps(self) -> int:
-        """Updates that the run is to have; where epochs say it and the report does not fit them, those that it has."""
+    def planned(self) -> int | None:
+        """Updates that the run is to have; None where epochs say it and the report does not say of how many rows."""
         rows = number(part(self.data_report, "splits", "train", "rows"))
         try:
-            return planned_updates(self.experiment, int(rows or 0)) or self.updates
+            return planned_updates(self.experiment, int(rows or 0)) or None
         except UserError:
-            return self.updates
+            return None
+
+    @property
+    def max_steps(self) -> int:
+        """Updates that the run is to have; where that is not known, those that it has."""
+        return self.planned or self.updates
 
     @property
     def updates(self) -> int:
@@ -87,19 +104,29 @@ class Run:
         if self.finished:
             early = self.summary.get("stopped_early") is True
             return f"finished early, after {self.updates:,} of {self.max_steps:,} updates" if early else "finished"
-        return f"unfinished: {self.updates:,} of {self.max_steps:,} updates"
+        end = ", its end is not recorded" if self.all_updates_done else ""
+        return f"unfinished: {self.updates:,} of {self.max_steps:,} updates{end}"
+
+    @property
+    def all_updates_done(self) -> bool:
+        """Whether the last of the planned updates is recorded."""
+        return self.planned is not None and self.updates >= self.planned
 
     @property
     def data_fingerprint(self) -> str | None:
         """Of rows and their splits; None where nothing says it."""
-        found = self.data_report.get("fingerprint", self.summary.get("data_fingerprint"))
-        return found if isinstance(found, str) else None
+        found = (
+            self.data_report.get("fingerprint"),
+            self.summary.get("data_fingerprint"),
+            self.fingerprints.get("data"),
+        )
+        return next((said for said in found if isinstance(said, str) and said), None)
 
     @property
     def base_fingerprint(self) -> str | None:
         """Of the base model's configuration and weights; None where nothing says it."""
-        found = self.summary.get("base_fingerprint")
-        return found if isinstance(found, str) and found else None
+        found = (self.summary.get("base_fingerprint"), self.fingerprints.get("base"))
+        return next((said for said in found if isinstance(said, str) and said), None)
 
 
 def part(record: Any, *keys: str) -> Any:
@@ -139,22 +166,98 @@ def read_run(directory: Path, label: str) -> Run:
         raise UserError(f"{directory}: {what}; give the directory that train.py wrote, outputs/exp_002 say")
     experiment = load_experiment(str(config.absolute()))
     damage: list[str] = []
-    records = _metrics(directory / METRICS, damage)
     evaluation, found = _evaluation(directory / EVALUATION, damage)
-    return Run(
+    run = Run(
         label=label,
         directory=directory,
         experiment=experiment,
         in_effect=_in_effect(config),
-        train=records["train"],
-        validation=records["eval"],
-        test=records["test"],
-        summary=_object(directory / SUMMARY, damage),
+        summary=_summary(_object(directory / SUMMARY, damage), damage),
         evaluation=evaluation,
         data_report=_object(directory / DATA_REPORT, damage),
         figures={_one_line(".".join(place)): figure for place, figure in found.items()},
-        damage=tuple(damage),
     )
+    updates = run.summary.get("updates", run.planned) if run.finished else run.planned
+    records = _metrics(directory / METRICS, updates, damage)
+    run = replace(run, train=records["train"], validation=records["eval"], test=records["test"])
+    damage += _not_as_recorded(run)
+    if run.all_updates_done and not os.path.lexists(directory / SUMMARY):
+        missing = (
+            f"{SUMMARY} is missing, though all {run.max_steps:,} updates are recorded: the evaluation at the end is "
+            "not done, or the file was removed; the command that trained the run writes it"
+        )
+        damage.append(missing)
+    checkpoint, manifest = _newest_manifest(directory)
+    fingerprints = part(manifest, "fingerprints")
+    doubts = tuple(_one_line(doubt) for doubt in _doubts(run, checkpoint, manifest))
+    fingerprints = fingerprints if isinstance(fingerprints, dict) else {}
+    return replace(run, doubts=doubts, fingerprints=fingerprints, damage=tuple(map(_one_line, damage)))
+
+
+def _newest_manifest(directory: Path) -> tuple[str, Json]:
+    """The name of a run's newest checkpoint whose manifest can be believed, and that; empty where there is none."""
+    for place in reversed(checkpoints(directory)):
+        try:
+            return place.name, read_manifest(place)
+        except Damaged:
+            continue
+    return "", {}
+
+
+def _doubts(run: Run, checkpoint: str, manifest: Json) -> Iterator[str]:
+    """What the other files of a run say otherwise than its configuration: one of them was changed after training.
+
+    The weights are not read. `medqa evaluate` refuses such a run.
+
+    Args:
+        checkpoint: the newest one's name.
+        manifest: what it says.
+    """
+    experiment, directory = run.experiment, run.directory
+    for place in (directory / ADAPTER_DIR, *checkpoints(directory)[-1:]):
+        said = _adapter_config(place / ADAPTER_CONFIG)
+        for key in IN_ADAPTER_CONFIG:
+            here = getattr(experiment.lora, key)
+            if key in said and not _alike(said[key], here):
+                where = place.relative_to(directory) / ADAPTER_CONFIG
+                yield f"lora.{key} = {_shown(here)} in {CONFIG}, {_shown(said[key])} in {where}"
+        if said:
+            break
+    trained_as = manifest.get("experiment")
+    if isinstance(trained_as, dict) and (found := differences(trained_as, experiment)):
+        yield f"{CONFIG} is not what {checkpoint} was trained with: {'; '.join(found)}"
+    for what, name, here in (
+        ("data", "data", run.data_fingerprint),
+        ("base", "base model", run.base_fingerprint),
+    ):
+        there = part(manifest, "fingerprints", what)
+        if isinstance(there, str) and here not in (None, there):
+            yield f"the fingerprint of the {name} is another in {checkpoint} than in {DATA_REPORT} or {SUMMARY}"
+    for key, name in (("model.quantization", "quantization"), ("training.mixed_precision", "mixed_precision")):
+        used = run.summary.get(name)
+        if run.finished and isinstance(used, str) and used != run.settings[key]:
+            yield f"{key} = {_shown(run.settings[key])} in effect by {CONFIG}, {_shown(used)} in {SUMMARY}"
+
+
+def _adapter_config(path: Path) -> Json:
+    """What an adapter's configuration says; empty where there is none to be read."""
+    try:
+        said = read_json(path)
+    except Damaged:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two values of a configuration are the same; names in any order."""
+    if isinstance(one, list) and isinstance(other, list):
+        return sorted(map(str, one)) == sorted(map(str, other))
+    return type(one) is not bool and one == other
+
+
+def _shown(value: Any) -> str:
+    """A value for a message."""
+    return cut(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _one_line(text: str) -> str:
@@ -175,6 +278,8 @@ def _object(path: Path, damage: list[str]) -> Json:
         found = read_json(path)
         if not isinstance(found, dict):
             raise Damaged("it holds no JSON object")
+        if not found:
+            raise Damaged("it holds an empty JSON object")
     except Missing:
         return {}
     except Damaged as error:
@@ -188,6 +293,93 @@ def _note(damage: list[str], path: Path, error: Exception) -> None:
     damage.append(_one_line(f"{path.name} cannot be read and is left out: {str(error).removeprefix(f'{path}: ')}"))
 
 
+Size = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Bytes = Annotated[int, Field(ge=0, le=10**18)]
+Finite = Annotated[float, Field(gt=-1e18, lt=1e18)]
+
+
+class _Figures(BaseModel):
+    """The figures of a split in a summary."""
+
+    model_config = ConfigDict(strict=True)
+
+    loss: Finite
+    perplexity: Finite | None
+    answer_loss: Finite | None
+    answer_perplexity: Finite | None
+
+
+class _Summary(BaseModel):
+    """What a run writes into its summary, as far as it is used here. What has a default the first versions had not."""
+
+    model_config = ConfigDict(strict=True)
+
+    experiment: str
+    baseline: _Figures
+    final: _Figures
+    test: _Figures
+    updates: Size
+    wall_clock_s: Annotated[float, Field(ge=0, le=MAX_COUNT)]
+    peak_memory_bytes: Bytes
+    memory_device: str
+    best_step: Size = 0
+    adapter_step: Size = 0
+    length: dict[str, int | float | None] = {}
+    stopped_early: bool = False
+    resumes: Size = 0
+    processes: Size = 1
+    cpu_threads: Size | None = None
+    quantization: str = ""
+    mixed_precision: str = ""
+    data_fingerprint: str | None = None
+    base_fingerprint: str | None = None
+    versions: dict[str, str] = {}
+
+
+def _summary(said: Json, damage: list[str]) -> Json:
+    """A summary without the values that no run writes; these, and what every run writes and is not there, are noted."""
+    if not said:
+        return said
+    try:
+        _Summary.model_validate(said)
+    except ValidationError as error:
+        places = [(tuple(map(str, each["loc"]))[:2], each["type"] == "missing") for each in error.errors()]
+    else:
+        return said
+    left_out = dict.fromkeys(place for place, missing in places if not missing)
+    if left_out:
+        values = [f"{'.'.join(place)} = {_shown(part(said, *place))}" for place in left_out]
+        more = f" and {len(values) - MOST_SHOWN:,} more" if len(values) > MOST_SHOWN else ""
+        damage.append(f"{SUMMARY} holds what no run writes; it is left out: {', '.join(values[:MOST_SHOWN])}{more}")
+    if missing := [".".join(place) for place, missing in places if missing]:
+        damage.append(f"{SUMMARY} lacks what every run writes: {', '.join(missing)}")
+    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in said.items()}
+    for *above, key in left_out:
+        (kept[above[0]] if above else kept).pop(key, None)
+    return kept
+
+
+def _not_as_recorded(run: Run) -> Iterator[str]:
+    """Where a summary has other figures than the records of the same updates."""
+    last: Any = run.summary.get("updates")
+    whole = run.summary.get("adapter_step", last) == last  # else `final` is of a checkpoint, and has no record
+    for name, records, step in (
+        ("baseline", run.validation, 0),
+        ("final", run.validation, last),
+        ("test", run.test, last),
+    ):
+        if name == "final" and not whole:
+            continue
+        record = records.get(step, {}) if isinstance(step, int) else {}
+        for key in _Figures.model_fields:
+            ours, theirs = number(part(run.summary, name, key)), record.get(key)
+            if ours is not None and theirs is not None and not math.isclose(ours, theirs, rel_tol=1e-6):
+                yield (
+                    f"{name}.{key} = {ours:.6g} in {SUMMARY}, {theirs:.6g} in {METRICS} at update {step:,}: one of "
+                    "them was changed, and which is right is not known"
+                )
+
+
 def _evaluation(path: Path, damage: list[str]) -> tuple[Json, dict[tuple[str, ...], Figure]]:
     """An evaluation and its figures."""
     evaluation = _object(path, damage)
@@ -198,10 +390,13 @@ def _evaluation(path: Path, damage: list[str]) -> tuple[Json, dict[tuple[str, ..
         return {}, {}
 
 
-def _metrics(path: Path, damage: list[str]) -> dict[str, dict[int, Json]]:
-    """The records of `train`, `eval` and `test`, by update.
+def _metrics(path: Path, updates: int | None, damage: list[str]) -> dict[str, dict[int, Json]]:
+    """The records of `train`, `eval` and `test`, by update: of each the first one, as a resume keeps it.
 
     A last line without its end is one that is being written, or that a kill cut short: a resume repeats it.
+
+    Args:
+        updates: those that the run has or is to have, where known; what is beyond them is not of this run.
     """
     found: dict[str, dict[int, Json]] = {"train": {}, "eval": {}, "test": {}}
     try:
@@ -211,7 +406,7 @@ def _metrics(path: Path, damage: list[str]) -> dict[str, dict[int, Json]]:
     except Damaged as error:
         _note(damage, path, error)
         lines = []
-    bad, not_finite = 0, 0
+    bad, not_finite, again, beyond = 0, 0, 0, 0
     for line in lines:
         if not line.endswith(b"\n"):
             continue
@@ -220,15 +415,27 @@ def _metrics(path: Path, damage: list[str]) -> dict[str, dict[int, Json]]:
         except (ValueError, RecursionError):
             record = None
         step, split = part(record, "step"), part(record, "split")
-        if not isinstance(step, int) or number(step) is None or step < 0 or not isinstance(split, str):
+        if not isinstance(step, int) or number(step) is None or step < 0 or split not in tuple(found):
             bad += 1
+            continue
+        if updates is not None and step > updates:
+            beyond += 1
+            continue
+        if step in found[split]:
+            again += 1
             continue
         told = {key: value for key, value in record.items() if isinstance(value, int | float)}
         kept = {key: value for key, said in told.items() if (value := number(said)) is not None}
         not_finite += len(told) - len(kept)
-        found.setdefault(split, {})[step] = kept
+        found[split][step] = kept
     if bad:
         damage.append(f"{bad} damaged line(s) of {path.name} are left out")
+    if again:
+        damage.append(
+            f"{again} line(s) of {path.name} are of an update and split that it has already, and are left out"
+        )
+    if beyond:
+        damage.append(f"{beyond} line(s) of {path.name} are of updates beyond the {updates:,} of the run and left out")
     if not_finite:
         damage.append(f"{not_finite} figure(s) of {path.name} are not finite and left out")
     return found

@@ -246,6 +246,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "max_steps": run.max_steps,
         "loss_on": loss,
         "damage": list(run.damage),
+        "doubts": list(run.doubts),
         "answer_perplexity": asdict(perplexity(run)),
         "performance": asdict(performance(run)),
         "losses": {name: {**found.x, "loss": found.y, "rows": found.rows} for name, found in curves.items()},

@@ -297,23 +297,21 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _names(config: Any) -> dict[str, str]:
-    """From transformers' name of each weight to llama.cpp's. Tied embeddings stand once, as llama.cpp has them."""
-    parts = {
-        "input_layernorm": "attn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    names = {"model.embed_tokens.weight": "token_embd.weight"}
-    for i in range(config.num_hidden_layers):
-        names |= {f"model.layers.{i}.{here}.weight": f"blk.{i}.{there}.weight" for here, there in parts.items()}
-    names["model.norm.weight"] = "output_norm.weight"
-    return names if config.tie_word_embeddings else {**names, "lm_head.weight": "output.weight"}
+    """From transformers' name of each weight to llama.cpp's. Tied embeddings stand once, as llama.cpp has them.
+
+    Raises:
+        RuntimeError: llama.cpp has no name for a weight; `check_expressible` has refused such models before.
+    """
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    known = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    with torch.device("meta"):  # names alone
+        names = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict().keys()
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    found = {name: known.get_name(name, (".weight",)) for name in names if name not in tied}
+    if unknown := [name for name, there in found.items() if there is None]:
+        raise RuntimeError(f"llama.cpp has no name for {', '.join(unknown)}")
+    return {name: str(there) for name, there in found.items()}
 
 
 def _rotated_heads(name: str, config: Any) -> int:

@@ -18,6 +18,7 @@ from medqa.errors import UserError
 from medqa.files import write_json
 from medqa.model.attention import attention_in_effect
 from medqa.model.base import add_lora, check_model, fit_adapter, load_base, load_tokenizer
+from medqa.model.families import without_contents
 from medqa.model.settings import Settings, resolve_settings
 from medqa.prompts import prompt_ids
 
@@ -78,8 +79,7 @@ def prepare(source: Source, device: torch.device) -> Exact:
             f"({reason}): merged into other weights it would be another model; export it where it can"
         )
     tokenizer = load_tokenizer(experiment.model.base, "eos")
-    with torch.device("meta"):
-        blank = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    blank = without_contents(config)
     read, head = blank.get_input_embeddings(), blank.get_output_embeddings()
     if len(tokenizer) > read.num_embeddings:
         raise UserError(

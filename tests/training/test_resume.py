@@ -24,7 +24,7 @@ def straight(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory) -> Path:
-    """A run in five legs, each of the first four ended in another way; a dict of what each leg's end looked like."""
+    """A run in five sessions, of which the first four ended in other ways, with what each end looked like."""
     directory = tmp_path_factory.mktemp("interrupted") / "run"
 
     process = Group(directory, *WORDS)

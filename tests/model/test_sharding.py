@@ -67,10 +67,10 @@ from medqa.model.sharding import frozen_bytes
 
 run, held = train.train, pathlib.Path(sys.argv[1])
 
-def noting(accelerator, model, *arguments, **more):
-    run(accelerator, model, *arguments, **more)
+def noting(state, batches, experiment, accelerator, **more):
+    run(state, batches, experiment, accelerator, **more)
     held.mkdir(exist_ok=True)
-    (held / f"{accelerator.process_index}.json").write_text(json.dumps(frozen_bytes(model)))
+    (held / f"{accelerator.process_index}.json").write_text(json.dumps(frozen_bytes(state.model)))
 
 train.train = noting
 sys.exit(train.main(sys.argv[2:]))
@@ -175,10 +175,10 @@ def test_a_run_goes_on_sharded_or_not_on_any_number_of_processes(place, words):
     words = (*words, "training.max_steps=12")
     straight, moved = finished(place / f"straight-{kind}", words, 1, {}), place / f"moved-{kind}"
     for update, processes, fsdp in ((3, 2, FSDP), (6, 1, {})):
-        leg = run_of(moved, words, processes, fsdp)
-        wait_for_update(leg, moved, update)
-        leg.send_signal(signal.SIGTERM)
-        assert finish(leg, moved) == 128 + signal.SIGTERM, output(moved)
+        session = run_of(moved, words, processes, fsdp)
+        wait_for_update(session, moved, update)
+        session.send_signal(signal.SIGTERM)
+        assert finish(session, moved) == 128 + signal.SIGTERM, output(moved)
         wait_until_gone(moved)
     finished(moved, words, 4)
     assert_same_run(straight, moved, updates=12)
@@ -193,10 +193,10 @@ def test_a_process_without_a_piece_of_an_update_takes_part(place):
     """Begun whole on one process with an update as one piece, ended sharded on two."""
     words = (*UNPADDED, "training.micro_batch_tokens=100000", "training.max_steps=8")
     straight, moved = finished(place / "straight-piece", words, 1, {}), place / "moved-piece"
-    leg = run_of(moved, words, 1, {})
-    wait_for_update(leg, moved, 2)
-    leg.send_signal(signal.SIGTERM)
-    assert finish(leg, moved) == 128 + signal.SIGTERM, output(moved)
+    session = run_of(moved, words, 1, {})
+    wait_for_update(session, moved, 2)
+    session.send_signal(signal.SIGTERM)
+    assert finish(session, moved) == 128 + signal.SIGTERM, output(moved)
     finished(moved, words, 2)
     assert_same_run(straight, moved, updates=8)
 

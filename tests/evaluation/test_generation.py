@@ -18,7 +18,7 @@ from medqa.prompts import prompt_ids
 from medqa.tiny import BASE_DIR
 from tests.adapted import adapted_parts
 
-STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
+STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 CONTEXT = 512  # of the embedded model
 TOKENS = 24
 
@@ -164,7 +164,7 @@ def test_without_the_adapter_the_base_answers(parts, questions, alone):
 
 
 def test_the_untuned_bases_own_template(parts, tmp_path):
-    prompts = own_template_prompts(str(BASE_DIR))
+    prompts = own_template_prompts(str(BASE_DIR), ["What is asthma ?"])
     text = AutoTokenizer.from_pretrained(BASE_DIR).decode(prompts("What is asthma ?"))
     assert "<|user|>\nWhat is asthma ?" in text
     assert text.endswith("<|assistant|>\n")
@@ -172,6 +172,20 @@ def test_the_untuned_bases_own_template(parts, tmp_path):
     assert prompts("What is asthma ?") != prompt_ids("What is asthma ?", parts.tokenizer)
     by_own = answers(parts, ["What is asthma ?"], 1, prompts=prompts)
     assert by_own != answers(parts, ["What is asthma ?"], 1)
+
+
+def test_the_limits_on_a_template_are_not_for_all_questions_together(tmp_path, monkeypatch):
+    monkeypatch.setattr("medqa.limited.WORK_SECONDS", 1)
+    monkeypatch.setattr("medqa.evaluation.answers.TOGETHER", 1)
+    directory = tmp_path / "base"
+    shutil.copytree(BASE_DIR, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    said = json.loads((directory / "tokenizer_config.json").read_text())
+    slow = "{% for i in range(4000) %}{% for j in range(1000) %}{% endfor %}{% endfor %}{{ messages[0]['content'] }}"
+    (directory / "tokenizer_config.json").write_text(json.dumps({**said, "chat_template": slow}))
+    questions = [f"What is disease {i} ?" for i in range(30)]
+    prompts = own_template_prompts(str(directory), questions, pytest.fail)
+    tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
+    assert [tokenizer.decode(prompts(question)) for question in questions] == questions
 
 
 # What a base's template may do in place of rendering a question, and what is said of it.

@@ -15,7 +15,7 @@ from harness.parts import build
 from medqa.model.base import adapter_weights
 from medqa.model.loss import summed_loss, target_count
 
-STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
+STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 UPDATES = 6
 FIGURES_WITHIN = 1e-6  # relative
 WEIGHTS_WITHIN = 1e-5  # of what training moved

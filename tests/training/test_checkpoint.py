@@ -432,8 +432,11 @@ def test_files_that_are_open_elsewhere_stop_no_save(straight, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(words(run, "training.keep_checkpoints=1", "training.save_steps=1")) == 0
     said = capsys.readouterr().out.replace("\n", "")
-    assert said.count("an old checkpoint could not be removed, and stays: Directory not empty") == 1
-    assert f"{run}: an old checkpoint could not be removed" in said
+    first = leftovers(run)[0].name
+    assert first.startswith("checkpoint-1.")
+    what = "the old checkpoint-1 cannot be removed (.nfs0000000000abcdef: still open in another process)"
+    assert said.count("cannot be removed") == 1
+    assert f"{run}: {what}; what is left of it stays, as {first}; the same is not said again of others" in said
     assert steps(run) == [4, 6], "4 is the best"
     assert len(leftovers(run)) == 4, "of 1, 2, 3 and 5"
     for left in leftovers(run):
@@ -489,14 +492,42 @@ def test_a_checkpoint_of_which_nothing_can_be_removed_stays_whole(many, busy):
     manifest = (many / "checkpoint-3" / MANIFEST).read_bytes()
     busy(many / "checkpoint-3" / MANIFEST)
     (said,) = prune(many, 2, set())
-    assert said.startswith(f"{many}: an old checkpoint could not be removed, and stays: Device or resource busy")
+    what = "the old checkpoint-3 cannot be removed (manifest.json: Device or resource busy); it stays; "
+    assert said.startswith(f"{many}: {what}")
     assert steps(many) == [3, 8, 9]
     subprocess.run(["umount", str(many / "checkpoint-3" / MANIFEST)], check=True)
     assert (many / "checkpoint-3" / MANIFEST).read_bytes() == manifest
     busy(many / "checkpoint-8" / "state.json")
     (said,) = prune(many, 1, set())
-    assert "stays: Directory not empty" in said
+    (left,) = leftovers(many)
+    assert "the old checkpoint-8 cannot be removed (state.json: Device or resource busy)" in said
+    assert f"; what is left of it stays, as {left.name}; " in said
     assert steps(many) == [9]
+
+
+def test_what_stays_of_an_old_checkpoint_is_said_in_one_sentence_with_its_cause(many, monkeypatch):
+    """As of a file that is marked immutable; the same sentence at the next save, which therefore is not shown again."""
+    unlink = os.unlink
+
+    def refuse(path, *, dir_fd=None):
+        if os.path.basename(path) == "state.json":
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        return unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    (said,) = prune(many, 7, set())
+    left = leftovers(many)
+    assert [path.name.split(".")[0] for path in left] == ["checkpoint-1", "checkpoint-2"]
+    what = "the old checkpoint-1 cannot be removed (state.json: Operation not permitted)"
+    assert said == (
+        f"{many}: {what}; what is left of it stays, as {left[0].name}; the same is not said again of others"
+    )
+    assert prune(many, 3, set()) == [said]
+    assert len(leftovers(many)) == 6
+    monkeypatch.setattr(os, "unlink", unlink)
+    assert prune(many, 3, set()) == []
+    assert leftovers(many) == []
+    assert steps(many) == [7, 8, 9]
 
 
 def test_a_damaged_checkpoint_that_cannot_be_removed_is_moved_aside(half, straight, busy):
@@ -532,7 +563,7 @@ def test_a_write_protected_checkpoint_stays_and_fresh_removes_nothing(many, nobo
             clear(many)
         assert {path: path.read_bytes() for path in many.rglob("*") if path.is_file()} == before
         (said,) = prune(many, 2, set())
-        assert said.startswith(f"{many}: an old checkpoint could not be removed, and stays: Permission denied")
+        assert "the old checkpoint-3 cannot be removed (manifest.json: Permission denied); it stays; " in said
         assert steps(many) == [3, 8, 9]
         assert newest_whole([many]).path.name == "checkpoint-9"
     finally:

@@ -417,11 +417,11 @@ def test_quantization_is_kept_where_it_was_not_to_be_had(tmp_path, capsys, monke
     assert (summary["quantization"], summary["not_bitwise"]) == ("none", [])
 
 
-def test_time_of_a_killed_leg_counts(straight, tmp_path):
+def test_time_of_a_killed_session_counts(straight, tmp_path):
     directory = Path(shutil.copytree(straight, tmp_path / "run"))
     shutil.rmtree(directory / "checkpoint-6")
     (directory / "summary.json").unlink()
-    with (directory / "metrics.jsonl").open("a") as file:  # as if the leg had gone on for long without another save
+    with (directory / "metrics.jsonl").open("a") as file:  # as if the session had gone on for long without another save
         file.write(json.dumps({"step": 6, "split": "train", "elapsed_s": 5000.0, "peak_memory_bytes": 2**42}) + "\n")
     assert main(words(directory)) == 0
     summary = json.loads((directory / "summary.json").read_text())
@@ -436,7 +436,7 @@ def test_time_of_a_killed_leg_counts(straight, tmp_path):
 def same_files(ours: Path, theirs: Path) -> None:
     """The copy has all that a run leaves, but for its lock, and maybe checkpoints from before the machine was new."""
     left = {str(path.relative_to(ours)) for path in ours.rglob("*") if path.is_file() and path.name != "run.lock"}
-    copied = {str(path.relative_to(theirs)) for path in theirs.rglob("*") if path.is_file()}
+    copied = {str(path.relative_to(theirs)) for path in theirs.rglob("*") if path.is_file() and path.name != "run.lock"}
     assert left <= copied
     assert all(name.startswith("checkpoint-") and ".tmp" not in name for name in copied - left)
     for name in left:

@@ -25,7 +25,7 @@ from harness.processes import TRAIN, Forked
 from medqa.errors import Interrupted, UserError
 from medqa.training.run_dir import RunLock
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = f"# A project\n\n{BEGIN}\nold\n{END}\n\nThe rest.\n"
 T4 = Machine(gpus=["Tesla T4"], memory_bytes=15_828_320_256, driver="550.54.15", cuda="12.4")
 SHORT = (
@@ -33,7 +33,7 @@ SHORT = (
 )  # fmt: skip
 EVALUATE = """
 import sys
-from medqa.results import tasks
+from medqa.commands import tasks
 tasks.ANSWER_TOKENS = 8
 from medqa.__main__ import main
 sys.exit(main(sys.argv[1:]))

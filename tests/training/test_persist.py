@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +18,10 @@ from medqa.errors import Interrupted, UserError
 from medqa.training import mirror as persist
 from medqa.training.checkpoint import checkpoints
 from medqa.training.mirror import Copies
-from medqa.training.run_dir import ADAPTER_DIR, RUN_FILE
+from medqa.training.run_dir import ADAPTER_DIR, LOCK_FILE, RUN_FILE
+from train import main
 
+ROOT = Path(__file__).parents[2]
 ROOT_FILES = {"config.yaml", "data_report.json", "splits.csv", "metrics.jsonl", "summary.json", "run.json"}
 
 
@@ -37,8 +40,8 @@ def run(tiny_run, tmp_path) -> Path:
 
 def another_run(tiny_run: Path, directory: Path) -> Path:
     run = Path(shutil.copytree(tiny_run, directory))
-    leg = json.loads((run / RUN_FILE).read_text())
-    (run / RUN_FILE).write_text(json.dumps(leg | {"run_id": "another"}))
+    session = json.loads((run / RUN_FILE).read_text())
+    (run / RUN_FILE).write_text(json.dumps(session | {"run_id": "another"}))
     return run
 
 
@@ -223,7 +226,7 @@ def test_an_old_copy_that_cannot_be_removed_is_said_once(run, began, disk, tmp_p
     finally:
         subprocess.run(["umount", "-l", str(old / "manifest.json")], check=True)
     (line,) = said
-    reason = f"{there}: an old checkpoint could not be removed, and stays: Device or resource busy"
+    reason = f"{there}: the old checkpoint-2 cannot be removed (manifest.json: Device or resource busy); it stays"
     assert line.startswith(f"--persist-to {there}: {reason}; ")
     assert [path.name for path in checkpoints(there)] == ["checkpoint-2", "checkpoint-6"]
 
@@ -250,7 +253,8 @@ def test_of_two_runs_that_start_at_once_one_is_refused(tiny_run, run, tmp_path):
         for thread in threads:
             thread.join()
         ((loser, reason),) = refused
-        assert reason == f"--persist-to {there}: another run copies to it; choose another place"
+        assert reason.startswith(f"--persist-to {there}: another run copies to it (")
+        assert "wait for it or stop it, or choose another directory" in reason
         winner = other if loser == run else run
         assert files(there) == files(winner)
         assert not all_said
@@ -267,10 +271,76 @@ def test_a_place_that_another_run_has_taken_is_left_to_it(tiny_run, run, began, 
     copies.wake({6})
     copies.__exit__(None, None, None)
     assert said == [
-        f"--persist-to {there}: another run copies to it; choose another place; nothing more is copied",
+        f"--persist-to {there}: another run copies to it, or has; choose another place, or, once that run has ended, "
+        "start over there with --fresh; nothing more is copied",
         f"--persist-to {there}: not everything is there yet: {run} has all",
     ]
     assert files(there) == before
+
+
+def words(output_dir: Path, there: Path, *options: str) -> list[str]:
+    """A run that saves for the first time after its last update."""
+    sets = ["training.max_steps=4", "training.save_steps=100", "training.global_batch_size=8", "evaluation.rows=4"]
+    sets += ["evaluation.samples=0", "model.quantization=none", "tracking.wandb=disabled"]
+    words = ["--exp", "exp_003", "--tiny", "--cpu", "--output-dir", str(output_dir), "--persist-to", str(there)]
+    return [*words, *options, "--set", *sets]
+
+
+def test_a_run_that_is_killed_before_its_first_checkpoint_goes_on_on_a_new_machine(tmp_path, own_accelerator):
+    there = tmp_path / "there"
+    with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words(tmp_path / "run", there)]) as process:
+        until(lambda: (there / "config.yaml").exists() or process.poll() is not None)
+        process.kill()
+    assert not checkpoints(there)
+    before = json.loads((there / RUN_FILE).read_text())
+    assert not before["saved"]
+    shutil.rmtree(tmp_path / "run")
+    assert main(words(tmp_path / "run", there)) == 0
+    session = json.loads((there / RUN_FILE).read_text())
+    assert session == {"run_id": before["run_id"], "resumes": 1, "saved": True}
+    assert files(there) == files(tmp_path / "run")
+
+
+@pytest.mark.parametrize("options", [(), ("--fresh",)])
+def test_a_place_that_a_living_run_copies_to_is_refused(run, tmp_path, capsys, options, own_accelerator):
+    there = tmp_path / "there"
+    session = json.loads((run / RUN_FILE).read_text())
+    (run / RUN_FILE).write_text(json.dumps(session | {"saved": False}))
+    for path in checkpoints(run):
+        shutil.rmtree(path)
+    with Copies(there, run) as copies:
+        copies.start(3, False, pytest.fail)
+        before = files(there)
+        assert main(words(tmp_path / "other", there, *options)) == 2
+        assert files(there) == before
+    reason = f"--persist-to {there}: another run copies to it (process {os.getpid()} on "
+    assert reason in (said := capsys.readouterr().err)
+    assert "; wait for it or stop it, or choose another directory" in said
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_another_host_has_taken_over_copies_no_more(run, began, tmp_path):
+    there = tmp_path / "there"
+    copies, said = began(there)
+    holder = json.loads((there / LOCK_FILE).read_text())
+    (there / LOCK_FILE).write_text(json.dumps(holder | {"host": "another"}))
+    (run / "metrics.jsonl").write_text("")
+    before = files(there)
+    copies.wake({6})
+    copies.__exit__(None, None, None)
+    assert said[0].startswith(f"--persist-to {there}: another run copies to it, or has; ")
+    assert files(there) == before
+
+
+def test_only_what_was_noted_before_the_first_checkpoint_is_gone_on_with(run, tmp_path):
+    there = tmp_path / "there"
+    there.mkdir()
+    session = json.loads((run / RUN_FILE).read_text())
+    for saved in (False, True):
+        (there / RUN_FILE).write_text(json.dumps(session | {"saved": saved}))
+        with Copies(there, tmp_path / "new") as copies:
+            found = copies.take()
+            assert (found is None) == saved
 
 
 def test_a_place_that_says_nothing_readable_is_taken(run, began, tmp_path):

@@ -96,7 +96,7 @@ def on_two_hosts(first, second):
 
 
 def test_processes_that_have_read_other_rows_are_refused(tmp_path):
-    """On a first leg there is no checkpoint to compare with: they would train on two data sets, without a word."""
+    """On a first session there is no checkpoint to compare with: they would train on two data sets, without a word."""
     other = tmp_path / "other.csv"
     with MEDQUAD_CSV.open(newline="") as source, other.open("w", newline="") as target:
         rows = list(csv.DictReader(source))
@@ -168,7 +168,7 @@ def test_without_padding_two_processes_compute_what_one_does(tmp_path):
 
 @pytest.mark.slow
 def test_without_padding_one_process_goes_on_with_the_noise_of_two(tmp_path):
-    """How an update is cut, and so its noise, is that of the run's first leg."""
+    """How an update is cut, and so its noise, is that of the run's first session."""
     words = (*WORDS, *WITHOUT_PADDING)
     both = Group(tmp_path / "two", *words, processes=2)
     begun_on_two_ended_on_one(tmp_path / "fewer", *words)

@@ -142,14 +142,38 @@ def test_piped_questions_give_a_line_each(loaded, tiny_run, monkeypatch, capsys)
     assert len(found) == 4
     assert [record["answer"] for record in found[:2]] == [ask.answer(loaded, q, 8).text for q in QUESTIONS[:2]]
     assert "tokens and the model takes" in found[2]["error"]
-    assert "answer" in found[3]
+    assert found[3]["question"] == "\ufffd\ufffd \x1b[2J?"
+    assert found[3]["error"] == "the question is not UTF-8 text (byte 0xff after 0 characters); write it in UTF-8"
+    assert "answer" not in found[3]
+
+
+@pytest.mark.parametrize("words", [[], ["--compare"]])
+def test_a_line_that_is_not_utf_8_is_refused_and_the_others_are_answered(words, loaded, tiny_run, monkeypatch, capsys):
+    """With the bytes replaced it would be another question, and the answer to it would look like the answer to this."""
+    piped(monkeypatch, "caf\u00e9 ?\n".encode("latin-1") + b"\xc3\n" + f"{HARMLESS}\n".encode())
+    assert main(["ask", str(tiny_run), "--cpu", "--max-new-tokens", "4", *words]) == 0
+    first, second, third = lines(capsys.readouterr().out)
+    assert first["error"] == "the question is not UTF-8 text (byte 0xe9 after 3 characters); write it in UTF-8"
+    assert "byte 0xc3 after 0 characters" in second["error"]
+    assert third["answer"] == ask.answer(loaded, HARMLESS, 4).text
+
+
+def test_a_question_at_the_terminal_that_is_not_utf_8_is_refused(adapted, monkeypatch, capsys):
+    from medqa.terminal import make_console
+
+    asked = iter(["caf\udce9 ?", ""])
+    monkeypatch.setattr("builtins.input", lambda *_: next(asked))
+    ask.conversation(adapted, 4, False, make_console(True))
+    assert "error: the question is not UTF-8 text (byte 0xe9 after 3 characters)" in capsys.readouterr().out
 
 
 def test_other_encodings_than_utf_8(loaded, tiny_run, monkeypatch):
     page = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(page, encoding="ascii"))
     assert main(["ask", str(tiny_run), "caf\udcff \u00e9?", "--cpu", "--json", "--max-new-tokens", "4"]) == 0
-    assert json.loads(page.getvalue())["question"] == "caf\udcff \u00e9?"
+    found = json.loads(page.getvalue())
+    assert found["question"] == "caf\ufffd \u00e9?"
+    assert "not UTF-8 text (byte 0xff" in found["error"]
 
 
 def test_nothing_piped_gives_nothing(loaded, tiny_run, monkeypatch, capsys):
@@ -196,6 +220,7 @@ def test_an_adapter_without_its_run_answers(tiny_run, tmp_path, capsys):
         ([""], "the question is empty"),
         (["  \n"], "the question is empty"),
         (["asthma " * 400], "the model takes"),
+        (["caf\udce9 ?"], "not UTF-8 text (byte 0xe9 after 3 characters); write it in UTF-8"),
         (["x", "--max-new-tokens", "0"], "--max-new-tokens 0: at least 1"),
         (["x", "--checkpoint", "3"], "no such checkpoint"),
     ],

@@ -15,7 +15,7 @@ from medqa.data.sources import Row, load_sources
 from medqa.data.splits import HELD_OUT, SPLITS, Splits, letters_and_digits, overlap_report, split_rows, write_splits_csv
 from medqa.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not (SHARED / "medquad.csv").exists(), reason=f"no real data in {SHARED}")
 FRACTIONS = (0.8, 0.1, 0.1)
@@ -177,7 +177,8 @@ def test_the_split_depends_on_seed_and_rows_alone() -> None:
 
 def test_nothing_depends_on_the_hash_seed_of_the_process() -> None:
     code = (
-        "from tests.test_splits import *; s = split_rows(distinct(200) + distinct(60, 'b'), 'grouped', 7, FRACTIONS);"
+        "from tests.data.test_splits import *;"
+        "s = split_rows(distinct(200) + distinct(60, 'b'), 'grouped', 7, FRACTIONS);"
         "print(s.fingerprint, s.groups, overlap_report(s))"
     )
     outputs = {

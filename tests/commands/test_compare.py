@@ -34,9 +34,10 @@ from medqa.commands.compare.tables import (
 from medqa.commands.figures import TOO_FEW
 from medqa.config import flat
 from medqa.config_file import dump_yaml, load_experiment, parse_sets
+from medqa.files import checksum
 from medqa.options import parse_options
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HOSTILE_NAME = "$x_<script>alert(1)</script> & 'co'"
 HOSTILE_ANSWER = "</p></style><img src=http://evil.example/x onerror=alert(2)> {{ 7 * 7 }}"
 RECIPES = ("exp_001", "exp_002", "exp_003")
@@ -73,8 +74,9 @@ def make_run(directory, exp, *sets, tiny=True, upto=None, every=1, fingerprint="
     (directory / "metrics.jsonl").write_text(lines)
     (directory / "data_report.json").write_text(json.dumps({"fingerprint": fingerprint, "padding_share": 0.2}))
     if upto is None:
-        part = {"loss": 3.2, "perplexity": 24.5, "answer_loss": 3.7, "answer_perplexity": 40.4473}
-        summary = {"experiment": exp, "baseline": part, "final": part, "test": part, "updates": last, "processes": 1}
+        part = {"loss": 3.2, "perplexity": math.exp(3.2), "answer_loss": 3.7, "answer_perplexity": 40.4473}
+        first = {key: eval_record(0, 4.0)[key] for key in part}
+        summary = {"experiment": exp, "baseline": first, "final": part, "test": part, "updates": last, "processes": 1}
         summary |= {"wall_clock_s": 99.0, "peak_memory_bytes": 2**30, "memory_device": "cpu", "cpu_threads": 1}
         (directory / "summary.json").write_text(json.dumps(summary | {"data_fingerprint": fingerprint}))
     if evaluation is not None:
@@ -478,6 +480,34 @@ def test_another_base_at_the_same_place_is_another(tmp_path):
     said(compared(*runs), "b: evaluation.json is of another base model than the run's")
 
 
+def test_what_is_not_known_of_a_base_model_is_not_called_another_one(tmp_path):
+    of_base = {**ALL, "base_fingerprint": "f"}
+    one, two = (make_run(tmp_path / name, "exp_001", evaluation=of_base) for name in ("one", "two"))
+    for content in ("", "{}", None):
+        (one / "summary.json").unlink() if content is None else (one / "summary.json").write_text(content)
+        comparison = compared(one, two)
+        assert not [warning for warning in comparison.warnings if "another base model" in warning]
+        assert (
+            len([warning for warning in comparison.warnings if "was trained on is not known: neither" in warning]) == 2
+        )
+        what = "summary.json is missing, though all 20 updates" if content is None else "summary.json cannot be read"
+        said(comparison, f"one: {what}")
+        assert comparison.runs[0].state == "unfinished: 20 of 20 updates, its end is not recorded"
+    remembered(one, base="f")
+    assert not [warning for warning in compared(one, two).warnings if warning.startswith("one: whether")]
+    for value in (None, "", 5):
+        (one / "evaluation.json").write_text(json.dumps({**of_base, "base_fingerprint": value}))
+        comparison = compared(one, two)
+        said(comparison, "one: evaluation.json does not say of which base model it is")
+        assert not [warning for warning in comparison.warnings if "another base model" in warning]
+    for content in ("", "{}"):
+        (one / "evaluation.json").write_text(content)
+        said(compared(one, two), "one: evaluation.json cannot be read and is left out")
+    shutil.rmtree(one / "checkpoint-20")
+    remains = make_run(tmp_path / "remains", "exp_001", upto=12)
+    assert not [run for run in reread(remains, two) if run.damage], "it has not come to its end"
+
+
 def test_what_was_in_effect_counts(tmp_path):
     change = {"model.quantization": {"asked": "4bit", "used": "none", "reason": "cannot be had"}, "x": 3}
     asked, fell_back = make_run(tmp_path / "a", "exp_001"), make_run(tmp_path / "b", "exp_001", in_effect=change)
@@ -485,6 +515,77 @@ def test_what_was_in_effect_counts(tmp_path):
     assert comparison.pairs[0].keys == ("model.quantization",)
     rows = [row for table in main_tables(comparison) for row in table.rows]
     assert ("model.quantization", "4bit", "4bit (in effect: none)") in rows
+
+
+def remembered(directory, **fingerprints):
+    """The adapter's configuration and a checkpoint's manifest, as training leaves them beside `config.yaml`."""
+    experiment = load_experiment(str(directory / "config.yaml"))
+    place = directory / "checkpoint-20"
+    said = {"peft_type": "LORA", **experiment.lora.model_dump(include={"r", "lora_alpha", "lora_dropout"})}
+    said["target_modules"] = experiment.lora.target_modules[::-1]
+    for folder in (directory / "lora_adapters", place):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(said))
+    body = {"format": 1, "step": 20, "experiment": flat(experiment), "fingerprints": fingerprints, "files": {}}
+    (place / "manifest.json").write_text(json.dumps({**body, "checksum": checksum(body)}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "before, after, said",
+    [
+        ("lora_alpha: 16", "lora_alpha: 160", "lora_alpha = 160 in config.yaml, 16 in lora_adapters/adapter_config"),
+        ("learning_rate: 0.01", "learning_rate: 0.1", "checkpoint-20 was trained with: optimizer.learning_rate: 0.01"),
+        ("max_steps: 20", "max_steps: 10", "checkpoint-20 was trained with: training.max_steps: 20 there, 10 now"),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_was_changed_after_training_is_not_believed(before, after, said, tmp_path):
+    """`medqa evaluate` refuses the same directory."""
+    one, edited = (remembered(make_run(tmp_path / name, "exp_001")) for name in ("one", "edited"))
+    seed = make_run(tmp_path / "seed", "exp_001", "training.seed=1")
+    assert not [run for run in reread(one, edited, seed) if run.doubts]
+    text = (edited / "config.yaml").read_text()
+    assert text.count(before) == 1
+    (edited / "config.yaml").write_text(text.replace(before, after))
+    comparison = compared(one, edited, seed)
+    warning = comparison.warnings[0]
+    assert warning.startswith("edited: how it was trained is not known, and nothing is concluded from it")
+    assert said in warning
+    told = [conclusion(pair, comparison.pairs) for pair in comparison.pairs]
+    nothing = "nothing: how edited was trained is not known, see the warnings"
+    assert [told[0], told[2]] == [nothing, nothing]
+    assert told[1].startswith("another seed alone")
+    assert not [w for w in comparison.warnings if "several settings at once" in w]
+    assert compared(edited, one).proposals == []
+    for folder in (
+        "lora_adapters",
+        "checkpoint-20",
+    ):  # and where nothing contradicts, as in a run of the first versions
+        shutil.rmtree(edited / folder)
+    assert not compared(one, edited).runs[1].doubts
+
+
+def test_what_else_in_a_run_contradicts_its_configuration_is_told(tmp_path):
+    one = remembered(make_run(tmp_path / "one", "exp_001"), data="g", base="b")
+    other = make_run(tmp_path / "other", "exp_001", in_effect={"model.quantization": {"asked": "4bit", "used": "none"}})
+    path = other / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization": "4bit", "base_fingerprint": "b"}))
+    comparison = compared(one, other)
+    said(comparison, "one: ", "the fingerprint of the data is another in checkpoint-20 than in data_report.json")
+    said(comparison, "other: ", "model.quantization = none in effect by config.yaml, 4bit in summary.json")
+
+
+def test_a_run_that_may_go_on_so_is_believed(tmp_path):
+    """Its length, its recording and where its data lie may change; other updates are added under a constant rate."""
+    one, two = (remembered(make_run(tmp_path / name, "exp_001")) for name in ("one", "two"))
+    text = (two / "config.yaml").read_text()
+    for before, after in (("max_steps: 20", "max_steps: 30"), ("log_steps: 1", "log_steps: 7")):
+        text = text.replace(before, after)
+    text = re.sub(r"medquad: .*", "medquad: /elsewhere/medquad.csv", text)
+    (two / "config.yaml").write_text(text)
+    (two / "checkpoint-30").mkdir()
+    (two / "checkpoint-30" / "manifest.json").write_text("{")
+    assert not [run for run in reread(one, two) if run.doubts]
 
 
 def test_other_losses_are_drawn_apart(tmp_path):
@@ -568,6 +669,7 @@ def test_damaged_files_are_told_and_left_out(tmp_path):
     one, two = make_run(tmp_path / "one", "exp_001"), make_run(tmp_path / "two", "exp_002")
     lines = (one / "metrics.jsonl").read_text().splitlines()
     lines[3:3] = ["junk", "[1]", '{"step": "x", "split": "train"}', '{"step": true, "split": 3}', "\x00", "[" * 100_000]
+    lines = [line for line in lines if not line.startswith(('{"step": 3, "split": "t', '{"step": 4, "split": "t'))]
     lines.append('{"step": 3, "split": "train", "loss": NaN, "tokens_seen": 3000, "padding_share": 1e999}')
     lines.append('{"step": 4, "split": "train", "loss": ' + "9" * 500 + ', "tokens_seen": 4000}')
     (one / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -583,6 +685,73 @@ def test_damaged_files_are_told_and_left_out(tmp_path):
     assert 3 not in curve(run, run.train, "loss").x["updates"]
     assert len(run.train) == 20
     assert render(comparison)
+
+
+def summary_of(run, **changes):
+    """Write values into a run's summary."""
+    path = run / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_what_no_run_writes_into_a_summary_is_named_and_left_out(tmp_path, capsys):
+    one, two = make_run(tmp_path / "one", "exp_001"), make_run(tmp_path / "two", "exp_001")
+    test = {**json.loads((one / "summary.json").read_text())["test"], "answer_loss": "low"}
+    odd = {"wall_clock_s": 1e308, "versions": [], "processes": True, "test": test, "stopped_early": "yes"}
+    summary_of(one, **odd, peak_memory_bytes=-1)
+    comparison = compared(one, two)
+    warning = said(comparison, "one: summary.json holds what no run writes; it is left out: ")
+    for words in ("wall_clock_s = 1e+308", "versions = []", "processes = true", "test.answer_loss = low"):
+        assert words in warning
+    assert "peak_memory_bytes = -1" in warning
+    run = comparison.runs[0]
+    assert run.finished
+    assert (performance(run).wall_clock_s, performance(run).peak_memory_bytes) == (21, 2**29), "of metrics.jsonl"
+    summary_of(one, updates=-5, final=None)
+    comparison = compared(one, two)
+    warning = said(comparison, "one: summary.json holds what no run writes")
+    assert "final = null" in warning
+    assert "updates = -5" in warning
+    assert comparison.runs[0].state == "unfinished: 20 of 20 updates, its end is not recorded"
+    (one / "summary.json").write_text('{"updates": 20, "final": {"loss": 3.2}}')
+    warning = said(compared(one, two), "one: summary.json lacks what every run writes: experiment, baseline, ")
+    assert "final.answer_loss" in warning
+    summary_of(one, versions={str(i): i for i in range(10_000)})
+    assert len(said(compared(one, two), "one: summary.json holds what no run writes")) < 1000
+    assert main(["compare", str(one), str(two), "--json", "--out", str(tmp_path / "p.html")]) == 0
+    json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+
+def test_a_summary_that_contradicts_the_records_is_told(tmp_path):
+    one, two = make_run(tmp_path / "one", "exp_001"), make_run(tmp_path / "two", "exp_001")
+    assert not [run.damage for run in reread(one, two) if run.damage]
+    figures = json.loads((one / "summary.json").read_text())["test"]
+    summary_of(one, final={**figures, "answer_perplexity": 30.0}, test={**figures, "loss": 3.0})
+    comparison = compared(one, two)
+    said(comparison, "one: final.answer_perplexity = 30 in summary.json, 40.4473 in metrics.jsonl at update 20")
+    said(comparison, "one: test.loss = 3 in summary.json, 3.2 in metrics.jsonl at update 20")
+    summary_of(
+        one, adapter_step=10, test=figures
+    )  # the figures are those of a checkpoint, the record is of the last update
+    assert not reread(one, two)[0].damage
+
+
+def test_of_each_update_and_split_the_first_line_counts_and_none_beyond_the_run(tmp_path):
+    one, two = make_run(tmp_path / "one", "exp_001"), make_run(tmp_path / "two", "exp_001")
+    again = [{"step": 5, "split": "train", "loss": 99.0, "padding_share": 0.75}, eval_record(10, 1.0)]
+    beyond = [{"step": 10**6, "split": "train", "loss": 1.0, "padding_share": 1.0, "tokens_seen": 10**9}]
+    with (one / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in (*again, *beyond))
+        file.write('{"step": 5, "split": "other"}\n')
+    comparison = compared(one, two)
+    said(comparison, "one: 2 line(s) of metrics.jsonl are of an update and split that it has already, and are left out")
+    said(comparison, "one: 1 line(s) of metrics.jsonl are of updates beyond the 20 of the run and left out")
+    said(comparison, "one: 1 damaged line(s) of metrics.jsonl are left out")
+    run, same = comparison.runs
+    assert (run.train, run.validation, run.test) == (same.train, same.validation, same.test)
+    assert performance(run) == performance(same)
+    assert (run.updates, run.state) == (20, "finished")
+    going = make_run(tmp_path / "going", "exp_001", "training.max_steps=null", "training.epochs=2", upto=12)
+    assert not reread(going, two)[0].damage, "how many updates it will have is not known"
 
 
 def test_tokens_between_recorded_updates(tmp_path):
@@ -782,10 +951,24 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path, capsys, monkeypatch)
     assert (tmp_path / "notes.html").read_text() == "<p>mine"
     assert "no directory" in refused(capsys, tmp_path, one, two, "--out", "nowhere/p.html")
     assert "no file" in refused(capsys, tmp_path, one, two, "--out", "empty")
-    assert "cannot be written" in refused(capsys, tmp_path, one, two, "--out", "x" * 300)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "medqa.commands.compare.show.compare_runs", lambda paths: pytest.fail("work before the refusal")
+        )
+        assert "cannot be written: File name too long" in refused(capsys, tmp_path, one, two, "--out", "x" * 300)
     (tmp_path / "link").symlink_to("/scratch/not/mounted")
     said = refused(capsys, tmp_path, one, two, "--out", "link/p.html")
     assert "link is a link to /scratch/not/mounted, which is not there" in said
+
+
+@pytest.mark.parametrize("name", ["page.html", "x" * 252])
+def test_a_file_of_the_users_beside_the_page_stays(name, tmp_path, capsys):
+    one, two = make_run(tmp_path / "one", "exp_001"), make_run(tmp_path / "two", "exp_002")
+    mine = tmp_path / "page.html.tmp"
+    mine.write_text("mine")
+    assert main(["compare", str(one), str(two), "--out", str(tmp_path / name)]) == 0
+    assert mine.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "page.html.tmp", name}
 
 
 def test_the_page_is_whole_or_absent(tmp_path, capsys, monkeypatch):
@@ -834,8 +1017,8 @@ def test_names_steer_no_terminal(tmp_path, capsys, monkeypatch):
 
 
 def test_no_model_is_loaded():
-    files = [ROOT / "medqa" / "results" / "page.py", *(ROOT / "medqa" / "results").glob("compare*.py")]
-    assert len(files) == 8
+    files = [ROOT / "medqa" / "recorded.py", *(ROOT / "medqa" / "commands" / "compare").glob("*.py")]
+    assert len(files) >= 7
     heavy = ("torch", "transformers", "peft", "medqa.model", "medqa.training", "medqa.evaluation", "medqa.data")
     for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -165,7 +165,7 @@ def test_an_online_run_that_is_killed_goes_on_without_doubled_or_lost_steps(kill
 
 
 @pytest.mark.slow
-def test_the_newest_offline_leg_has_everything_and_stands_alone(tmp_path):
+def test_the_newest_offline_session_has_everything_and_stands_alone(tmp_path):
     run = tmp_path / "run"
     for step in (7, 17):
         process = start(run, WANDB_MODE="offline")
@@ -173,17 +173,17 @@ def test_the_newest_offline_leg_has_everything_and_stands_alone(tmp_path):
         process.kill()
         process.wait()
     assert start(run, WANDB_MODE="offline").wait(120) == 0
-    legs = list(run.glob("wandb/offline-run-*"))
-    assert len(legs) == 1
-    assert (run / "wandb" / "latest-run").resolve() == legs[0].resolve()
+    sessions = list(run.glob("wandb/offline-run-*"))
+    assert len(sessions) == 1
+    assert (run / "wandb" / "latest-run").resolve() == sessions[0].resolve()
     assert len(list(run.glob("wandb/superseded/offline-run-*"))) == 2
-    found = read_finished_run(next(legs[0].glob("*.wandb")))
-    told_once({"leg": [found.history[step] for step in sorted(found.history)]}, run)
-    # Had the leg been sent already, the next one would be told only of what is new.
+    found = read_finished_run(next(sessions[0].glob("*.wandb")))
+    told_once({"session": [found.history[step] for step in sorted(found.history)]}, run)
+    # Had the session been sent already, the next one would be told only of what is new.
     (run / "summary.json").unlink()
-    (legs[0] / f"run-{found.id}.wandb.synced").touch()
+    (sessions[0] / f"run-{found.id}.wandb.synced").touch()
     shutil.rmtree(run / "checkpoint-30")
     assert start(run, WANDB_MODE="offline").wait(120) == 0
-    (second,) = [path for path in run.glob("wandb/offline-run-*") if path != legs[0]]
+    (second,) = [path for path in run.glob("wandb/offline-run-*") if path != sessions[0]]
     steps = set(read_finished_run(next(second.glob("*.wandb"))).history)
     assert min(steps) == 29

@@ -11,7 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from medqa.evaluation.text import TYPES, authors_rouge_scores, common_subsequence, rouge_scores
 
-PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "published_rouge.csv"
+PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "published_rouge.csv"
 # Answer, reference, F of ROUGE-1, -2, -L by rouge-score, and by rouge: which tells "the" and "The" apart.
 BY_HAND = [
     ("the fever is high", "The fever was very high.", (2 / 3, 2 / 7, 2 / 3), (4 / 9, 0, 4 / 9)),

@@ -210,12 +210,12 @@ def test_answers_end_where_the_family_ends_its_turns_and_do_not_depend_on_the_ba
 @pytest.mark.parametrize("family, begins", [("gemma", ["<bos>", "<start_of_turn>"]), ("qwen3", ["<|im_start|>"])])
 def test_the_base_is_asked_in_its_own_template_too(family, begins, base, experiment):
     tokenizer = load_tokenizer(str(base(family)), "eos")
-    prompts = own_template_prompts(str(base(family)))
+    parts = build(experiment(family))
+    examples = parts.examples["validation"][:4]
+    prompts = own_template_prompts(str(base(family)), [QUESTIONS[0], *(example.row.question for example in examples)])
     ids = prompts(QUESTIONS[0])
     assert tokenizer.convert_ids_to_tokens(ids[: len(begins)]) == begins
     assert ids.count(tokenizer.convert_tokens_to_ids(begins[0])) == (2 if family == "qwen3" else 1)
-    parts = build(experiment(family))
-    examples = parts.examples["validation"][:4]
     others = with_prompts(examples, prompts)
     table = parts.evaluator().row_losses(others)
     assert np.isfinite(table).all()

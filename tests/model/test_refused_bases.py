@@ -15,13 +15,14 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import medqa.__main__
 import train
 from medqa.config import Model
 from medqa.config_file import load_experiment
 from medqa.errors import UserError
 from medqa.limits import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES
 from medqa.model.base import add_lora, check_model, load_tokenizer, tokens_without_weights
-from medqa.model.base_files import base_fingerprint
+from medqa.model.base_files import base_fingerprint, check_configuration
 from medqa.model.memory import fit_to_memory
 from medqa.model.settings import resolve_settings
 from medqa.tiny import BASE_DIR
@@ -288,6 +289,44 @@ def impatient(monkeypatch) -> None:
 def test_more_layers_than_any_model_has_are_refused(base):
     changed(base / "config.json", num_hidden_layers=200_000)
     assert "config.json: num_hidden_layers = 200000: more than 1,000 layers" in why_not(base)
+
+
+@pytest.fixture
+def bloom(tmp_path) -> list[str]:
+    """The words for a run on a family that has no sdpa, which the experiment asks for."""
+    said = {"model_type": "bloom", "hidden_size": 64, "n_layer": 1, "n_head": 4, "vocab_size": 1024}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**said)).save_pretrained(tmp_path / "bloom")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE_DIR / name, tmp_path / "bloom")
+    words = ["--exp", "exp_003", "--tiny", "--cpu", "--model", str(tmp_path / "bloom"), "--set"]
+    return [*words, "model.quantization=none", "lora.target_modules=[query_key_value]", "tracking.wandb=disabled"]
+
+
+def test_a_model_that_cannot_be_built_as_it_is_asked_for_is_refused_by_a_run(bloom, tmp_path, capsys):
+    """Its memory cannot be estimated: what is wrong is said when it is loaded."""
+    assert train.main(["--output-dir", str(tmp_path / "run"), *bloom]) == 2
+    message = capsys.readouterr().err
+    assert f"model.base = {tmp_path / 'bloom'}: cannot be loaded" in message
+    assert "BloomForCausalLM" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_be_built_as_it_is_asked_for_is_refused_by_the_plan(bloom, tmp_path, capsys):
+    assert medqa.__main__.main(["plan", *bloom]) == 2
+    message = capsys.readouterr().err
+    assert f"model.base = {tmp_path / 'bloom'}: cannot be loaded" in message
+    assert "BloomForCausalLM" in message
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_layers", "n_layers", "n_layer", "decoder_layers"])
+def test_each_name_of_a_number_of_layers_is_looked_at(key):
+    with pytest.raises(UserError, match=f"{key} = 200000: more than 1,000 layers"):
+        check_configuration("base", {key: 200_000})
+
+
+@pytest.mark.parametrize("key", ["vocab_size_per_layer_input", "hidden_size_per_layer_input", "layer_scale"])
+def test_other_numbers_that_speak_of_layers_are_no_number_of_layers(key):
+    check_configuration("base", {key: 262_144})
 
 
 def test_a_configuration_that_takes_all_time_or_memory_is_refused(base, impatient):

@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import errno
 import gzip
 import hashlib
 import http.server
@@ -24,7 +25,7 @@ from medqa.data.readers import read_file
 from medqa.data.sources import Row, Source, load_sources
 from medqa.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not (SHARED / "medquad.csv").exists(), reason=f"no real data in {SHARED}")
 
@@ -386,6 +387,30 @@ def test_a_field_twice_in_a_parquet_cell_is_refused(tmp_path: Path) -> None:
         afrimedqa(tmp_path / "a.parquet")
 
 
+@pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "zstd", "lz4", "brotli"])
+def test_a_damaged_page_of_a_parquet_file_is_answered_as_a_truncated_file_is(tmp_path: Path, compression: str) -> None:
+    cells = [f"{n * 7919 % 10007} in words" for n in range(3000)]
+    path = tmp_path / "m.parquet"
+    parquet.write_table(
+        pa.table({"question": cells, "answer": cells}), path, compression=compression, use_dictionary=False
+    )
+    whole = path.read_bytes()
+    path.write_bytes(whole[:2000] + b"\xff" * 200 + whole[2200:])
+    with pytest.raises(UserError, match=r"m\.parquet: broken parquet file \(.+\); fetch or export it again$"):
+        medquad(path)
+
+
+def test_what_the_system_refuses_of_a_parquet_file_is_not_blamed_on_the_file(tmp_path: Path, monkeypatch) -> None:
+    write(tmp_path / "m.parquet", MEDQUAD)
+
+    def failing_disk(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", failing_disk)
+    with pytest.raises(UserError, match=r"m\.parquet: cannot be read \(Input/output error\)"):
+        medquad(tmp_path / "m.parquet")
+
+
 def test_many_columns_are_not_all_listed(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text(",".join(f"c{n}" for n in range(5000)) + "\n")
     with pytest.raises(UserError, match=r"columns found: c0, .*, c19 and 4,980 more\. Rename"):
@@ -470,6 +495,10 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
                 "https://x.org/m.csv: a web address; download the file, and give its path with --medquad",
                 "http://x/y: a web",
             ],
+        ),
+        (
+            ("https://me:S3C/RET@x.org/m.csv", "http://me:S3CRET#S3CRET@x.org/m.csv"),
+            ["https://x.org/m.csv: a web", "http://x.org/m.csv: a web"],
         ),
         (
             ("https://huggingface.co/datasets/x/y", "hf.co/datasets/x/y"),

@@ -139,5 +139,5 @@ def test_without_the_library(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "wandb_workspaces.workspaces", raising=False)
     assert main(["dashboard", "--json"]) == 2
     assert re.search(r"pip install 'wandb-workspaces>=0\.4\.13,<0\.5'", capsys.readouterr().err)
-    said = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    said = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert '"wandb-workspaces>=0.4.13,<0.5"' in said

@@ -46,7 +46,7 @@ def test_a_runs_final_adapter_in_what_it_was_trained_in(tiny_run):
     source = find_adapter(str(tiny_run))
     assert (source.run, source.directory, source.step, source.final) == (tiny_run, tiny_run / "lora_adapters", 6, True)
     adapted = load_adapted(source, CPU)
-    assert adapted.quantization == "4bit"
+    assert adapted.settings.quantization == "4bit"
     assert not adapted.model.training
     expected = load_file(tiny_run / "lora_adapters" / "adapter_model.safetensors")
     found = adapter_weights(adapted.model)
@@ -112,7 +112,7 @@ def test_an_adapter_alone(alone, monkeypatch):
     source = find_adapter(str(alone))
     assert (source.run, source.experiment.lora.r, source.experiment.model.base) == (None, 8, str(BASE_DIR))
     adapted = load_adapted(source, CPU)
-    assert adapted.quantization == "none"
+    assert adapted.settings.quantization == "none"
     with pytest.raises(UserError, match=r"--checkpoint 2: .* is not a run's directory"):
         find_adapter(str(alone), "2")
     with pytest.raises(UserError, match="no such directory; give another with --model"):

@@ -22,7 +22,7 @@ from medqa.evaluation.safety import (
 from medqa.tiny import BASE_DIR
 from tests.adapted import adapted_parts
 
-MEDQUAD = Path(__file__).parents[2] / "shared" / "data" / "medquad.csv"
+MEDQUAD = Path(__file__).parents[3] / "shared" / "data" / "medquad.csv"
 
 
 def test_there_are_probes_of_many_dangers():

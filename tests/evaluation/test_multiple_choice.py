@@ -29,7 +29,7 @@ from medqa.prompts import prompt, prompt_ids
 from medqa.tiny import BASE_DIR
 from tests.adapted import adapted_parts
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 REAL = SHARED / "data" / "afrimedqa_v2.csv"
 TINY = BASE_DIR.parent / "afrimedqa.csv"
 COLUMNS = ("question_type", "question", "answer_options", "correct_answer", "answer_rationale", "specialty")

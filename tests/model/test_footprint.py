@@ -172,7 +172,7 @@ def test_the_measurement_tells_configurations_apart(models, peaks):
 
 
 def test_what_fits_is_what_the_peak_says(models):
-    found = computed(*case("deep, padding-free, bf16", models)[:3])
+    found = computed(*case("deep, padding-free, bf16", models)[:2])
     for memory in (20_000_000, 100_000_000, 2_000_000_000):
         most = found.most_tokens(memory)
         assert found.peak(most) <= memory < found.peak(most + 1)

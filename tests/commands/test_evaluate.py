@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,9 @@ from medqa.commands.evaluation_table import in_short, shown
 from medqa.commands.figures import TOO_FEW
 from medqa.commands.tasks import load_held_out
 from medqa.config import Tracking
-from medqa.data.sources import Row
+from medqa.data.batches import split_and_tokenize
+from medqa.data.sources import Row, load_sources
+from medqa.data.splits import split_sources
 from medqa.evaluation.answers import own_template_prompts, with_prompts
 from medqa.evaluation.statistics import difference_figure, loss_report, mean_figure
 from medqa.model.base import load_tokenizer
@@ -34,7 +37,7 @@ from train import main as train
 
 EVALUATE = """
 import sys
-from medqa.results import tasks
+from medqa.commands import tasks
 tasks.ANSWER_TOKENS = 24
 from medqa.__main__ import main
 sys.exit(main(sys.argv[1:]))
@@ -111,9 +114,9 @@ def test_what_the_base_gives_is_computed_once(evaluated, tiny_run, run, capsys):
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"value": [[1]], "checksum": "0"}'], ids=["empty", "torn", "changed"])
 def test_a_damaged_baseline_is_computed_again(damage, evaluated, run, monkeypatch, tmp_path, capsys):
-    shutil.copytree(cache.folder(), tmp_path / "cache" / "baselines")
+    shutil.copytree(cache.baseline_folder(), tmp_path / "cache" / "baselines")
     monkeypatch.setenv("MEDQA_CACHE", str(tmp_path / "cache"))
-    kept = list(cache.folder().glob("*.json"))
+    kept = list(cache.baseline_folder().glob("*.json"))
     assert len(kept) >= 4
     for path in kept:
         path.write_bytes(damage)
@@ -406,11 +409,24 @@ def test_rows_apart_from_training():
     assert found["shared_with_training"] == {"question_or_answer": 0.0, "topic": 0.5, "13_grams": 0.5}
 
 
+def test_rows_that_were_not_trained_on_do_not_count_as_shared(tiny_run):
+    """Those of whose answer `max_length` left nothing: as in `data_report.json`."""
+    source = find_adapter(str(tiny_run))
+    short = source.experiment.tokenization.model_copy(update={"max_length": 60})
+    experiment = source.experiment.model_copy(update={"tokenization": short})
+    tokenizer = load_tokenizer(experiment.model.base, "eos")
+    data = split_and_tokenize(load_sources(experiment.data), tokenizer, experiment)
+    assert set(data.splits.beyond) & set(split_sources(data.sources, experiment.data).train)
+    held_out = load_held_out(replace(source, experiment=experiment), tokenizer, None)
+    assert held_out.splits == data.splits
+    assert set(held_out.examples) == {"validation", "test"}
+
+
 def test_the_bases_own_template_stands_before_the_same_answers(tiny_run):
     source = find_adapter(str(tiny_run))
     tokenizer = load_tokenizer(source.experiment.model.base, "eos")
     examples = load_held_out(source, tokenizer, 6).examples["test"]
-    prompts = own_template_prompts(str(BASE_DIR))
+    prompts = own_template_prompts(str(BASE_DIR), [example.row.question for example in examples])
     for before, now in zip(examples, with_prompts(examples, prompts), strict=True):
         assert now.input_ids[: now.answer_start].tolist() == prompts(before.row.question)
         assert now.input_ids[: now.answer_start].tolist() != before.input_ids[: before.answer_start].tolist()
@@ -424,7 +440,7 @@ def test_a_base_without_a_template_has_none(tmp_path):
             path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
         else:
             path.unlink(missing_ok=True)
-    assert own_template_prompts(str(tmp_path / "base")) is None
+    assert own_template_prompts(str(tmp_path / "base"), []) is None
 
 
 @pytest.mark.parametrize("rows, verdict", [(5, TOO_FEW), (6, "no difference that these rows could show")])

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
@@ -13,22 +14,23 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from medqa.commands.evaluate import SAME_ADAPTER, write_evaluation
+from medqa.config import flat
 from medqa.config_file import load_experiment
 from medqa.data.splits import Splits, write_splits_csv
 from medqa.errors import UserError
 from medqa.files import write_json
 from medqa.places import check_place
-from medqa.training.checkpoint import checkpoints
+from medqa.training.checkpoint import Found, checkpoints
 from medqa.training.recorder import MetricsFile, show_result
 from medqa.training.run_dir import (
-    Leg,
     RunLock,
+    Session,
     check_run_dir,
     clear,
     find_checkpoint,
     finished,
     left_alone,
-    read_leg,
+    read_session,
     read_summary,
     start_run,
     this_process,
@@ -90,6 +92,16 @@ def test_a_new_directory_and_the_same_experiment_are_fine(accelerator, tmp_path)
     assert names(run) == before
 
 
+@pytest.mark.parametrize("option", ["--output-dir", "--persist-to"])
+def test_the_named_directory_itself_may_be_a_link(option, accelerator, tmp_path):
+    """docs/security.md says so."""
+    run = run_dir(tmp_path / "run", accelerator)
+    (tmp_path / "link").symlink_to(run)
+    check_run_dir(tmp_path / "link", experiment(), False, option)
+    (tmp_path / "above").symlink_to(tmp_path)
+    check_run_dir(tmp_path / "above" / "run", experiment(), False, option)
+
+
 @pytest.mark.parametrize(
     "change",
     ["lora.r=4", "training.seed=1", "optimizer.learning_rate=1e-3", "tokenization.padding=max_length",
@@ -104,6 +116,55 @@ def test_another_experiment_is_refused_with_the_difference(change, accelerator, 
     assert str(run) in str(caught.value)
     assert "--fresh" in str(caught.value)
     check_run_dir(run, experiment(change), True)
+
+
+def test_what_the_place_of_the_copies_holds_is_answered_with_its_own_option(accelerator, tmp_path):
+    """Another --output-dir would change nothing, and --fresh would remove the run in the output directory."""
+    run = run_dir(tmp_path / "run", accelerator)
+
+    def advice(fresh: bool = False) -> str:
+        with pytest.raises(UserError) as caught:
+            check_run_dir(run, experiment("lora.r=4"), fresh, "--persist-to")
+        return str(caught.value)
+
+    said = advice()
+    assert said.startswith(f"--persist-to {run} holds the run of another experiment")
+    assert said.endswith("\nchoose another --persist-to")
+    (run / "checkpoint-2" / "notes.txt").write_text("mine")
+    assert advice(fresh=True).endswith("or choose another --persist-to")
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    for content in ("a: [", "[]"):
+        (run / "config.yaml").write_text(content)
+        said = advice()
+        assert said.endswith("; choose another --persist-to")
+        assert "--output-dir" not in said
+
+
+def test_a_copied_checkpoint_of_another_experiment_is_answered_with_the_option_of_the_copies(tmp_path, monkeypatch):
+    for place, option in (("there", "--persist-to"), ("here", "--output-dir")):
+        identity = SimpleNamespace(experiment=flat(experiment("lora.r=4")))
+        found = Found(tmp_path / place / "checkpoint-2", identity, [])
+        monkeypatch.setattr("medqa.training.run_dir.newest_whole", lambda places, found=found: found)
+        with pytest.raises(
+            UserError, match=rf"checkpoint-2 is of another experiment: lora.r: .*\nchoose another {option}"
+        ):
+            find_checkpoint(tmp_path / "here", tmp_path / "there", experiment())
+
+
+def test_what_fresh_cannot_remove_is_named_with_its_cause(accelerator, tmp_path, monkeypatch):
+    run, unlink = run_dir(tmp_path / "run", accelerator), os.unlink
+
+    def refuse(path, **more):
+        if os.path.basename(path) == "README.md":
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        unlink(path, **more)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(
+        UserError, match=r"--fresh: cannot be removed: .*/lora_adapters/README\.md: Operation not permitted"
+    ):
+        clear(run)
 
 
 def test_all_differences_are_listed(accelerator, tmp_path):
@@ -141,11 +202,11 @@ def test_under_a_cosine_the_number_of_updates_stays(steps, accelerator, tmp_path
 
 
 def test_legs_keep_the_id_and_are_counted(accelerator, tmp_path):
-    legs = [begin(tmp_path / "run", accelerator) for _ in range(3)]
-    assert [leg.resumes for leg in legs] == [0, 1, 2]
-    assert len({leg.run_id for leg in legs}) == 1
+    sessions = [begin(tmp_path / "run", accelerator) for _ in range(3)]
+    assert [session.resumes for session in sessions] == [0, 1, 2]
+    assert len({session.run_id for session in sessions}) == 1
     fresh = begin(tmp_path / "run", accelerator, fresh=True)
-    assert fresh.run_id != legs[0].run_id
+    assert fresh.run_id != sessions[0].run_id
     assert fresh.resumes == 0
 
 
@@ -268,9 +329,9 @@ def test_nor_is_one_that_is_too_deep_or_too_long(content, tmp_path):
 )  # fmt: skip
 def test_a_damaged_run_file_does_not_start_the_run_over(content, tmp_path):
     (tmp_path / "run.json").write_text('{"run_id": "a", "resumes": 1, "saved": true, "later": 1}')
-    assert read_leg(tmp_path) == Leg(run_id="a", resumes=1, saved=True)
+    assert read_session(tmp_path) == Session(run_id="a", resumes=1, saved=True)
     (tmp_path / "run.json").write_text(content)
-    assert read_leg(tmp_path) is None
+    assert read_session(tmp_path) is None
     with pytest.raises(UserError, match="its checkpoints have gone"):
         find_checkpoint(tmp_path, None, experiment())
 
@@ -313,7 +374,7 @@ def test_what_is_no_regular_file_is_refused_by_name_at_the_start(name, kind, acc
     with pytest.raises(UserError, match=rf"--output-dir .*{name}.*(not the kind of file|no run wrote)"):
         check_run_dir(run, experiment(), False)
     assert finished(run, experiment()) is None
-    read_leg(run)
+    read_session(run)
     read_summary(run)
 
 
@@ -333,7 +394,7 @@ def test_a_lock_file_that_is_none_is_refused(kind, tmp_path):
             getattr(lock, attempt)()
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "lora_adapters", "lora_adapters.tmp", "run.lock"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "lora_adapters", "lora_adapters.tmp", "run.lock", "wandb"])
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_link_that_would_be_written_through_is_refused_at_the_start(name, fresh, accelerator, tmp_path):
     run = run_dir(tmp_path / "run", accelerator)

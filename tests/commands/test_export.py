@@ -43,7 +43,7 @@ from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
 
 gguf = pytest.importorskip("gguf", reason="writes GGUF")
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 CPU = torch.device("cpu")
 QUESTIONS = [
     "What is asthma ?",
