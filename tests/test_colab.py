@@ -364,7 +364,7 @@ def test_a_run_outlives_the_stop_button_and_the_machine(tmp_path, colab, publish
     assert found["resumes"] == 2
     steps = [record["step"] for record in metrics(kept) if record["split"] == "train"]
     assert steps == list(range(1, 61))
-    went_on = int(re.search(r"going on after\s+update\s+(\d+)", said(notebook, "train"))[1])
+    went_on = int(re.search(r"resumed\s+after\s+update\s+(\d+)", said(notebook, "train"))[1])
     assert saved <= went_on <= reached, "from Drive, not from the start"
     assert (drive / "exp_002-tiny-gguf" / "Modelfile").exists()
     assert "only exp_002-tiny so far" in said(notebook, "compare")
