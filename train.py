@@ -18,10 +18,10 @@ from medqa.training.batches import Batches
 from medqa.training.before_after import HeldOut, save_results
 from medqa.training.distributed import build_accelerator, choose_kernels, on_main, shut_down, take_shards
 from medqa.training.loop import train
-from medqa.training.optimizer import build_state
 from medqa.training.plan import accumulation_steps, make_plan
 from medqa.training.recorder import Recorder
 from medqa.training.run import Run
+from medqa.training.state import build_state
 from medqa.training.stopping import Stopper
 from medqa.variables import settle_variables
 

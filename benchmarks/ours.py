@@ -24,8 +24,7 @@ from medqa.model.settings import DTYPES, Settings, resolve_settings
 from medqa.training.batches import Batches
 from medqa.training.distributed import build_accelerator, choose_kernels
 from medqa.training.loop import StepResult, train, train_step
-from medqa.training.optimizer import build_state
-from medqa.training.state import TrainState
+from medqa.training.state import TrainState, build_state
 from medqa.training.stopping import Stopper
 
 PAD = 2  # the stand-in's EOS

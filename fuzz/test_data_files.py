@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 from medqa.config import PUBLIC, Data, Tokenization
 from medqa.data.sources import Source, is_seen, load_sources
 from medqa.data.splits import SPLITS, split_rows
-from medqa.data.tokens import tokenize
+from medqa.data.tokens import prompt_ids, tokenize
 from medqa.errors import UserError
 from medqa.model.base import load_tokenizer
-from medqa.prompts import prompt_ids
 from medqa.tiny import BASE_DIR
 
 FUZZ = settings(

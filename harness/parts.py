@@ -24,10 +24,9 @@ from medqa.training.batches import Batches
 from medqa.training.checkpoint import Fingerprints, Identity, environment
 from medqa.training.distributed import build_accelerator
 from medqa.training.loop import StepResult, robust_step, train, train_step
-from medqa.training.optimizer import build_state
 from medqa.training.recorder import Phases, Recorder, Spent, read_metrics
 from medqa.training.run_dir import METRICS
-from medqa.training.state import Progress, TrainState
+from medqa.training.state import Progress, TrainState, build_state
 from medqa.training.stopping import Stopper
 
 

@@ -1,15 +1,16 @@
 """medqa: LoRA and QLoRA fine-tuning for healthcare question answering, with a loop one can read.
 
-Read `train.py` first: it is the run, from top to bottom. Then `training/loop.py`: `train`, then `train_step`. The rest
-are the parts they use, in five wings, each of which may import only from those above it (and from this folder):
+Read `train.py` first: it is the run, from top to bottom. Then read `training/loop.py`: `train`, `robust_step` and
+`train_step`. The other modules are in five folders, each of which imports only from those above it and from this one:
 
-    data/        from files and hubs to rows, splits and an update's micro-batches
-    model/       tokenizer, base model, LoRA, precision, and the token loss
-    evaluation/  the loss of a split; answers to questions
-    training/    the loop and what drives it: optimizer, scheduler, checkpoints, tracking, console
-    results/     what is made of finished runs
+    data/        from files and the Hub to rows, splits, token ids and the micro-batches of an update
+    model/       tokenizer, base model, LoRA, precision, memory, and the token loss
+    evaluation/  the loss of a split; generated answers, multiple choice, safety
+    training/    the loop and what it needs: state, checkpoints, the run's directory, metrics, console
+    commands/    what is done with finished runs: evaluate, ask, compare, export
 
-Shared by all: `config.py` (the experiment), `prompts.py` (the one prompt), `errors.py`, `hub.py`, `variables.py`.
+All of them use `config.py` (the experiment), `errors.py` (exit codes), `files.py` (durable files) and `variables.py`
+(environment variables).
 Libraries that only some runs need (bitsandbytes, wandb, kagglehub) are imported where they are used.
 """
 

@@ -17,9 +17,8 @@ from wandb_file import read_finished_run
 from medqa.config import Data, Experiment
 from medqa.config_file import load_experiment
 from medqa.data.sources import load_sources
-from medqa.data.tokens import tokenize
+from medqa.data.tokens import prompt_ids, tokenize
 from medqa.evaluation.loss import fixed_subset
-from medqa.prompts import prompt_ids
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
 
 NAMES = ("exp_001", "exp_002", "exp_003")

@@ -28,18 +28,8 @@ from medqa.model.base_files import base_fingerprint
 from medqa.model.device import available_memory
 from medqa.model.memory import fit_to_memory
 from medqa.model.settings import SavedSettings, Settings, resolve_settings
-from medqa.training.checkpoint import (
-    CONTENT,
-    MANIFEST,
-    Fingerprints,
-    checkpoints,
-    measure,
-    newest_whole,
-    read_identity,
-    read_progress,
-    verify,
-)
-from medqa.training.identity import differences
+from medqa.recorded import MANIFEST, checkpoints, differences
+from medqa.training.checkpoint import CONTENT, Fingerprints, measure, newest_whole, read_identity, read_progress, verify
 from medqa.training.run_dir import ADAPTER_DIR, CONFIG, read_summary
 
 TRIES = 20  # to find a checkpoint, in a run that saves and removes them at the same time

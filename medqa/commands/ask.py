@@ -16,10 +16,10 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from medqa.commands.adapter import Adapted
+from medqa.data.tokens import prompt_ids
 from medqa.errors import UserError
 from medqa.evaluation.answers import end_ids, plain_greedy
 from medqa.evaluation.safety import red_flag
-from medqa.prompts import prompt_ids
 from medqa.terminal import nobody_reads, print_json, printable
 
 ADVICE = (

@@ -27,8 +27,8 @@ from medqa.model.device import SPARE, available_memory
 from medqa.model.memory import enough_tokens, fit_to_memory, footprint
 from medqa.model.settings import BF16_CAPABILITY, DTYPES, Change, Settings, four_bit_unavailable, resolve_settings
 from medqa.training.batches import most_in_an_update
-from medqa.training.optimizer import build_optimizer, build_scheduler
 from medqa.training.plan import accumulation_steps, device_line
+from medqa.training.state import build_optimizer, build_scheduler
 
 # ----------------------------------------------------------------------------------------------------
 # The machine that a run is planned for: this one, or a GPU that is not here, by name or by its memory.

@@ -19,7 +19,8 @@ from rich.table import Table
 
 from medqa.errors import UserError
 from medqa.files import UNFINISHED, read_json
-from medqa.training.checkpoint import NAME, TRAINING_FILE, Found, git_commit, newest_whole
+from medqa.recorded import NAME
+from medqa.training.checkpoint import TRAINING_FILE, Found, git_commit, newest_whole
 from medqa.training.recorder import read_metrics
 from medqa.training.run_dir import ADAPTER_DIR, clear
 from medqa.training.wandb import Record

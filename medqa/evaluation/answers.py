@@ -10,11 +10,10 @@ from peft import PeftModel
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from medqa.data.sources import Row
-from medqa.data.tokens import Example
+from medqa.data.tokens import Example, prompt_ids
 from medqa.limited import Failed, limited
 from medqa.limits import MAX_TEMPLATE_CHARACTERS
 from medqa.model.base_files import location
-from medqa.prompts import prompt_ids
 
 SAMPLE_TOKENS = 128  # where a sample answer is cut
 

@@ -26,13 +26,12 @@ from medqa.data.sources import (
     shown_question,
 )
 from medqa.data.splits import letters_and_digits
-from medqa.data.tokens import Example
+from medqa.data.tokens import Example, prompt
 from medqa.errors import UserError
 from medqa.evaluation.answers import generate_answers
 from medqa.evaluation.loss import COLUMNS as LOSS_COLUMNS
 from medqa.evaluation.loss import Evaluator
 from medqa.evaluation.statistics import difference_figure, mean_figure
-from medqa.prompts import prompt
 
 # ----------------------------------------------------------------------------------------------------
 # AfriMed-QA's multiple-choice questions, to choose in: those that no training row shares a question with.

@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from medqa import config
 from medqa.config import Experiment
+from medqa.data.tokens import chat_template, prompt
 from medqa.errors import UserError, is_out_of_memory
 from medqa.files import write_file
 from medqa.hub import hub_reachable
@@ -48,7 +49,6 @@ from medqa.model.families import check_targets, refuse_by_file, refuse_by_kind, 
 from medqa.model.fast_lora import use_fast_lora
 from medqa.model.settings import Settings, four_bit_config
 from medqa.model.sharding import BLANK, blank_base, loading_device
-from medqa.prompts import chat_template, prompt
 
 # ----------------------------------------------------------------------------------------------------
 # 4-bit weights after loading.

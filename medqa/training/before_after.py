@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from medqa.config import Data, Experiment, Model, length
 from medqa.config_file import yaml_text
 from medqa.data.batches import TrainingData
-from medqa.data.tokens import Example
+from medqa.data.tokens import Example, prompt
 from medqa.errors import UserError
 from medqa.evaluation.answers import sample_answers
 from medqa.evaluation.loss import Evaluator, SplitLoss, fixed_subset, summarize
@@ -27,7 +27,6 @@ from medqa.model.adapter_files import ADAPTER_FILES
 from medqa.model.base import load_adapter_weights, save_tokenizer
 from medqa.model.device import reset_peak
 from medqa.model.settings import Settings
-from medqa.prompts import prompt
 from medqa.tiny import BASE_DIR
 from medqa.training.batches import Batches
 from medqa.training.checkpoint import git_commit, measure, save_adapter, verify_checkpoint, versions

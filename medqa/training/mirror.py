@@ -27,16 +27,14 @@ from medqa.config import Experiment
 from medqa.errors import Interrupted, UserError, writing
 from medqa.files import UNFINISHED, Damaged, checksum, flush, replacing
 from medqa.model.adapter_files import ADAPTER_DIR_FILES
+from medqa.recorded import MANIFEST, checkpoints, read_manifest
 from medqa.training.checkpoint import (
     CHECKPOINT_FILES,
-    MANIFEST,
-    checkpoints,
     copy_checkpoint,
     forget_cached,
     is_ours,
     measure,
     prune,
-    read_manifest,
     remove_unfinished,
     verify_checkpoint,
 )

@@ -1,8 +1,8 @@
 """A run and its directory, `outputs/<run>/`, from the first check to the last file.
 
 `Run` is what `train.py` sees of the directory: the lock, the checkpoint to resume from, the files that describe the
-run, saves, and the copies of `--persist-to`. Its parts are `run_dir.py` (names, lock, starting over), `identity.py` (is
-it the same run?), `checkpoint.py` (what a checkpoint is) and `mirror.py` (copies). Nothing is written before `start`.
+run, saves, and the copies of `--persist-to`. Its parts are `run_dir.py` (names of files, lock, starting over),
+`checkpoint.py` (what a checkpoint is) and `mirror.py` (copies). Nothing is written before `start`.
 """
 
 import argparse
@@ -11,17 +11,29 @@ import functools
 from pathlib import Path
 from types import TracebackType
 
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from medqa.config import Experiment
+from medqa.config import Experiment, flat
 from medqa.config_file import default_output_dir, find_experiment
 from medqa.data.batches import TrainingData
 from medqa.data.report import write_reports
-from medqa.errors import saying_what_is_saved, writing
+from medqa.data.tokens import ids_fingerprint
+from medqa.errors import UserError, saying_what_is_saved, writing
+from medqa.model.base_files import base_fingerprint
 from medqa.model.settings import SavedSettings, Settings
-from medqa.training.checkpoint import Identity, save_checkpoint
+from medqa.training.checkpoint import (
+    Fingerprints,
+    Found,
+    Identity,
+    changes,
+    environment,
+    load_checkpoint,
+    save_checkpoint,
+)
 from medqa.training.distributed import on_main
-from medqa.training.identity import identify, resume, resume_lines
 from medqa.training.mirror import Copies, space_needed
 from medqa.training.plan import accumulation_steps
 from medqa.training.recorder import Phases, Recorder
@@ -29,15 +41,15 @@ from medqa.training.run_dir import (
     RunLock,
     Session,
     check_run_dir,
-    find_checkpoint,
-    finished,
+    find_saved,
     left_alone,
     note_saved,
+    refuse_differences,
     start_run,
     what_is_saved,
     write_config,
 )
-from medqa.training.state import TrainState
+from medqa.training.state import Moved, Progress, TrainState
 
 
 class Run:
@@ -80,8 +92,7 @@ class Run:
             check_run_dir(output_dir, experiment, fresh)
             self._lock.take_if_there()
             self._copies.check(experiment, fresh)
-            self.checkpoint = None if fresh else find_checkpoint(output_dir, mirror, experiment)
-            self.summary = None if fresh else finished(output_dir, experiment)
+            self.checkpoint, self.summary = (None, None) if fresh else find_saved(output_dir, mirror, experiment)
             self._leaving = leaving.pop_all()
         return self
 
@@ -174,3 +185,78 @@ class Run:
         keep = self._experiment.training.keep_checkpoints
         on_main(recorder.accelerator, lambda: self._copies.start(keep, self._fresh, recorder.message))
         self._copies.wake(set())  # what says whose the mirror is should be there soon
+
+
+# ----------------------------------------------------------------------------------------------------
+# Is it the same run?
+
+WHAT = {"data": "the data", "tokenizer": "the token ids of the data", "base": "the base model"}
+
+
+def identify(
+    experiment: Experiment,
+    data: TrainingData,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PeftModel,
+    settings: Settings,
+    accelerator: Accelerator,
+) -> Identity:
+    """Whose the checkpoints of this run are.
+
+    Raises:
+        UserError: not all processes have the same data, tokens and base model: each reads them for itself.
+    """
+
+    def of_base() -> str:
+        return base_fingerprint(experiment.model.base)
+
+    fingerprints = Fingerprints(
+        data=data.splits.fingerprint,
+        tokenizer=ids_fingerprint(data.examples, tokenizer),
+        base=of_base() if settings.shards == 1 else on_main(accelerator, of_base),  # sharded, the others have no files
+    )
+    if accelerator.num_processes > 1:
+        found = gather_object([fingerprints.model_dump()])
+        if differing := [what for name, what in WHAT.items() if len({each[name] for each in found}) > 1]:
+            raise UserError(
+                f"not all processes have read the same: {', '.join(differing)} differ; on several machines give files "
+                "or caches (HF_HOME, KAGGLEHUB_CACHE) that they share, or the same copies on each"
+            )
+    return Identity(
+        experiment=flat(experiment),
+        fingerprints=fingerprints,
+        environment=environment(accelerator, settings, model),
+    )
+
+
+def resume(found: Found, state: TrainState, identity: Identity) -> None:
+    """Load a checkpoint into the state. The state notes where the machine is of another kind than before.
+
+    Raises:
+        UserError: the checkpoint is of other data, another tokenizer or base model; the message lists the differences.
+            Nothing is loaded then.
+    """
+    before, now = (found_or_now.fingerprints.model_dump() for found_or_now in (found.identity, identity))
+    material = [f"{WHAT[name]}: {before[name][:12]} there, {now[name][:12]} now" for name in WHAT]
+    refuse_differences(
+        f"{found.path} was trained on other data, tokens or base model",
+        [line for name, line in zip(WHAT, material, strict=True) if before[name] != now[name]],
+    )
+    load_checkpoint(found, state)
+    if changed := changes(found.identity.environment, identity.environment):
+        state.progress.not_bitwise.append(Moved(state.progress.step, changed))
+
+
+def resume_lines(found: Found | None, progress: Progress, damaged_lines: int) -> list[tuple[str, str]]:
+    """The plan's lines on resuming: checkpoints passed over, what is lost, and where the last digits may differ."""
+    lines = [("passed over", reason) for reason in (found.passed_over if found else ())]
+    if found:
+        lines.append(("resumed", f"after update {progress.step}, from {found.path}"))
+    if progress.stopped_early:
+        lines.append(("stopped early", f"after update {progress.step}; what is left is the final evaluation"))
+    if damaged_lines:
+        lines.append(("lost", f"{damaged_lines} damaged lines of metrics.jsonl"))
+    return lines + [
+        ("not bitwise", f"from update {moved.after_step + 1} on: {', '.join(moved.changed)}")
+        for moved in progress.not_bitwise
+    ]

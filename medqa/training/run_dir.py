@@ -1,4 +1,4 @@
-"""The directory of a run: its lock, whether it is this experiment's, its first files, starting over."""
+"""The files and the lock of a run's directory: is it this experiment's, its first files, starting over."""
 
 import errno
 import fcntl
@@ -18,21 +18,20 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from medqa.config import Experiment, is_complete
-from medqa.config_file import dump_yaml
-from medqa.errors import Busy, UserError, note
+from medqa.config import Experiment, flat, is_complete
+from medqa.config_file import dump_yaml, read_yaml
+from medqa.errors import Busy, UserError, listed, note
 from medqa.files import NO_FLOCK, UNFINISHED, Damaged, copy_file, naming, parse_json, read_json, write_json
 from medqa.limits import MAX_COUNT
 from medqa.model.adapter_files import ADAPTER_DIR_FILES
 from medqa.model.settings import Change
 from medqa.places import check_place, require_utf8
+from medqa.recorded import LOCATIONS, NAME, checkpoints, differences, with_later_keys
 from medqa.training.checkpoint import (
     CHECKPOINT_FILES,
     LEFTOVER,
-    NAME,
     STILL_OPEN,
     Found,
-    checkpoints,
     copy_checkpoint,
     newest_whole,
     remove,
@@ -40,8 +39,84 @@ from medqa.training.checkpoint import (
     seems_whole,
 )
 from medqa.training.distributed import is_first_process, on_main
-from medqa.training.identity import OUTPUT_DIR, PERSIST_TO, check_config, reads_elsewhere, require_same_experiment
 from medqa.training.state import Progress
+
+OUTPUT_DIR, PERSIST_TO = "--output-dir", "--persist-to"
+
+
+def require_same_experiment(found: Found, experiment: Experiment, option: str) -> None:
+    """See that a checkpoint is of this experiment.
+
+    Args:
+        option: the one that names the directory of its run.
+
+    Raises:
+        UserError: it is of another; lists the differences.
+    """
+    refuse_differences(
+        f"{found.path} is of another experiment", differences(found.identity.experiment, experiment), option
+    )
+
+
+def check_config(config: Path, experiment: Experiment, option: str) -> None:
+    """Refuse a directory whose run is another experiment's.
+
+    Raises:
+        UserError: lists the differences.
+    """
+    try:
+        saved = read_yaml(config)
+    except UserError as error:
+        if checkpoints(config.parent):
+            return  # their manifests say whose the run is
+        raise UserError(f"{error}; {ways_on(option)}") from error
+    if not isinstance(saved, dict) or not saved.keys() & Experiment.model_fields.keys():
+        if checkpoints(config.parent):
+            return
+        raise UserError(f"{config}: not a run's, or damaged; {ways_on(option)}")
+    before = _flat(saved)
+    refuse_differences(
+        f"{option} {config.parent} holds the run of another experiment", differences(before, experiment), option
+    )
+
+
+def reads_elsewhere(config: Path, experiment: Experiment) -> bool:
+    """Whether the run in this directory read its data or base model from other places than the experiment names."""
+    if not config.is_file():
+        return False
+    try:
+        saved = read_yaml(config)
+    except UserError:
+        return True  # damaged: who knows
+    if not isinstance(saved, dict):
+        return True
+    before, now = with_later_keys(_flat(saved)), flat(experiment)
+    return any(before.get(key) != now[key] for key in LOCATIONS)
+
+
+def refuse_differences(what: str, found: list[str], option: str = OUTPUT_DIR) -> None:
+    """Raise with the differences, if there are any, and the ways on."""
+    if found:
+        afresh = (
+            "; to start a new run from the weights of a checkpoint, choose another --output-dir and add "
+            "--set lora.init_from=DIR/checkpoint-STEP"
+        )
+        more = afresh if option == OUTPUT_DIR else ""
+        raise UserError(f"{what}: {listed(found)}\n{ways_on(option)}{more}")
+
+
+def ways_on(option: str) -> str:
+    """What to do about a directory that cannot be this run's.
+
+    Where it is that of the copies, `--fresh` would remove the run in the output directory too, and is not advised.
+    """
+    return f"choose another {option}" + (", or start over there with --fresh" if option == OUTPUT_DIR else "")
+
+
+def _flat(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration as `section.key` to value."""
+    return {f"{s}.{k}": v for s, keys in saved.items() if isinstance(keys, dict) for k, v in keys.items()}
+
 
 # ----------------------------------------------------------------------------------------------------
 # One run at a time in a directory.
@@ -225,6 +300,7 @@ def _boot() -> str:
 
 
 # ----------------------------------------------------------------------------------------------------
+# The files of a run's directory.
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 RUN_FILE = "run.json"
@@ -416,13 +492,23 @@ def note_saved(output_dir: Path) -> None:
         write_json(session.model_copy(update={"saved": True}).model_dump(), output_dir / RUN_FILE)
 
 
-def find_checkpoint(output_dir: Path, elsewhere: Path | None, experiment: Experiment) -> Found | None:
-    """The checkpoint to go on from: the newest whole one here, else the one persisted elsewhere; None at a run's start.
+def find_saved(
+    output_dir: Path, elsewhere: Path | None, experiment: Experiment
+) -> tuple[Found | None, dict[str, Any] | None]:
+    """What an earlier session of the run left: the checkpoint to resume from, and the summary of a complete run.
+
+    Args:
+        elsewhere: where the run is copied to; asked where `output_dir` has no checkpoint.
 
     Raises:
-        UserError: it is of another experiment, or those that there were are damaged or have gone: the run would
-            silently start over.
+        UserError: the checkpoint is of another experiment, or those that there were are damaged or have gone: the run
+            would silently start over.
     """
+    return _find_checkpoint(output_dir, elsewhere, experiment), _finished(output_dir, experiment)
+
+
+def _find_checkpoint(output_dir: Path, elsewhere: Path | None, experiment: Experiment) -> Found | None:
+    """The newest whole checkpoint here, else the newest elsewhere; None at a run's start."""
     found = newest_whole([output_dir] if elsewhere is None else [output_dir, elsewhere])
     if found is not None:
         require_same_experiment(found, experiment, OUTPUT_DIR if found.path.parent == output_dir else PERSIST_TO)
@@ -464,7 +550,7 @@ def bring_back(found: Found, output_dir: Path) -> None:
         raise UserError(f"{output_dir}: {error}; check the disk") from error
 
 
-def finished(output_dir: Path, experiment: Experiment) -> dict[str, Any] | None:
+def _finished(output_dir: Path, experiment: Experiment) -> dict[str, Any] | None:
     """The summary of a run that is complete already, None of one that is not.
 
     Where data are read from another place than before, nothing is said to be complete: whether they are the same data

@@ -33,8 +33,8 @@ SHORT = (
 )  # fmt: skip
 EVALUATE = """
 import sys
-from medqa.commands import tasks
-tasks.ANSWER_TOKENS = 8
+from medqa.commands import evaluate as evaluate_module
+evaluate_module.ANSWER_TOKENS = 8
 from medqa.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -15,10 +15,9 @@ from medqa.commands import ask
 from medqa.commands.adapter import Adapted, find_adapter, load_adapted
 from medqa.config import Data
 from medqa.data.sources import load_sources
-from medqa.data.tokens import tokenize
+from medqa.data.tokens import prompt, tokenize
 from medqa.errors import UserError
 from medqa.evaluation.answers import generate_answers
-from medqa.prompts import prompt
 from medqa.terminal import printable
 from medqa.tiny import AFRIMEDQA_CSV, MEDQUAD_CSV
 

@@ -31,7 +31,7 @@ from medqa.commands.compare.tables import (
     perplexity,
     samples,
 )
-from medqa.commands.figures import TOO_FEW
+from medqa.commands.evaluation_table import TOO_FEW
 from medqa.config import flat
 from medqa.config_file import dump_yaml, load_experiment, parse_sets
 from medqa.files import checksum
@@ -916,7 +916,7 @@ def test_more_figures_than_an_evaluation_has_are_refused(tmp_path, monkeypatch):
     odd = {"step": 20, "limit": None, "tasks": {"loss": {str(i): figure for i in range(30)}}}
     one, two = make_run(tmp_path / "one", "exp_001", evaluation=odd), make_run(tmp_path / "two", "exp_002")
     assert len(evaluation_tables(compared(one, two).runs)[0].rows) == 30
-    monkeypatch.setattr("medqa.commands.figures.MAX_FIGURES", 29)
+    monkeypatch.setattr("medqa.commands.evaluation_table.MAX_FIGURES", 29)
     comparison = compared(one, two)
     said(comparison, "one: evaluation.json cannot be read and is left out: more than 29 figures")
     assert evaluation_tables(comparison.runs) == []

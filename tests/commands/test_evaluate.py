@@ -21,10 +21,8 @@ from medqa import cache
 from medqa.__main__ import main
 from medqa.commands import evaluate
 from medqa.commands.adapter import find_adapter
-from medqa.commands.evaluate import flat_figures, log_evaluation
-from medqa.commands.evaluation_table import in_short, shown
-from medqa.commands.figures import TOO_FEW
-from medqa.commands.tasks import load_held_out
+from medqa.commands.evaluate import flat_figures, load_held_out, log_evaluation
+from medqa.commands.evaluation_table import TOO_FEW, in_short, shown
 from medqa.config import Tracking
 from medqa.data.batches import split_and_tokenize
 from medqa.data.sources import Row, load_sources
@@ -37,8 +35,8 @@ from train import main as train
 
 EVALUATE = """
 import sys
-from medqa.commands import tasks
-tasks.ANSWER_TOKENS = 24
+from medqa.commands import evaluate as evaluate_module
+evaluate_module.ANSWER_TOKENS = 24
 from medqa.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -127,7 +125,7 @@ def test_a_damaged_baseline_is_computed_again(damage, evaluated, run, monkeypatc
 
 def test_neither_rows_at_once_nor_padding_matter(evaluated, run, monkeypatch):
     monkeypatch.setattr(cache, "find", lambda what: None)
-    monkeypatch.setattr("medqa.commands.tasks.enough_tokens", lambda *_: 1)  # one row at a time
+    monkeypatch.setattr("medqa.commands.evaluate.enough_tokens", lambda *_: 1)  # one row at a time
     monkeypatch.setattr("medqa.model.attention.padding_needed", lambda *_: "to see")
     monkeypatch.setattr("medqa.model.memory.padding_needed", lambda *_: "to see")
     assert main(["evaluate", str(run), "--tasks", "loss", "--cpu"]) == 0
@@ -146,7 +144,7 @@ def in_full(tiny_run, tmp_path_factory) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("WANDB_MODE", "disabled")
-        patched.setattr("medqa.commands.tasks.ANSWER_TOKENS", 24)
+        patched.setattr("medqa.commands.evaluate.ANSWER_TOKENS", 24)
         assert main(["evaluate", str(directory), "--limit", "6", "--cpu"]) == 0
     return json.loads((directory / "evaluation.json").read_text())["tasks"]
 
@@ -182,7 +180,7 @@ def test_two_processes_find_the_same(in_full, run, tmp_path):
 
 
 def test_what_was_written_once_is_not_written_again(in_full, run, monkeypatch, capsys):
-    monkeypatch.setattr("medqa.commands.tasks.ANSWER_TOKENS", 24)
+    monkeypatch.setattr("medqa.commands.evaluate.ANSWER_TOKENS", 24)
     assert main(["evaluate", str(run), "--limit", "6", "--cpu", "--tasks", "generation,probes"]) == 0
     told = capsys.readouterr().out
     assert told.count("the baseline as computed before") == 3  # two prompts' answers, and the red flags'

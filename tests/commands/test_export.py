@@ -35,10 +35,10 @@ from medqa.commands.export.fidelity import held_out_prompts
 from medqa.config import Data
 from medqa.config_file import load_yaml
 from medqa.data.sources import load_sources
+from medqa.data.tokens import prompt, prompt_ids
 from medqa.errors import UserError
 from medqa.model.base import load_tokenizer, save_tokenizer
 from medqa.model.settings import four_bit_config
-from medqa.prompts import prompt, prompt_ids
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
 
 gguf = pytest.importorskip("gguf", reason="writes GGUF")

@@ -499,7 +499,7 @@ def test_nor_with_an_evaluation_or_an_export(alone, place, tmp_path):
         patch.chdir(place)
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SAVE_CODE", "true")
-        patch.setattr("medqa.commands.tasks.ANSWER_TOKENS", 2)
+        patch.setattr("medqa.commands.evaluate.ANSWER_TOKENS", 2)
         # Where the data were given again, the command line has their places.
         command = ["evaluate", str(run), "--cpu", "--tasks", "loss,generation", "--data", f"one={place / 'one.csv'}"]
         patch.setattr("sys.argv", ["medqa", *command])
@@ -591,8 +591,7 @@ def test_a_run_goes_on_from_another_place_but_not_by_another_name(alone, place, 
 
 
 def test_runs_from_before_there_was_the_key_go_on(alone, tmp_path):
-    from medqa.training.identity import differences
-    from medqa.training.run_dir import check_run_dir, finished
+    from medqa.training.run_dir import check_run_dir, differences, finished
 
     experiment = load_experiment("exp_001", tiny=True)
     old = {key: value for key, value in flat(experiment).items() if key != "data.files"}

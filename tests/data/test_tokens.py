@@ -9,11 +9,10 @@ from medqa.data.batches import IGNORED, Stream, TrainingData, collate, pack
 from medqa.data.report import about_rows, data_report
 from medqa.data.sources import Row, load_sources
 from medqa.data.splits import HELD_OUT, SPLITS, split_sources, write_splits_csv
-from medqa.data.tokens import tokenize, tokenize_splits
+from medqa.data.tokens import prompt_ids, tokenize, tokenize_splits
 from medqa.errors import UserError
 from medqa.model.base import load_tokenizer
 from medqa.model.loss import target_count
-from medqa.prompts import prompt_ids
 from medqa.tiny import BASE_DIR
 
 

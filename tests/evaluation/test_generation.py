@@ -10,11 +10,11 @@ import torch
 from transformers import AutoTokenizer
 
 from medqa.data.sources import Row
+from medqa.data.tokens import prompt_ids
 from medqa.evaluation import answers as inference
 from medqa.evaluation.answers import Answer, generate_answers, own_template_prompts, sample_answers
 from medqa.evaluation.text import copied_answers, loops, score_generation
 from medqa.model.base import load_tokenizer
-from medqa.prompts import prompt_ids
 from medqa.tiny import BASE_DIR
 from tests.adapted import adapted_parts
 

@@ -11,6 +11,7 @@ import torch
 from medqa.config import Data
 from medqa.data.sources import Row, load_sources
 from medqa.data.splits import letters_and_digits, split_rows
+from medqa.data.tokens import prompt, prompt_ids
 from medqa.evaluation.multiple_choice import (
     AT_ONCE,
     LETTER_TOKENS,
@@ -25,7 +26,6 @@ from medqa.evaluation.multiple_choice import (
     score,
 )
 from medqa.model.base import load_tokenizer
-from medqa.prompts import prompt, prompt_ids
 from medqa.tiny import BASE_DIR
 from tests.adapted import adapted_parts
 

@@ -20,7 +20,7 @@ from medqa.model.loss import LossModel
 from medqa.model.memory import Footprint, Line, footprint, optimizer_bytes, tensors_of
 from medqa.model.settings import DTYPES, Settings
 from medqa.training.loop import train_step
-from medqa.training.optimizer import build_optimizer
+from medqa.training.state import build_optimizer
 
 pytestmark = pytest.mark.usefixtures("own_accelerator")
 

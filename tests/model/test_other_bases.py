@@ -19,10 +19,10 @@ from harness.parts import Parts, build
 from medqa.commands.adapter import find_adapter, load_adapted
 from medqa.commands.ask import answer
 from medqa.data.batches import MicroBatch
+from medqa.data.tokens import prompt, prompt_ids
 from medqa.evaluation.answers import end_ids, generate_answers, own_template_prompts, with_prompts
 from medqa.model.attention import SEGMENTED, TESTED
 from medqa.model.base import load_tokenizer
-from medqa.prompts import prompt, prompt_ids
 from medqa.terminal import printable
 from medqa.training.checkpoint import save_adapter
 

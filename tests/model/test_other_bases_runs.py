@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medqa.__main__ import main as medqa
+from medqa.data.tokens import prompt_ids
 from medqa.model.base import load_tokenizer
-from medqa.prompts import prompt_ids
 from train import main as train
 
 UPDATES = 4

@@ -17,8 +17,8 @@ from medqa.errors import Interrupted
 from medqa.model.base import adapter_weights, load_adapter_weights
 from medqa.model.loss import target_count, token_losses
 from medqa.training.checkpoint import checkpoints, newest_whole, save_adapter, save_checkpoint
-from medqa.training.identity import resume
 from medqa.training.loop import StepResult
+from medqa.training.run_dir import resume
 from medqa.training.state import Progress
 from medqa.training.stopping import Stopper
 

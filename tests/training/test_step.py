@@ -12,11 +12,10 @@ from harness.parts import Parts, build, run_train
 from medqa.config import Tokenization
 from medqa.data.batches import IGNORED, MicroBatch, collate
 from medqa.data.sources import Row
-from medqa.data.tokens import tokenize
+from medqa.data.tokens import prompt, tokenize
 from medqa.errors import Interrupted, TrainingStopped
 from medqa.model.base import adapter_weights
 from medqa.model.loss import target_count, token_losses
-from medqa.prompts import prompt
 from medqa.training.recorder import read_metrics
 from medqa.training.state import Progress, check_adapter_gradients
 from medqa.training.stopping import Stopper

@@ -26,9 +26,9 @@ from wandb_server import WandbServer
 
 from medqa.config import Experiment, flat
 from medqa.config_file import load_experiment
+from medqa.data.tokens import prompt_ids
 from medqa.errors import UserError
 from medqa.hub import connects
-from medqa.prompts import prompt_ids
 from medqa.tiny import BASE_DIR
 from medqa.training.recorder import MetricsFile, Spent, Tracker, read_metrics
 from medqa.training.wandb import (

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from medqa.commands.compare.read import ANSWER_PERPLEXITY, CONFIG, EVALUATION, SUMMARY, Run, part
-from medqa.commands.figures import number
+from medqa.commands.evaluation_table import number
 from medqa.config import Experiment, evaluation_decides, flat
 from medqa.config_file import load_experiment, own_names, parse_sets
 from medqa.errors import UserError

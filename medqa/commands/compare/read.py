@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from medqa.commands.figures import Figure, figures, number
+from medqa.commands.evaluation_table import Figure, figures, number
 from medqa.config import Experiment, flat, is_complete, planned_updates
 from medqa.config_file import cut, load_experiment, read_yaml
 from medqa.errors import UserError, together

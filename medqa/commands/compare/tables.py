@@ -19,7 +19,7 @@ from medqa.commands.compare.conclusions import (
     warnings,
 )
 from medqa.commands.compare.read import ANSWER_PERPLEXITY, Json, Run, part, read_runs
-from medqa.commands.figures import TOO_FEW, Figure, count, number
+from medqa.commands.evaluation_table import TOO_FEW, Figure, count, number
 from medqa.terminal import printable
 
 # ----------------------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from medqa.commands.adapter import Source
+from medqa.commands.evaluation_table import count, figures, number
 from medqa.commands.export.fidelity import KL_LIMITS, Fidelity
-from medqa.commands.figures import count, figures, number
+from medqa.data.tokens import prompt
 from medqa.errors import UserError
 from medqa.files import Damaged, read_json
-from medqa.prompts import prompt
 from medqa.training.before_after import UNKNOWN, base_words, code, data_lines, front_matter, plain, public_name
 from medqa.training.before_after import licence as licence_of
 

@@ -16,9 +16,9 @@ from medqa.config import Data
 from medqa.data.batches import epoch_permutation
 from medqa.data.sources import Row, load_sources
 from medqa.data.splits import Splits, split_sources
+from medqa.data.tokens import prompt, prompt_ids
 from medqa.errors import UserError
 from medqa.evaluation.answers import plain_greedy
-from medqa.prompts import prompt, prompt_ids
 from medqa.tiny import AFRIMEDQA_CSV, MEDQUAD_CSV
 
 # Mean KL divergence, nats a token. float32 leaves only the order of summation; float16 stays far below its limit,

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from medqa.data.tokens import prompt
 from medqa.errors import UserError
-from medqa.prompts import prompt
 
 # ----------------------------------------------------------------------------------------------------
 # A tokenizer as GGUF has it: pieces with scores (SentencePiece's kind of BPE), or bytes with merges (GPT-2's kind).

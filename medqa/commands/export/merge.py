@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medqa.commands.adapter import Adapted, Source, require_same_base
+from medqa.data.tokens import prompt_ids
 from medqa.errors import UserError
 from medqa.files import write_json
 from medqa.model.attention import attention_in_effect
 from medqa.model.base import add_lora, check_model, fit_adapter, load_base, load_tokenizer
 from medqa.model.families import without_contents
 from medqa.model.settings import Settings, resolve_settings
-from medqa.prompts import prompt_ids
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 

@@ -8,13 +8,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from medqa.config import Tokenization
 from medqa.data.sources import Row
-from medqa.data.tokens import tokenize
+from medqa.data.tokens import chat_template, prompt, prompt_ids, tokenize
 from medqa.errors import UserError
 from medqa.model.base import load_tokenizer
-from medqa.prompts import chat_template, prompt, prompt_ids
 from medqa.tiny import BASE_DIR
 
-SHARED = Path(__file__).parents[2] / "shared" / "models"
+SHARED = Path(__file__).parents[3] / "shared" / "models"
 BASES = {
     "tiny": BASE_DIR,
     "stories260k": SHARED / "stories260k",

@@ -21,9 +21,16 @@ from harness.parts import Parts, build, run_train
 from medqa.errors import UserError
 from medqa.files import Damaged
 from medqa.model.base import adapter_weights
-from medqa.training.checkpoint import MANIFEST, load_checkpoint, newest_whole, save_checkpoint, write_manifest
+from medqa.training.checkpoint import (
+    MANIFEST,
+    QUANTIZED,
+    load_checkpoint,
+    newest_whole,
+    read_training_state,
+    save_checkpoint,
+    write_manifest,
+)
 from medqa.training.state import Progress, TrainState
-from medqa.training.training_state import QUANTIZED, read_training_state
 
 UPDATES = 3
 SETS = (
