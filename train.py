@@ -16,9 +16,9 @@ from medqa.options import parse_options
 from medqa.terminal import protect
 from medqa.training.batches import Batches
 from medqa.training.before_after import HeldOut, save_results
-from medqa.training.distributed import build_accelerator, choose_kernels, on_main, shut_down, take_shards
+from medqa.training.distributed import build_accelerator, choose_kernels, on_main, shards_from_launcher, shut_down
 from medqa.training.loop import train
-from medqa.training.plan import accumulation_steps, make_plan
+from medqa.training.plan import check_global_batch, make_plan
 from medqa.training.recorder import Recorder
 from medqa.training.run import Run
 from medqa.training.state import build_state
@@ -27,52 +27,51 @@ from medqa.variables import settle_variables
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run with these options. The exit code says how the run ended (`medqa/errors.py`)."""
+    """Run with these options. The returned exit code says how the run ended (`medqa/errors.py`)."""
     protect()
     with Stopper() as stopper:  # signals are handled from here on
         return exit_code(lambda: fine_tune(parse_options(argv), stopper))
 
 
 def fine_tune(options: argparse.Namespace, stopper: Stopper) -> None:
-    """The whole run. Everything is loaded and checked before the first file is written."""
-    ignored = settle_variables()  # environment variables that would change a number
+    """Load and check settings, data and model. Only then write files: resume or start, train, evaluate, save."""
+    ignored = settle_variables()  # removes or refuses variables that would change results, returns those without effect
     experiment = load_experiment(options.exp, tiny=options.tiny, locations=options.locations, sets=options.set)
     stopper.set_deadline(options.stop_after)
 
-    # The run checks its directory, and finds the newest valid checkpoint there or in its mirror.
-    with stopper.until_over(), Run(experiment, options) as run:
-        # Hardware: precision, quantization and sharding, as asked for or as this machine allows
+    # `Run` checks the output directory, and finds the newest valid checkpoint there or in the mirror (--persist-to).
+    with stopper.ignore_signals_afterwards(), Run(experiment, options) as run:
+        # Settings: precision, quantization, attention and sharding, as far as this hardware supports the requested ones
         choose_kernels(experiment.training.deterministic)
         saved = run.saved_settings
-        settings = resolve_settings(experiment, cpu=options.cpu, saved=saved, shards=take_shards(experiment))
+        settings = resolve_settings(experiment, cpu=options.cpu, saved=saved, shards=shards_from_launcher(experiment))
         accelerator = build_accelerator(experiment, settings)
-        accumulation_steps(experiment.training, accelerator.num_processes)  # raises if an update cannot be shared out
-        recorder = Recorder(experiment, accelerator, run.output_dir, run.phases, run.check_ownership)
-        if run.summary is not None:
+        check_global_batch(experiment.training, accelerator.num_processes)
+        recorder = Recorder(experiment, accelerator, run.output_dir, run.startup, run.check_ownership)
+        if run.summary is not None:  # the run is already complete
             return run.show_complete(recorder)
 
         # Data: rows, splits without leaks, token ids
-        with accelerator.main_process_first():  # so that downloads happen once
+        with accelerator.main_process_first():  # downloads happen once
             base, sources = together(
                 lambda: check_model(experiment.model, experiment.tokenization.max_length),
                 lambda: load_sources(experiment.data),
             )
         tokenizer = load_tokenizer(experiment.model.base, experiment.tokenization.pad_token)
         data = split_and_tokenize(sources, tokenizer, experiment)
-        run.phases.done("data")
+        run.startup.record("data")
 
-        # Model: frozen base, LoRA adapter, optimizer, learning rate schedule
-        memory = available_memory(accelerator.device, accelerator.num_processes)
-        settings = on_main(
-            accelerator, lambda: fit_to_memory(settings, experiment, base, len(tokenizer), memory, saved)
-        )
+        # Model: frozen base, LoRA adapter, optimizer, learning rate schedule. The settings are resolved a second time,
+        # because the memory that the model takes is known only now.
+        free = available_memory(accelerator.device, accelerator.num_processes)
+        settings = on_main(accelerator, lambda: fit_to_memory(settings, experiment, base, len(tokenizer), free, saved))
         with accelerator.main_process_first():
             adapted = load_model(experiment, settings, tokenizer, accelerator.device)
         state = build_state(adapted, experiment, data.updates, settings.shards, accelerator)
 
-        # Start or resume: the first files are written here
+        # Resume or start: load the checkpoint if there is one, then write the first files
         notes = [*tokens_without_weights(tokenizer, base.vocab_size), *ignored]
-        notes += run.start(state, data, tokenizer, settings, recorder)
+        notes += run.resume_or_start(state, data, tokenizer, settings, recorder)
         recorder.show_plan(run.name, make_plan(experiment, data, settings, adapted, accelerator, tokenizer, notes))
         recorder.start_wandb(run.session.run_id, settings.changes)
 
@@ -85,13 +84,14 @@ def fine_tune(options: argparse.Namespace, stopper: Stopper) -> None:
         # Training
         with recorder.training(state.progress, data.stream, data.updates):
             train(
-                state, batches, experiment, accelerator, updates=data.updates, evaluate=held_out.fixed_loss,
-                save=lambda: run.save(state, recorder), recorder=recorder, stopper=stopper,
+                state, batches, experiment, accelerator, updates=data.updates, recorder=recorder, stopper=stopper,
+                evaluate=held_out.fixed_loss,  # loss on the fixed validation rows, every `evaluation.steps` updates
+                save=lambda: run.save(state, recorder),
             )  # fmt: skip
 
-        # After training: final evaluation, adapter, summary
+        # After training: final evaluation, adapter, summary. Without time for them, `--stop-after` ends the run here.
         stopper.require_time(accelerator, held_out.final_seconds(state.progress), state.progress.step)
-        ending = held_out.measure_final(state, run.places, recorder)
+        ending = held_out.measure_final(state, run.directories, recorder)
         save_results(run, state, ending, tokenizer, held_out.validation, experiment, recorder)
         shut_down(accelerator)
 

@@ -118,7 +118,7 @@ def run(job: Job, gate: Gate) -> None:
     with tempfile.TemporaryDirectory() as directory:
         recorder = Observer(parts.experiment, parts.accelerator, Path(directory), told, print)
         updates = parts.experiment.training.max_steps
-        recorder.resume(parts.state.progress, updates)
+        recorder.restore(parts.state.progress, updates)
         train(
             parts.state,
             parts.batches,

@@ -108,7 +108,7 @@ def require_free(run_dir: Path) -> None:
         UserError: one is.
     """
     with RunLock(run_dir) as lock:
-        lock.take_if_there()
+        lock.acquire_if_exists()
 
 
 @contextlib.contextmanager
@@ -121,7 +121,7 @@ def only_one(run_dir: Path) -> Iterator[None]:
     place = beside(run_dir)
     with writing(place), RunLock(place) as lock:
         place.mkdir(parents=True, exist_ok=True)
-        lock.take()
+        lock.acquire()
         yield
 
 

@@ -31,7 +31,7 @@ accelerate launch train.py --exp exp_001 --set optimizer.learning_rate=1e-4 trai
 
 Values come from the file, then `--tiny`, then `--model`, `--medquad`, `--afrimedqa` and `--data`, then `--set`; the
 last one counts. The file and `--set` are read as YAML 1.2: `5e-5` is a number, only `true` and `false` are booleans,
-and `no` is a word. Unknown keys, wrong types and impossible combinations are reported together, in one message that
+and `no` is a string. Unknown keys, wrong types and impossible combinations are reported together, in one message that
 names the file, the key, and the key that was probably meant. It recognizes the names of other tools, which the last
 column lists.
 
@@ -41,7 +41,7 @@ an output directory of its own.
 What the machine changes (for example, float16 on a GPU without bfloat16) is printed with the reason, and written to the
 `config.yaml` of the run, which has every key.
 """
-WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`", "null": "`null`"}
+WORDS = {"integer": "integer", "number": "number", "string": "string", "boolean": "`true`, `false`", "null": "`null`"}
 LARGE = 1e6  # upper bounds beyond it only keep absurd numbers out
 
 
@@ -80,9 +80,9 @@ def _values(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{choice}`" for choice in schema.get("enum", [schema.get("const")]))
     if schema["type"] == "array":
         fixed = schema["minItems"] if "minItems" in schema and schema["minItems"] == schema.get("maxItems") else None
-        return f"{fixed} of: {_values(schema['items'])}" if fixed else f"list of {_values(schema['items'])}"
+        return f"{fixed} of: {_values(schema['items'])}" if fixed else f"list of {_values(schema['items'])}s"
     if schema["type"] == "object":
-        return "mapping of names to text"
+        return "mapping of names to strings"
     bounds = [
         f"{sign} {schema[name]:g}"
         for name, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))

@@ -24,7 +24,7 @@ from medqa.training.batches import Batches
 from medqa.training.checkpoint import Fingerprints, Identity, environment
 from medqa.training.distributed import build_accelerator
 from medqa.training.loop import StepResult, robust_step, train, train_step
-from medqa.training.recorder import Phases, Recorder, Spent, read_metrics
+from medqa.training.recorder import EarlierUsage, Recorder, StartupTimer, read_metrics
 from medqa.training.run_dir import METRICS
 from medqa.training.state import Progress, TrainState, build_state
 from medqa.training.stopping import Stopper
@@ -168,13 +168,13 @@ class Observer(Recorder):
         progress: Callable[[dict], None] = lambda record: None,
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
-        super().__init__(experiment, accelerator, output_dir, Phases())
+        super().__init__(experiment, accelerator, output_dir, StartupTimer())
         self._progress, self._say = progress, say
-        self.phases.first_update_done()  # so that no message tells how long it took
+        self.startup.record_first_update()  # so that no message tells how long it took
 
-    def resume(self, progress: Progress, updates: int) -> Spent:
+    def restore(self, progress: Progress, updates: int) -> EarlierUsage:
         """Keep the records up to the step, though no baseline was measured."""
-        return self._tracker.resume(progress.step, updates)
+        return self._tracker.truncate_after(progress.step, updates)
 
     def message(self, text: str) -> None:
         """Hand a message on."""
@@ -209,7 +209,7 @@ def run_train(
     """
     parts.state.progress = progress
     recorder = Observer(parts.experiment, parts.accelerator, directory, told, say)
-    recorder.resume(progress, parts.data.updates)
+    recorder.restore(progress, parts.data.updates)
     batches = Batches(parts.stream, parts.experiment, parts.tokenizer.pad_token_id, progress, parts.accelerator)
     batches.probe(parts.model, parts.settings, recorder)
     with recorder.training(progress, parts.stream, parts.data.updates):

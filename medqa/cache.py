@@ -1,9 +1,9 @@
-"""What is kept on disk between runs by what it is made of: token ids, and the baseline figures of an evaluation.
+"""The cache on disk: token ids, and the results of baselines in an evaluation. The key is a hash of all inputs.
 
-In `$MEDQA_CACHE` (`~/.cache/medqa` where that is not set), in `tokens` and `baselines`. A file that is damaged, or that
-cannot be written, is as if it were not there. Several processes, runs and hosts may share the folder, and none waits
-for another: each writes beside the place, under a name of its own (which `medqa/files.py` does not give), and moves the
-whole file there. Only numbers and JSON are read.
+The files are in `$MEDQA_CACHE` (default `~/.cache/medqa`), in `tokens` and `baselines`. A file that is damaged, or that
+cannot be written, is treated as missing. Several processes, runs and hosts may share the directory, and none waits for
+another: each writes to a temporary file with a unique name (`medqa/files.py` would not give it one), and renames it
+into place. Only numbers and JSON are read.
 """
 
 import contextlib
@@ -26,17 +26,17 @@ from medqa.limits import MAX_BASELINE_BYTES, MAX_DATA_BYTES
 
 Arrays = dict[str, np.ndarray]
 
-KEPT_FILES = 30  # the least recently used of more than so many are removed
+KEPT_FILES = 30  # beyond that number, the least recently used files are removed
 CHECKSUM = "sha256"
-BEGUN = "tmp"  # how the name of a folder begins in which a file is being written
-ABANDONED_S = 86_400  # whoever began it that long ago was killed
+BEGUN = "tmp"  # the prefix of the temporary directories in which files are written
+ABANDONED_S = 86_400  # a temporary directory older than that was left by a killed process
 
 
 def cached(key: str, make: Callable[[], Arrays], can_be: Callable[[Arrays], bool] = lambda found: True) -> Arrays:
-    """What is kept under the key, a file name; else what `make` makes, which is kept from then on.
+    """The cached arrays of this key, which is a file name; if there are none, compute them with `make` and cache them.
 
     Args:
-        can_be: whether what is kept can be what `make` makes. Its checksum alone says only that the file is whole.
+        can_be: whether cached arrays can be a result of `make`. The checksum alone only says that the file is intact.
     """
     path = folder() / f"{key}.safetensors"
     found = _read(path)
@@ -47,39 +47,39 @@ def cached(key: str, make: Callable[[], Arrays], can_be: Callable[[Arrays], bool
 
 
 def folder() -> Path:
-    """Where the files lie."""
+    """The directory of the token ids."""
     return Path(os.environ.get("MEDQA_CACHE") or os.path.expanduser("~/.cache/medqa")) / "tokens"
 
 
 def _read(path: Path) -> Arrays | None:
-    """A file's arrays; None where it is not there or not whole.
+    """The arrays of a file; None if it is missing or damaged.
 
-    Read and not mapped: a mapped file that another host removes takes the process with it on a network mount.
+    The file is read, not memory-mapped: on a network mount, removing a mapped file on another host kills the process.
     """
     try:
         content = read_file(path, MAX_DATA_BYTES)
         arrays = load(content)
-        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])  # as safetensors lays it out
+        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])  # the layout of safetensors
     except (Damaged, SafetensorError, ValueError):
         return None
     metadata = header.get("__metadata__")
     whole = isinstance(metadata, dict) and metadata.get(CHECKSUM) == _checksum(arrays)
-    with contextlib.suppress(OSError):  # another user's
-        os.utime(path)  # used now
+    with contextlib.suppress(OSError):  # the file may belong to another user
+        os.utime(path)  # marks it as recently used
     return arrays if whole else None
 
 
 def _write(path: Path, arrays: Arrays) -> None:
-    """Keep the arrays; where there is no room or no permission, do without."""
+    """Cache the arrays; without free space or permission, do nothing."""
     put(path, save(arrays, metadata={CHECKSUM: _checksum(arrays)}))
-    with contextlib.suppress(OSError):  # another process removes some too
+    with contextlib.suppress(OSError):  # another process may remove files at the same time
         files = sorted(path.parent.glob("*.safetensors"), key=lambda each: each.stat().st_mtime)
         for old in files[:-KEPT_FILES]:
             old.unlink(missing_ok=True)
 
 
 def put(path: Path, content: bytes) -> None:
-    """A file of a cache that several share: whole or not there; where there is no room or no permission, not there."""
+    """Write a file of the shared cache atomically; without free space or permission, do nothing."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=BEGUN, dir=path.parent) as beside:
@@ -92,7 +92,7 @@ def put(path: Path, content: bytes) -> None:
 
 
 def _checksum(arrays: Arrays) -> str:
-    """sha256 over names, types and contents."""
+    """SHA-256 over names, types and contents."""
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
@@ -101,37 +101,36 @@ def _checksum(arrays: Arrays) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------
-# What the baseline gives, kept on disk: the same for every run on that base model and data, so computed once.
+# Results of the baseline, which are the same for every run with that base model and data.
 #
-# In `$MEDQA_CACHE/baselines` (`~/.cache/medqa` where that is not set), as JSON with a checksum, by what it is made
-# of. A file that is damaged, or that cannot be written, is as if it were not there. Shared as the token ids are.
+# They are JSON files with a checksum, named by a hash of everything that they depend on.
 
 
 def find(what: Any) -> Any:
-    """What is kept under `what`, the JSON value that it follows from; None where nothing is."""
+    """The cached value that was kept under `what`, a JSON value that identifies it; None if there is none."""
     found = _read_baseline(_path(what))
     return None if found is None else found["value"]
 
 
 def keep(what: Any, value: Any) -> None:
-    """Keep a JSON value; where there is no room or no permission, do without."""
+    """Cache a JSON value; without free space or permission, do nothing."""
     found = {"value": value}
     content = json.dumps({**found, "checksum": checksum(found)}, ensure_ascii=False, allow_nan=False)
     put(_path(what), content.encode())
 
 
 def baseline_folder() -> Path:
-    """Where the files lie."""
+    """The directory of the baselines' results."""
     return folder().with_name("baselines")
 
 
 def _path(what: Any) -> Path:
-    """The file of what follows from `what`."""
+    """The file for the value that `what` identifies."""
     return baseline_folder() / f"{checksum(what)}.json"
 
 
 def _read_baseline(path: Path) -> dict[str, Any] | None:
-    """A file's content; None where it is not there or not whole."""
+    """The content of a file; None if it is missing or damaged."""
     try:
         found = read_json(path, MAX_BASELINE_BYTES)
     except Damaged:

@@ -1,7 +1,8 @@
-"""The experiment: what a run computes, in frozen typed sections. Options of the command line say where and how.
+"""The experiment: frozen, typed sections with everything that a run computes. Options say where data and results are.
 
-Reading it from a file, with `--tiny` and `--set` laid over it, is in `config_file.py`. Key names are PEFT's and
-the field's. Every key has a default, so a file may be silent; `config.yaml` of a run has them all written out.
+`config_file.py` reads an experiment from a file and applies `--tiny` and `--set`. Keys have the names that PEFT,
+transformers and PyTorch use. Every key has a default, so a file may leave it out; the `config.yaml` of a run has every
+key.
 """
 
 import fractions
@@ -26,14 +27,14 @@ from medqa.limits import (
 
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-Seed = Annotated[int, Field(ge=0, le=MAX_INTEGER)]  # what torch takes
+Seed = Annotated[int, Field(ge=0, le=MAX_INTEGER)]  # the range that torch accepts
 Amount = Annotated[float, Field(gt=0, le=MAX_COUNT, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
-PUBLIC = ("medquad", "afrimedqa")  # the two public datasets; every other source is data of one's own
+PUBLIC = ("medquad", "afrimedqa")  # the two public datasets; every other source is user data
 OWN_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
-# Keys that stand beside the names of sources, or below them, where figures are; a source of that name would hide them.
+# Keys of result files that stand beside source names or below them. A source of such a name would hide the key.
 TAKEN = {
     *PUBLIC, "none", "rows", "sources", "value", "low", "high", "p_value", "loss", "perplexity", "answer_loss",
     "answer_perplexity",
@@ -41,43 +42,43 @@ TAKEN = {
 
 
 def _brackets(value: Any) -> Any:
-    """On a command line `[PAD]` is a YAML list of one word; the token was meant."""
+    """Accept `[PAD]` from the command line, where YAML reads it as a list of one string."""
     return "[PAD]" if value == ["PAD"] else value
 
 
 def _source(value: str) -> str:
-    """A file or a hub id; `None` and `NONE` are `none`."""
+    """Return the location of a source: a path, a hub id, or `none` (in any capitalization)."""
     if len(value) > MAX_TEXT:
-        raise ValueError(f"longer than {MAX_TEXT:,} characters, which no path or hub id is")
+        raise ValueError(f"longer than {MAX_TEXT:,} characters, the limit for a path or a hub id")
     return "none" if value.strip().lower() == "none" else value
 
 
 def _own_sources(files: dict[str, str]) -> dict[str, str]:
-    """Names can stand in row ids and in names of figures; what is `none` is left out."""
+    """Check that the names can be part of row ids and metric names; leave out sources that are `none`."""
     size = sum(len(source.encode("utf-8", "backslashreplace")) for source in files.values())
     if len(files) > MAX_SOURCES or size > MAX_SOURCES_BYTES:
         raise ValueError(
-            f"{len(files):,} sources of {size:,} bytes; at most {MAX_SOURCES:,} of {MAX_SOURCES_BYTES:,} bytes can be "
-            "named: put files together, or give shorter paths"
+            f"{len(files):,} sources whose locations have {size:,} bytes; at most {MAX_SOURCES:,} sources and "
+            f"{MAX_SOURCES_BYTES:,} bytes are allowed: merge files, or give shorter paths"
         )
     wrong = [name[:60] for name in files if not OWN_NAME.fullmatch(name) or name.lower() in TAKEN]
     if wrong:
         raise ValueError(
-            f"no name for a source: {', '.join(map(repr, wrong))}; a name has up to 40 letters, digits, _ and -, and "
-            f"is none of {', '.join(sorted(TAKEN))}"
+            f"invalid name of a source: {', '.join(map(repr, wrong))}; a name has up to 40 letters, digits, _ and -, "
+            f"and is none of {', '.join(sorted(TAKEN))}"
         )
     if empty := [name for name, source in files.items() if not source.strip()]:
-        raise ValueError(f"no source for {', '.join(empty)}: a file or a hub id is wanted (`none` to leave it out)")
+        raise ValueError(f"no location for {', '.join(empty)}: give a file or a hub id (`none` leaves the source out)")
     return {name: source for name, source in files.items() if _source(source) != "none"}
 
 
 def _constant(value: Any) -> Any:
-    """`constant` is another name for no schedule."""
+    """Accept `constant` as another name for no schedule."""
     return "none" if value == "constant" else value
 
 
 class Section(BaseModel):
-    """A frozen section that refuses unknown keys and converts no types (a whole number stands for a float)."""
+    """A frozen section that refuses unknown keys and converts no types (an integer is accepted as a float)."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, protected_namespaces=(), use_attribute_docstrings=True
@@ -237,11 +238,12 @@ class Training(Section):
     rows."""
 
     global_batch_size: Positive = 32
-    """The number of examples in one update, on any number of processes. Gradient accumulation steps follow from it."""
+    """The number of examples in one update, on any number of processes. It must be divisible by `per_device_batch_size`
+    times the number of processes, also without padding. Gradient accumulation steps follow from it."""
 
     per_device_batch_size: Positive = 4
-    """The number of examples in a micro-batch with padding, on each process. Together with the number of processes it
-    has to divide `global_batch_size`."""
+    """The number of examples in a micro-batch with padding, on each process. Without padding, only the divisibility of
+    `global_batch_size` depends on it."""
 
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
     """Mixed precision. Changes with the hardware: fp16 with a gradient scaler on GPUs without bfloat16, none on a
@@ -317,11 +319,11 @@ class Tracking(Section):
     """Upload the final adapter to W&B as an artifact."""
 
 
-LENGTH = ("training.max_steps", "training.epochs")  # how long a run is: one of the two
+LENGTH = ("training.max_steps", "training.epochs")  # the two keys for the length of a run; one of them is given
 
 
 class Experiment(Section):
-    """All that a run computes follows from this and the data."""
+    """Everything that determines what a run computes, apart from the contents of data and base model."""
 
     model: Model = Model()
     lora: Lora = Lora()
@@ -335,16 +337,16 @@ class Experiment(Section):
 
 
 def evaluation_decides(keep: str, early_stopping_patience: int | None) -> bool:
-    """Whether evaluation has a say in when a run ends, or in which adapter it leaves."""
+    """Whether the evaluations decide when a run ends, or which adapter it keeps."""
     return keep == "best" or early_stopping_patience is not None
 
 
 def may_change_on_resume(key: str, experiment: Experiment) -> bool:
-    """Whether a run may go on although this `section.key` changed: nothing computed before or after depends on it.
+    """Whether a run may be resumed after this `section.key` has changed: no computed value depends on it.
 
-    (`training.micro_batch_tokens`: but for the last digits, and dropout's noise; the run says so.)
-    `training.max_steps` or `epochs` may grow under a constant rate, where no update depends on how many follow. Where
-    evaluation decides when the run ends, or with which adapter, what is evaluated stays.
+    A change of `training.micro_batch_tokens` may change the last digits and the dropout masks; the run reports it.
+    `training.max_steps` or `training.epochs` may grow if the learning rate is constant, because no update then depends
+    on how many follow. Keys of `evaluation` must stay where they decide when the run ends or which adapter it keeps.
     """
     if key in LENGTH:
         return experiment.scheduler.name == "none"
@@ -362,20 +364,23 @@ def may_change_on_resume(key: str, experiment: Experiment) -> bool:
 
 
 def flat(experiment: Experiment) -> dict[str, Any]:
-    """The experiment as `section.key` to value."""
+    """The experiment as a dict from `section.key` to value."""
     return {
         f"{name}.{key}": value for name, section in experiment.model_dump().items() for key, value in section.items()
     }
 
 
 # ----------------------------------------------------------------------------------------------------
-# How long a run is, in updates or in epochs, and whether one that has ended is the whole of what is asked for.
+# The length of a run in updates or epochs, and whether a finished run is complete.
 
 
 def planned_updates(experiment: Experiment, rows: int) -> int:
-    """Updates of a run that nothing stops early: as many as the file says, or as its epochs of `rows` examples take.
+    """The number of updates of a run that is not stopped early, from `training.max_steps` or `training.epochs`.
 
-    An update goes straight across an epoch's end, so only the last epoch is rounded up to whole updates.
+    An update may span the end of an epoch, so only the last epoch is rounded up to full updates.
+
+    Args:
+        rows: the number of training examples.
 
     Raises:
         UserError: warmup would take longer than the run.
@@ -383,23 +388,23 @@ def planned_updates(experiment: Experiment, rows: int) -> int:
     training, warmup = experiment.training, experiment.scheduler.warmup_steps
     if training.max_steps is not None:
         return training.max_steps
-    # As the decimal fraction that was written: 1.1 of 50 rows are 55, where a float has a little more.
+    # Exact decimal fractions: 1.1 epochs of 50 rows are 55 examples, but a float product is slightly larger.
     updates = math.ceil(fractions.Fraction(str(training.epochs)) * rows / training.global_batch_size)
     if warmup > updates:
         raise UserError(
-            f"scheduler.warmup_steps = {warmup} is more than the {updates} updates that training.epochs = "
-            f"{training.epochs:g} of {rows:,} rows are; use fewer, or more epochs"
+            f"scheduler.warmup_steps = {warmup} is more than the {updates} updates of this run (training.epochs = "
+            f"{training.epochs:g}, {rows:,} training rows); set fewer warmup steps, or more epochs"
         )
     return updates
 
 
 def length(experiment: Experiment) -> dict[str, int | float | None]:
-    """How long a run is to be, as its summary has it."""
+    """The requested length of a run, in the form of `summary.json`."""
     return {"max_steps": experiment.training.max_steps, "epochs": experiment.training.epochs}
 
 
 def is_complete(summary: Mapping[str, Any], experiment: Experiment) -> bool:
-    """Whether a run that left this summary is the whole of what is asked for: as long, or stopped early on the way."""
+    """Whether the run with this summary is complete: it has the requested length, or it was stopped early."""
     whole = {"experiment", "baseline", "final", "test"} <= summary.keys()
     first_versions = {"max_steps": summary.get("updates"), "epochs": None}
     return whole and summary.get("length", first_versions) == length(experiment)

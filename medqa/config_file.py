@@ -1,4 +1,4 @@
-"""An experiment from its YAML file, `--tiny`, `--model` and the like, and `--set`; or every problem in one message.
+"""Read an experiment from a YAML file and the options (`--tiny`, `--model`, `--set`, ...); report all problems at once.
 
 Order: file < `--tiny` < `--model`, `--medquad`, `--afrimedqa`, `--data` < `--set`.
 """
@@ -37,10 +37,11 @@ from medqa.limits import (
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
 
 # ----------------------------------------------------------------------------------------------------
-# YAML by its 1.2 core schema: `5e-5` is a number, `no` is the word, only true and false are booleans.
+# YAML by the core schema of YAML 1.2: `5e-5` is a number, `no` is a string, only true and false are booleans.
 #
-# Reading is ruamel.yaml's safe loader (nothing in a file can run; a repeated key is an error) with the resolvers of
-# the core schema alone: ruamel's own still reads dates and `1_000`. Source: https://yaml.org/spec/1.2.2/#103-core-
+# ruamel.yaml's safe loader reads the text: nothing in a file can execute code, and a repeated key is an error. Its
+# resolvers are replaced by those of the core schema, because ruamel's own also read dates and `1_000`.
+# Source: https://yaml.org/spec/1.2.2/#103-core-schema
 # schema
 
 CORE_SCHEMA = (
@@ -56,7 +57,7 @@ CORE_SCHEMA = (
 
 
 class CoreResolver(VersionedResolver):
-    """Resolves plain scalars as the core schema says, and nothing else."""
+    """Resolves plain scalars by the rules of the core schema only."""
 
     @property
     def versioned_resolver(self) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
@@ -75,29 +76,30 @@ NUMBER = re.compile("|".join(f"(?:{pattern})" for name, pattern, _ in CORE_SCHEM
 
 
 ANOTHER_DOCUMENT = "but found another document"
-# What ruamel finds, and what it is to somebody who has written the file.
+# Messages of ruamel.yaml as patterns, and what the user is told instead.
 IN_WORDS = {
-    r"found character '\\t' that cannot start any token": "a tab, where YAML takes spaces alone; use spaces",
+    r"found character '\\t' that cannot start any token": "a tab where YAML allows only spaces; use spaces",
     r"found character '(.)' that cannot start any token": r"a value cannot begin with \1; put it in quotes",
     r"mapping values are not allowed here": (
-        "a colon where no key can be; indent the line as its neighbours, or put a value with a colon in quotes"
+        "a colon where no key can be; indent the line like its neighbours, or put a value with a colon in quotes"
     ),
-    r"expected <block end>, but found .*": "the line does not belong to those before it; indent it as its neighbours",
-    r"found undefined alias '(.*)'": r"*\1, and nothing before is called &\1; put a word that begins with * in quotes",
+    r"expected <block end>, but found .*": "the indentation does not match the lines before; indent the line like them",
+    r"found undefined alias '(.*)'": r"*\1 is an alias, but there is no &\1; put a word that begins with * in quotes",
     r"found unexpected end of stream": "a quote is opened and not closed; close it",
 }
 
 
 def load_yaml(text: str, where: str) -> Any:
-    """The value that a YAML text stands for, within the limits of `medqa/limits.py`.
+    """Parse a YAML text within the limits of `medqa/limits.py`.
 
     Raises:
-        UserError: the text is not valid YAML or is beyond the limits; names `where` and the line.
+        UserError: the text is not valid YAML or exceeds a limit; the message names `where` and the line.
     """
     try:
         _check_size(text)
         return _loader().load(text)
-    # The last four: a tag such as `!!bool` on something else, a version that there is not, which ruamel does not check.
+    # The last four types: a tag such as `!!bool` on an unsuitable value, or an unknown version; ruamel does not check
+    # these.
     except (YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError, AssertionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -107,13 +109,13 @@ def load_yaml(text: str, where: str) -> Any:
 
 
 def _in_words(error: Exception, text: str) -> str:
-    """What is wrong with a YAML text, and what to do."""
+    """Describe what is wrong with a YAML text, and what to do."""
     if isinstance(error, DuplicateKeyError):
         return _twice(error, text)
     if isinstance(error, AssertionError):
-        return "its line %YAML names another version than 1.1 and 1.2; remove the line"
+        return "the %YAML line names a version other than 1.1 and 1.2; remove the line"
     if isinstance(error, LookupError | TypeError | AttributeError):
-        return "a tag (a word that begins with !!) does not fit what it stands before; remove the tag"
+        return "a tag (a word that begins with !!) does not fit the value that follows it; remove the tag"
     problem = (getattr(error, "problem", None) or str(error)).splitlines()[0]
     for pattern, words in IN_WORDS.items():
         if found := re.fullmatch(pattern, problem):
@@ -122,7 +124,7 @@ def _in_words(error: Exception, text: str) -> str:
 
 
 def _twice(error: MarkedYAMLError, text: str) -> str:
-    """Which key stands twice, and where both are."""
+    """Describe which key is repeated, and on which lines."""
     waiting = [_loader().compose(text)]
     while waiting:
         node = waiting.pop()
@@ -132,17 +134,17 @@ def _twice(error: MarkedYAMLError, text: str) -> str:
             lines = [key.start_mark.line + 1 for key, _ in pairs if (key.tag, key.value) == (second.tag, second.value)]
             last = second.start_mark.line + 1
             where = f" (lines {lines[0]} and {last})" if lines[0] < last else ""
-            return f"the key {second.value} stands twice{where}; keep one"
+            return f"the key {second.value} is repeated{where}; keep one"
         waiting += [child for pair in pairs for child in pair]
         waiting += node.value if isinstance(node, SequenceNode) else []
-    return "a key stands twice; keep one"
+    return "a key is repeated; keep one"
 
 
 def read_yaml(path: Path) -> Any:
-    """The value of a YAML file that anyone may have written.
+    """Read a YAML file that may be damaged or hostile.
 
     Raises:
-        UserError: the file cannot be read, is not a regular file, or is not YAML as `load_yaml` wants it.
+        UserError: the file cannot be read, is not a regular file, or is refused by `load_yaml`.
     """
     try:
         text = read_file(path, MAX_YAML_BYTES).decode("utf-8-sig")
@@ -154,12 +156,12 @@ def read_yaml(path: Path) -> Any:
 
 
 def short(value: Any) -> str:
-    """The `repr` of a value for a message, cut where it is long."""
+    """The `repr` of a value for a message, shortened if it is long."""
     return cut(_SHORT.repr(value))
 
 
 def cut(text: str) -> str:
-    """A text for a message, cut where it is long."""
+    """A text for a message, shortened if it is long."""
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
@@ -169,25 +171,26 @@ _SHORT.maxstring = _SHORT.maxother = MAX_SHOWN
 
 
 def _loader() -> YAML:
-    """The safe loader with the resolvers of the core schema; each is good for one text."""
+    """The safe loader with the resolvers of the core schema; each instance loads one text."""
     loader = YAML(typ="safe", pure=True)
     loader.Resolver = CoreResolver
     return loader
 
 
 def _check_size(text: str) -> None:
-    """See, before any value is made, that a text stays within the limits and has no tags but those of the core schema.
+    """Check, before any value is built, that a text stays within the limits and has only tags of the core schema.
 
-    An alias counts as much as what it repeats: a few lines of aliases can stand for more than any memory holds.
+    An alias counts as much as what it repeats, because a few lines of aliases can stand for more than fits into memory.
 
     Raises:
         ValueError: the text is too long.
-        MarkedYAMLError: it stands for too much, is nested too deeply, repeats itself, or has another tag.
+        MarkedYAMLError: the text expands beyond the limit, is nested too deeply, has an alias inside its own anchor, or
+            has an unknown tag.
     """
     if len(text) > MAX_YAML_BYTES:
         raise ValueError(f"longer than {MAX_YAML_BYTES:,} bytes")
     of_anchor: dict[str, int] = {}
-    open_nodes: list[tuple[str | None, int]] = []  # anchor, and size of all before
+    open_nodes: list[tuple[str | None, int]] = []  # for each open node its anchor, and the size of everything before it
     size = 0
     for event in _loader().parse(text):
         before, anchor = size, None
@@ -207,25 +210,25 @@ def _check_size(text: str) -> None:
             anchor, before = open_nodes.pop()
         elif isinstance(event, AliasEvent):
             if event.anchor in (name for name, _ in open_nodes):
-                raise _refused(event, f"the alias *{event.anchor} stands within what it repeats")
-            size += of_anchor.get(event.anchor, 0)  # the loader refuses one that is not there
+                raise _refused(event, f"the alias *{event.anchor} is inside the value that it repeats")
+            size += of_anchor.get(event.anchor, 0)  # the loader refuses an alias without an anchor
         if anchor is not None:
             of_anchor[anchor] = size - before
         if size > MAX_YAML_BYTES:
-            raise _refused(event, f"stands for more than {MAX_YAML_BYTES:,} bytes")
+            raise _refused(event, f"expands to more than {MAX_YAML_BYTES:,} bytes")
 
 
 def _refused(event: Event, problem: str) -> MarkedYAMLError:
-    """The error that the loader would raise at this place."""
+    """The error that the loader would raise at this position."""
     return MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
 class Dumper(pyyaml.SafeDumper):
-    """Writes what YAML 1.1 and 1.2 readers see alike: PyYAML itself quotes 'no' and writes 5.0e-05."""
+    """Writes YAML that 1.1 and 1.2 readers read alike; PyYAML by itself quotes 'no' and writes 5.0e-05."""
 
 
 def _text(dumper: Dumper, text: str) -> pyyaml.ScalarNode:
-    """Quoted if the core schema takes it for something else; PyYAML, of YAML 1.1, would write the word 5e-5 plainly."""
+    """Quote a string that the core schema would read as another type; PyYAML (YAML 1.1) would write 5e-5 unquoted."""
     plain = any(re.fullmatch(pattern, text) for _, pattern, _ in CORE_SCHEMA)
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if plain else None)
 
@@ -234,12 +237,12 @@ Dumper.add_representer(str, _text)
 
 
 def yaml_text(value: Any) -> str:
-    """A value as a YAML text in which YAML 1.1 and 1.2 readers see the same."""
+    """A value as YAML text that YAML 1.1 and 1.2 readers read alike."""
     return pyyaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def dump_yaml(value: Any, path: Path) -> None:
-    """Write a value as a YAML file (`yaml_text`), durably and whole.
+    """Write a value as a YAML file (`yaml_text`), durably and atomically.
 
     Raises:
         OSError: the file cannot be written.
@@ -250,9 +253,9 @@ def dump_yaml(value: Any, path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------
 
 # ----------------------------------------------------------------------------------------------------
-# What is said of a wrong key or value of an experiment file: the key that was meant, the value that is wanted.
+# Messages about a wrong key or value of an experiment file: the key that was probably meant, or the expected value.
 
-# What the same thing is called by Trainer, TRL, Axolotl, LLaMA-Factory, Unsloth, torchtune and LitGPT.
+# Names in Trainer, TRL, Axolotl, LLaMA-Factory, Unsloth, torchtune and LitGPT, and the key here with that meaning.
 OTHER_TOOLS_NAMES = {
     "lr": "optimizer.learning_rate",
     "optim": "optimizer.name",
@@ -324,19 +327,19 @@ OTHER_TOOLS_NAMES = {
 }
 
 
-# Where the key that was probably meant is not quite the same thing.
+# How the suggested key differs, where it does not have exactly the same meaning.
 UNLIKE = {
     "gradient_accumulation_steps": "it is batch size x accumulation x GPUs",
     "gradient_accumulation": "it is batch size x accumulation x GPUs",
     "batch_size": "it is batch size x accumulation x GPUs",
     "train_batch_size": "it is batch size x accumulation x GPUs",
-    "packing": "it leaves padding out without changing which rows an update has",
-    "sample_packing": "it leaves padding out without changing which rows an update has",
+    "packing": "it removes padding without changing which rows an update has",
+    "sample_packing": "it removes padding without changing which rows an update has",
 }
 
 
 def meant(key: str) -> str:
-    """`; did you mean section.key?` where there is a probable one."""
+    """`; did you mean section.key?`, or an empty string if no known key is similar."""
     known = list(flat(Experiment()))
     last = key.split(".")[-1]
     if last in OTHER_TOOLS_NAMES:
@@ -351,54 +354,54 @@ def meant(key: str) -> str:
 
 
 def _close_by_last(last: str, known: list[str]) -> list[str]:
-    """The known keys whose own name, without the section, is like `last`."""
+    """The known keys whose name without the section is similar to `last`."""
     names = {name.split(".")[1]: name for name in known}
     return [names[match] for match in difflib.get_close_matches(last, names, 1, cutoff=0.7)]
 
 
 def wanted(key: str, detail: Mapping[str, Any]) -> str:
-    """What pydantic found wrong, in this project's words."""
+    """Describe what pydantic found wrong, in the words of docs/configuration.md."""
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
     if key == "data.files":
-        return "names with a file or a hub id each are wanted: {notes: notes.csv} (a number as a name: in quotes)"
+        return "expected names with a file or a hub id each: {notes: notes.csv} (quote a name that is a number)"
     match detail["type"]:
         case "literal_error":
-            return f"one of {detail['ctx']['expected']} is wanted"
+            return f"expected one of {detail['ctx']['expected']}"
         case "int_type":
-            return "a whole number is wanted"
+            return "expected an integer"
         case "float_type":
-            return "a number is wanted"
+            return "expected a number"
         case "bool_type":
-            return "true or false is wanted"
+            return "expected true or false"
         case "string_type":
-            return "a word is wanted" + (" (`none` to leave it out)" if key.startswith("data.") else "")
+            return "expected a string" + (" (`none` leaves the source out)" if key.startswith("data.") else "")
         case "list_type":
-            return "a list is wanted"
+            return "expected a list"
         case "too_short" | "too_long":
             return _how_many(key, detail["ctx"]["actual_length"])
         case "string_unicode":
-            return "text is wanted, and this has bytes that are not UTF-8; rename what it names"
+            return "expected UTF-8, but the value has bytes that are not UTF-8; rename the file or directory"
         case _:
             return detail["msg"][0].lower() + detail["msg"][1:]
 
 
 def _how_many(key: str, given: int) -> str:
-    """How many values the list of this key takes, one of the wrong length being given."""
+    """Describe how many values the list of this key takes, when it has the wrong length."""
     section, name = key.split(".")
     limits = type(getattr(Experiment(), section)).model_fields[name].metadata
     fewest = next((limit.min_length for limit in limits if hasattr(limit, "min_length")), 0)
     most = next((limit.max_length for limit in limits if hasattr(limit, "max_length")), given)
     bound = "exactly" if fewest == most else "at least" if given < fewest else "at most"
     number = fewest if given < fewest else most
-    return f"a list of {bound} {number:,} value{'s' * (number != 1)} is wanted, and this has {given:,}"
+    return f"expected a list of {bound} {number:,} value{'s' * (number != 1)}, found {given:,}"
 
 
 # ----------------------------------------------------------------------------------------------------
 
 EXPERIMENTS_DIR = Path(__file__).resolve().parent.parent / "experiments"
 
-# The recipe stays; these numbers suit a model of under a million parameters and a few hundred short rows.
+# `--tiny` keeps the recipe, with values that suit a model of under a million parameters and a few hundred short rows.
 TINY = {
     "model.base": str(BASE_DIR),
     "data.medquad": str(MEDQUAD_CSV),
@@ -412,16 +415,16 @@ TINY = {
     "training.save_steps": 10,
     "evaluation.steps": 10,
 }
-TINY_WARMUP = 4  # for recipes that warm up at all
+TINY_WARMUP = 4  # for recipes that have warmup
 
-Locations = Mapping[str, str | Mapping[str, str] | None]  # `section.key` to what its own option says, None: nothing
+Locations = Mapping[str, str | Mapping[str, str] | None]  # `section.key` to the value of its option, or None
 
-WRITTEN_BY_RUNS = ("gradient_accumulation_steps", "in_effect")  # so that a run's config.yaml is an experiment file
+WRITTEN_BY_RUNS = ("gradient_accumulation_steps", "in_effect")  # accepted, so a run's config.yaml is an experiment file
 
 
 @dataclass(frozen=True)
 class Override:
-    """One `section.key` laid over the file: its value, and the words it came from, for messages and names."""
+    """An override of one `section.key`: its value, and the words it came from, for messages and directory names."""
 
     value: Any
     origin: str
@@ -435,14 +438,14 @@ def load_experiment(
     locations: Locations | None = None,
     sets: Sequence[str] = (),
 ) -> Experiment:
-    """The experiment called `name` (or the file at that path) with everything laid over it.
+    """Load the experiment called `name` (or the file at that path) and apply all options.
 
     Args:
         name: a name in `experiments/` or the path of a YAML file.
-        tiny: the embedded base model and data, and numbers that suit them.
-        locations: `section.key` to the value of its own option (`--model`, ...), None where not given; that of
-            `data.files` is laid over the file's by name.
-        sets: the words after `--set`, `section.key=value` each.
+        tiny: use the embedded base model and data, and values that suit them.
+        locations: `section.key` to the value of its own option (`--model`, ...), None where not given. The sources in
+            `data.files` are added to those of the file, by name.
+        sets: the words after `--set`, each of the form `section.key=value`.
 
     Raises:
         UserError: unknown experiment, unreadable file, or problems with keys and values, all in one message.
@@ -457,32 +460,32 @@ def load_experiment(
     for key, location in (locations or {}).items():
         if key == "data.files" and location and isinstance(location, Mapping):
             before = values.get(key, {})
-            if isinstance(before, dict):  # else it is refused below
+            if isinstance(before, dict):  # another type is refused below
                 values[key], origins[key] = {**before, **location}, "--data"
         elif location is not None and key != "data.files":
             values[key], origins[key] = location, f"--{'model' if key == 'model.base' else key.split('.')[1]}"
     overrides, bad_words = parse_sets(sets)
-    if len(given := overrides.keys() & set(LENGTH)) == 1:  # it takes the place of the other
+    if len(given := overrides.keys() & set(LENGTH)) == 1:  # the given key replaces the other one
         values.update(dict.fromkeys(set(LENGTH) - given))
     for key, override in overrides.items():
         values[key], origins[key] = override.value, override.origin
     experiment, bad_values = _validate(values, origins)
     problems += bad_words + bad_values
     if problems:
-        more = [f"and {len(problems) - MAX_PROBLEMS:,} problems more"] if len(problems) > MAX_PROBLEMS else []
+        more = [f"and {len(problems) - MAX_PROBLEMS:,} more problems"] if len(problems) > MAX_PROBLEMS else []
         raise UserError(*problems[:MAX_PROBLEMS], *more)
     return experiment
 
 
 def find_experiment(name: str) -> Path:
-    """The file of the experiment called `name`, which may be a path.
+    """Find the file of the experiment called `name`, which may be a path.
 
     Raises:
-        UserError: there is none; lists the known names.
+        UserError: there is no such file; the message lists the known experiments.
     """
     known = sorted(p.stem for p in EXPERIMENTS_DIR.glob("*.yaml") if not is_sweep(p))
     if name.endswith((".yaml", ".yml")) or "/" in name:
-        given = os.path.expanduser(name)  # with isfile it never raises, unlike pathlib's: too long, no such user
+        given = os.path.expanduser(name)  # os.path.isfile does not raise on names that are too long, unlike pathlib
         if not os.path.isfile(given):
             raise UserError(f"--exp {name}: no such file; known experiments: {', '.join(known)}")
         path = Path(given)
@@ -493,14 +496,14 @@ def find_experiment(name: str) -> Path:
             raise UserError(f"--exp {name}: no such experiment; known: {listed} (or the path of a YAML file)")
     if is_sweep(path):
         raise UserError(
-            f"--exp {name}: a W&B sweep, not an experiment: `wandb sweep {os.path.relpath(path)}` makes it, and "
-            f"says how its trials are started; known experiments: {', '.join(known)}"
+            f"--exp {name}: this is a W&B sweep, not an experiment: `wandb sweep {os.path.relpath(path)}` creates it, "
+            f"and prints how to start its trials; known experiments: {', '.join(known)}"
         )
     return path
 
 
 def is_sweep(path: Path) -> bool:
-    """Whether a file is the configuration of a W&B sweep, which no experiment can be taken for."""
+    """Whether a file is the configuration of a W&B sweep; no experiment has its keys."""
     try:
         return re.search(rb"^(\xef\xbb\xbf)?parameters:", read_file(path, MAX_YAML_BYTES), re.M) is not None
     except Damaged:
@@ -508,7 +511,7 @@ def is_sweep(path: Path) -> bool:
 
 
 def parse_sets(words: Sequence[str]) -> tuple[dict[str, Override], list[str]]:
-    """The overrides in `--set` words, by key (the last one of a key counts), and the problems with the words."""
+    """Parse `--set` words into overrides by key (the last one of a key counts), and a list of problems."""
     overrides: dict[str, Override] = {}
     problems = []
     for word in words:
@@ -521,7 +524,7 @@ def parse_sets(words: Sequence[str]) -> tuple[dict[str, Override], list[str]]:
         except UserError as error:
             problems.append(str(error))
             continue
-        if key in Experiment.model_fields and isinstance(value, dict):  # a whole section, as a nested sweep gives it
+        if key in Experiment.model_fields and isinstance(value, dict):  # an entire section, as a nested sweep gives it
             for name, inner in value.items():
                 overrides[f"{key}.{name}"] = Override(_without_none(f"{key}.{name}", inner), "--set", str(inner))
         elif key in Experiment.model_fields:
@@ -532,18 +535,19 @@ def parse_sets(words: Sequence[str]) -> tuple[dict[str, Override], list[str]]:
 
 
 def _without_none(key: str, value: Any) -> Any:
-    """Python's None, as W&B's agent writes what is null; in the two datasets it is a word, as on the command line."""
+    """Convert Python's None, which W&B's agent writes for null; for the two datasets it becomes the string `none`."""
     return None if value == "None" and key not in ("data.medquad", "data.afrimedqa") else value
 
 
 def default_output_dir(name: str, tiny: bool, sets: Sequence[str], experiment: Experiment) -> Path:
     """`outputs/<exp>[-tiny][,key=value...]`: overrides that make it another run are part of the name, sorted.
 
-    Data of one's own are part of it by their names, however given: a path says who one is, and the directory's name is
-    the run's on W&B. A length is where it is given in the other unit than the file's: neither goes on from the other.
+    User data are part of the name by their source names, because a path can identify a person, and the name of the
+    directory is that of the W&B run. A length is part of the name where it is in another unit than the file's, because
+    neither run can resume the other.
 
     Raises:
-        UserError: the experiment's file has a name that no directory can have.
+        UserError: the name of the experiment's file cannot be the name of a directory.
     """
     overrides, _ = parse_sets(sets)
     path = find_experiment(name)
@@ -560,7 +564,7 @@ def default_output_dir(name: str, tiny: bool, sets: Sequence[str], experiment: E
         words["data.files"] = f"data.files={own_names(experiment.data.files)}"
     own_name = f"{path.stem}{'-tiny' if tiny else ''}"
     if path.stem.strip(".") == "" or len(os.fsencode(own_name)) > MAX_NAME_BYTES:
-        raise UserError(f"--exp {cut(name)}: its name cannot name a directory; rename it, or give an --output-dir")
+        raise UserError(f"--exp {cut(name)}: no directory can have this name; rename the file, or give --output-dir")
     suffix = "".join(f",{word}" for word in sorted(re.sub(r"[^A-Za-z0-9._=+-]", "-", word) for word in words.values()))
     if len(suffix) > 80:
         suffix = "," + hashlib.sha256(suffix.encode()).hexdigest()[:16]
@@ -568,14 +572,14 @@ def default_output_dir(name: str, tiny: bool, sets: Sequence[str], experiment: E
 
 
 def own_names(files: Mapping[str, str]) -> str:
-    """The names of data of one's own as part of a directory's name."""
+    """The names of user data as part of a directory's name."""
     return "+".join(sorted(map(str, files))) or "none"
 
 
 def _sections(raw: Any, where: str) -> tuple[dict[str, Any], list[str]]:
-    """A file's content as `section.key` to value, and the problems with its shape."""
+    """Flatten a file's content into `section.key` to value, and list the problems with its form."""
     if not isinstance(raw, dict):
-        return {}, [f"{where}: an experiment file has sections ({', '.join(Experiment.model_fields)})"]
+        return {}, [f"{where}: an experiment file must have sections ({', '.join(Experiment.model_fields)})"]
     values, problems = {}, []
     is_a_runs = all(key in raw for key in WRITTEN_BY_RUNS)
     for section, keys in raw.items():
@@ -584,14 +588,14 @@ def _sections(raw: Any, where: str) -> tuple[dict[str, Any], list[str]]:
         if section not in Experiment.model_fields:
             problems.append(f"{where}: {cut(str(section))}: no such section{meant(str(section))}")
         elif not isinstance(keys, dict):
-            problems.append(f"{where}: {section} = {short(keys)}: a section has keys, one a line, indented")
+            problems.append(f"{where}: {section} = {short(keys)}: a section must have indented keys, one on each line")
         else:
             values.update({f"{section}.{key}": value for key, value in keys.items()})
     return values, problems
 
 
 def _validate(values: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[Experiment, list[str]]:
-    """The experiment and every problem; keys with a problem are replaced by their defaults to find further ones."""
+    """Build the experiment and list every problem; a key with a problem gets its default, so that others are found."""
     known = flat(Experiment())
     problems: dict[str, str] = {}
     for key in values:
@@ -614,7 +618,7 @@ def _validate(values: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[Ex
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """`section.key` to value as sections."""
+    """Group `section.key` to value by section."""
     sections: dict[str, dict[str, Any]] = {}
     for dotted, value in values.items():
         section, _, key = dotted.partition(".")
@@ -623,37 +627,37 @@ def _nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _impossible(experiment: Experiment) -> Iterator[tuple[list[str], str]]:
-    """Combinations that cannot be: the keys involved, and the message. The batch's is in `plan.accumulation_steps`."""
+    """Find impossible combinations: the keys, and the message. `plan.accumulation_steps` checks the batch sizes."""
     model, data, training = experiment.model, experiment.data, experiment.training
     if training.max_steps is None and training.epochs is None:
         yield (
             ["training.max_steps", "training.epochs"],
-            "training.max_steps is missing (or training.epochs): how many updates?",
+            "training.max_steps or training.epochs is missing: set the length of the run",
         )
     if training.max_steps is not None and training.epochs is not None:
-        yield ["training.max_steps", "training.epochs"], "training.max_steps and training.epochs: give one of the two"
+        yield ["training.max_steps", "training.epochs"], "training.max_steps and training.epochs: set only one"
     if training.max_steps is not None and experiment.scheduler.warmup_steps > training.max_steps:
         yield (
             ["scheduler.warmup_steps", "training.max_steps"],
             f"scheduler.warmup_steps = {experiment.scheduler.warmup_steps} is more than training.max_steps = "
-            f"{training.max_steps}",
+            f"{training.max_steps}; set fewer warmup steps",
         )
     if {model.dtype, training.mixed_precision} in ({"float16", "bf16"}, {"bfloat16", "fp16"}):
         yield (
             ["model.dtype", "training.mixed_precision"],
-            f"model.dtype = {model.dtype}, training.mixed_precision = {training.mixed_precision}: do not go together: "
-            "bfloat16 with bf16, float16 with fp16",
+            f"model.dtype = {model.dtype}, training.mixed_precision = {training.mixed_precision}: not compatible: "
+            "use bfloat16 with bf16, or float16 with fp16",
         )
     if abs(sum(data.fractions) - 1) > 1e-6 or 0 in data.fractions:
-        yield ["data.fractions"], f"data.fractions = {data.fractions}: train, validation and test, each above 0, sum 1"
+        yield ["data.fractions"], f"data.fractions = {data.fractions}: each must be above 0, and their sum 1"
     if experiment.tokenization.pad_token == "[PAD]" and "lm_head" in experiment.lora.target_modules:
         yield (
             ["tokenization.pad_token", "lora.target_modules"],
-            "tokenization.pad_token = [PAD], lora.target_modules with lm_head: [PAD] makes lm_head larger than that of "
-            "the base model, which the adapter would not fit; use pad_token: eos, or leave lm_head out",
+            "tokenization.pad_token = [PAD], lora.target_modules with lm_head: [PAD] makes lm_head larger than in "
+            "the base model, and the adapter would not fit there; use pad_token: eos, or remove lm_head",
         )
     if data.medquad == data.afrimedqa == "none" and not data.files:
         yield (
             ["data.medquad", "data.afrimedqa", "data.files"],
-            "data.medquad and data.afrimedqa are both none, and data.files names nothing: no data",
+            "no data: data.medquad and data.afrimedqa are both none, and data.files is empty; set one of them",
         )

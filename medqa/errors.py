@@ -1,10 +1,10 @@
 """The ways a run ends early on purpose, and the exit code each one has.
 
-Everything else that escapes is a defect of ours: it keeps its traceback and exits with 1. A launcher makes 1 of every
-code; so the first process also adds one word, a line, to the file that `$MEDQA_ENDING` names, where that is set:
-`complete`, `in-time` (`--stop-after`), `signal`, `mistake` (the user's), `busy` (another run is on in the directory),
-`stopped` (training stopped itself) or `lost` (another process died or did not answer); and before that `saved` for
-every checkpoint. `launch/slurm.sbatch` reads it.
+Every other exception is a defect of this code: it keeps its traceback, and the exit code is 1. A launcher turns every
+exit code into 1. So the first process also appends one word, on a line of its own, to the file that `$MEDQA_ENDING`
+names, if that variable is set: `complete`, `in-time` (`--stop-after`), `signal`, `mistake` (a user error), `busy`
+(another run uses the directory), `stopped` (training stopped itself) or `lost` (another process died or did not
+answer); and before that `saved` for every checkpoint. `launch/slurm.sbatch` reads this file.
 """
 
 import contextlib
@@ -21,26 +21,33 @@ from medqa.terminal import print_error
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_PERMISSION = (errno.EACCES, errno.EPERM)
-# What a disk, a mount or the system's limits answer, and no mistake of a program can cause.
-OF_THE_SYSTEM = (
+# Errors of a disk, a mount or the limits of the system, which no mistake of a program can cause.
+SYSTEM_ERRORS = (
     errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EBUSY, errno.EMFILE,
     errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP,
-    getattr(errno, "EREMOTEIO", errno.EIO),  # Linux alone has it
+    getattr(errno, "EREMOTEIO", errno.EIO),  # on Linux only
 )  # fmt: skip
-# What torch's RuntimeErrors say: of a CPU, of a file that is mapped, of a GPU without an error of its own for that.
-OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-LOST = "another process of this run has died or has not answered for training.process_timeout_s"
+# Parts of the messages of RuntimeErrors that mean out of memory and are not a torch.OutOfMemoryError.
+OUT_OF_MEMORY = (
+    "can't allocate memory",  # a CPU: "DefaultCPUAllocator: can't allocate memory"
+    "Cannot allocate memory",  # a file that torch maps into memory
+    "out of memory",  # the CUDA runtime and driver: "CUDA error: out of memory", "CUDA driver error: out of memory"
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+)
+LOST_PROCESS = "another process of this run has died or has not answered for training.process_timeout_s"
 ENDING = "MEDQA_ENDING"
-LAUNCHER_DIED = signal.SIGUSR1  # asked of the kernel in `training/stopping.py`
+LAUNCHER_DIED = signal.SIGUSR1  # the kernel sends it; `training/stopping.py` asks for that
 EXIT_USER_ERROR = 2
 EXIT_TRAINING_STOPPED = 3
 
 
 class UserError(Exception):
-    """Something the user can mend: a bad option, key, file or row, missing data, no space.
+    """An error that the user can correct: a bad option, key, file or row, missing data, no space.
 
-    Its arguments are the problems, one message each, and the whole of what the user sees: what is wrong, where, and
-    what to do.
+    Its arguments are the problems, one message each. The user sees nothing else, so each message says what is wrong,
+    where, and what to do.
     """
 
     def __str__(self) -> str:
@@ -48,110 +55,111 @@ class UserError(Exception):
 
 
 class NotWritten(UserError):
-    """A file cannot be written, because there is no space or no permission, or because its disk has gone."""
+    """A file cannot be written: there is no space or no permission, or the disk is no longer there."""
 
 
 class Busy(UserError):
-    """Another run is on in the output directory; it may end by itself."""
+    """Another run is using the output directory. The same command works when that run has ended."""
 
 
 class TrainingStopped(Exception):
-    """Training stopped itself: a non-finite loss or gradient, or out of memory. The last checkpoint stands."""
+    """Training stopped itself: a non-finite loss or gradient, or out of memory. Saved checkpoints stay valid."""
 
 
 class ProcessStopped(TrainingStopped):
-    """One of several processes stopped itself; the others do not know why, so that it must say so."""
+    """One of several processes stopped itself. The others do not know why, so this process prints the reason."""
 
 
 class StoppedInTime(Exception):
-    """`--stop-after` was reached: all is saved, and the run can be resumed."""
+    """The run stopped before the `--stop-after` deadline. A checkpoint is saved, and the run can be resumed."""
 
 
 class Interrupted(BaseException):
-    """Stopped by a signal. No `Exception`, so that nothing on the way takes it for a failure of its own."""
+    """The run was stopped by a signal. It is no `Exception`, so that no `except Exception` of a library catches it."""
 
     def __init__(self, signum: int) -> None:
         name = signal.Signals(signum).name
-        super().__init__("the launcher's end" if signum == LAUNCHER_DIED else name)
+        super().__init__("the end of the launcher" if signum == LAUNCHER_DIED else name)
         self.signum = signum
 
 
 def exit_code(body: Callable[[], None]) -> int:
-    """Run `body` and give its exit code; what ended it early is said on stderr, by the first process of each host."""
+    """Run `body` and return its exit code. If an error ends it, the first process of each host prints it on stderr."""
     try:
         body()
     except UserError as error:
-        return _say(error, f"error: {error}", EXIT_USER_ERROR, "busy" if isinstance(error, Busy) else "mistake")
+        return _report(error, f"error: {error}", EXIT_USER_ERROR, "busy" if isinstance(error, Busy) else "mistake")
     except (MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
-            return _say(error, _no_memory(error), EXIT_TRAINING_STOPPED, "stopped")
+            return _report(error, _out_of_memory_message(error), EXIT_TRAINING_STOPPED, "stopped")
         if isinstance(error, OSError) and (why := refusal(error)) is not None:
-            return _say(error, f"error: {why}", EXIT_USER_ERROR, "mistake")
+            return _report(error, f"error: {why}", EXIT_USER_ERROR, "mistake")
         if isinstance(error, RuntimeError) and _lost_a_process(error):
-            return _say_alone(error, f"{LOST}: {str(error).splitlines()[0]}", EXIT_TRAINING_STOPPED, "lost")
+            return _report_alone(error, f"{LOST_PROCESS}: {str(error).splitlines()[0]}", EXIT_TRAINING_STOPPED, "lost")
         raise
     except ProcessStopped as error:
-        return _say_alone(error, f"training stopped: {error}", EXIT_TRAINING_STOPPED, "stopped")
+        return _report_alone(error, f"training stopped: {error}", EXIT_TRAINING_STOPPED, "stopped")
     except TrainingStopped as error:
-        return _say(error, f"training stopped: {error}", EXIT_TRAINING_STOPPED, "stopped")
+        return _report(error, f"training stopped: {error}", EXIT_TRAINING_STOPPED, "stopped")
     except StoppedInTime as error:
-        return _say(error, str(error), 0, "in-time")
+        return _report(error, str(error), 0, "in-time")
     except Interrupted as error:
-        return _say(error, f"stopped by {error}", 128 + error.signum, "signal")
+        return _report(error, f"stopped by {error}", 128 + error.signum, "signal")
     note("complete")
     return 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no memory, on whatever device: torch has an exception of its own for that on a GPU alone."""
+    """Whether the error means out of memory, on any device. torch has an exception class for it on a GPU only."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    in_words = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
-    return in_words or isinstance(error, MemoryError | torch.OutOfMemoryError)
+    by_message = isinstance(error, RuntimeError) and any(part in str(error) for part in OUT_OF_MEMORY)
+    return by_message or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
-def _no_memory(error: BaseException) -> str:
-    """What the user is told of memory that was not there."""
+def _out_of_memory_message(error: BaseException) -> str:
+    """The message for a run that ended because it was out of memory."""
     what = str(error).partition("\n")[0] or "out of memory"
     return (
-        f"training stopped: {what}; lower training.per_device_batch_size (training.micro_batch_tokens without padding) "
-        "or tokenization.max_length, use model.quantization=4bit, or start it where there is more memory"
+        f"training stopped: {what}; lower training.per_device_batch_size (with training.padding_free: "
+        "training.micro_batch_tokens) or tokenization.max_length, use model.quantization=4bit, or use a machine with "
+        "more memory"
     )
 
 
 def refusal(error: OSError, directory: Path | None = None, existed: bool = True) -> str | None:
-    """What the user is told of a file that the system refuses to read or write; None where it is a defect of ours.
+    """The message for a file that the system refuses to read or write; None if the error is a defect of this code.
 
     Args:
-        directory: what is being written to. Inside it every refusal is the system's, elsewhere those that no program
-            can cause. Where the system does not say which file it was, no file is blamed.
-        existed: whether that was there. Of a directory that no one has made yet it is not said that it has gone.
+        directory: the directory being written to. Inside it every error counts as an error of the system; outside it,
+            only those of `NO_SPACE`, `SYSTEM_ERRORS`, and of permissions for a file that the error names.
+        existed: whether `directory` existed before. If not, the message does not say that it has been removed.
     """
     named = None if error.filename is None else Path(str(error.filename))
     inside = directory is not None and named is not None and named.absolute().is_relative_to(directory.absolute())
-    of_the_system = error.errno in (*NO_SPACE, *OF_THE_SYSTEM) or (named is not None and error.errno in NO_PERMISSION)
-    if is_out_of_memory(error) or not (inside or of_the_system):
+    by_system = error.errno in (*NO_SPACE, *SYSTEM_ERRORS) or (named is not None and error.errno in NO_PERMISSION)
+    if is_out_of_memory(error) or not (inside or by_system):
         return None
     gone = directory is not None and error.errno not in NO_SPACE and not os.path.isdir(directory)
-    below = inside and named != directory and error.errno == errno.ENOENT  # it was made in the meantime
+    below = inside and named != directory and error.errno == errno.ENOENT  # the run made it meanwhile
     if gone and ((existed and (inside or named is None)) or below):
-        return f"{directory}: has been removed, or is not mounted any more; see to it, then start again"
-    advice = "make room there" if error.errno in NO_SPACE else "see to it"
+        return f"{directory}: has been removed, or is no longer mounted; restore or mount it, then start again"
+    advice = "free space there" if error.errno in NO_SPACE else "correct this"
     if named is not None:
         return f"{named}: {error.strerror}; {advice}, then start again"
-    places = f"temporary files ({os.environ.get('TMPDIR', '/tmp')})" + (f" and of {directory}" if directory else "")
+    disks = f"temporary files ({os.environ.get('TMPDIR', '/tmp')})" + (f" and of {directory}" if directory else "")
     return (
-        f"{error.strerror}; the system does not say which file it was. Look at the disks of {places}; {advice}, then "
-        "start again"
+        f"{error.strerror}; the system does not say for which file. Check the disks of {disks}; {advice}, then start "
+        "again"
     )
 
 
 @contextlib.contextmanager
 def writing(directory: Path) -> Iterator[None]:
-    """Turn the system's refusal to write in a directory into what the user is told.
+    """Turn an OSError from writing to a directory into an error that the user understands.
 
     Raises:
-        NotWritten: no space, no permission, or the directory has gone.
+        NotWritten: no space, no permission, or the directory has been removed.
     """
     existed = os.path.isdir(directory)
     try:
@@ -163,11 +171,11 @@ def writing(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def saying_what_is_saved(saved: Callable[[], str]) -> Iterator[None]:
-    """Add to whatever ends a run early what is left of it, for the message that `exit_code` gives.
+def adding_what_is_saved(saved: Callable[[], str]) -> Iterator[None]:
+    """Add a sentence about the saved checkpoint to any error that ends a run early; `exit_code` prints it.
 
     Args:
-        saved: says it, as a sentence about a checkpoint or its absence.
+        saved: returns the sentence.
     """
     try:
         yield
@@ -177,15 +185,15 @@ def saying_what_is_saved(saved: Callable[[], str]) -> Iterator[None]:
 
 
 def _lost_a_process(error: RuntimeError) -> bool:
-    """Whether it says that another process of the run has died or does not answer. gloo's is a plain RuntimeError."""
+    """Whether the error means that another process of the run died or does not answer. gloo raises a RuntimeError."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return several and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error))
 
 
-def _say(error: BaseException, message: str, code: int, ending: str) -> int:
-    """Print once on each host, whatever the number of processes, note the ending, and hand the code through.
+def _report(error: BaseException, message: str, code: int, ending: str) -> int:
+    """Print the message once on each host, write the ending to `$MEDQA_ENDING`, and return `code`.
 
-    Processes of one host see the same files, so that what one has to say all have; another host may lack them.
+    Processes of one host see the same files and therefore have the same error; another host may not have them.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print_error(_with_notes(error, message))
@@ -193,24 +201,24 @@ def _say(error: BaseException, message: str, code: int, ending: str) -> int:
     return code
 
 
-def _say_alone(error: BaseException, message: str, code: int, ending: str) -> int:
-    """Print what this process alone knows, note the ending, and hand the code through."""
+def _report_alone(error: BaseException, message: str, code: int, ending: str) -> int:
+    """Print a message that only this process has, write the ending to `$MEDQA_ENDING`, and return `code`."""
     print_error(f"process {os.environ.get('RANK', '0')}: {_with_notes(error, message)}")
     note(ending)
     return code
 
 
 def _with_notes(error: BaseException, message: str) -> str:
-    """The message, and what was added to the error on its way."""
+    """The message, followed by the notes of the error (`add_note`)."""
     return "\n".join([message, *getattr(error, "__notes__", ())])
 
 
 def note(word: str) -> None:
-    """Add the word to the file that is named for it; one that cannot be written is said, and changes nothing else."""
+    """Append a word to the file that `$MEDQA_ENDING` names. A failure is printed, and otherwise ignored."""
     path = os.environ.get(ENDING)
     if path and os.environ.get("RANK", "0") == "0":
         try:
-            # Without waiting: opening a pipe that nobody reads would wait for ever.
+            # O_NONBLOCK, because opening a pipe that nobody reads would wait for ever
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(word + "\n")
@@ -219,10 +227,10 @@ def note(word: str) -> None:
 
 
 def together(*steps: Callable[[], Any]) -> list[Any]:
-    """The results of all steps, each tried even if one before it failed.
+    """The results of all steps. Each step runs even if an earlier one failed.
 
     Raises:
-        UserError: with the problems of all that failed, so that they can be mended in one go.
+        UserError: with the problems of all steps that failed, so that the user can correct them at once.
     """
     results: list[Any] = []
     problems: list[str] = []
@@ -237,5 +245,5 @@ def together(*steps: Callable[[], Any]) -> list[Any]:
 
 
 def listed(problems: Sequence[str]) -> str:
-    """Several problems as one message: one alone as it is, more as an indented list."""
+    """Problems as one message: a single problem unchanged, several as an indented list."""
     return problems[0] if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)

@@ -51,13 +51,13 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path, *, among_others: bool = False) -> Iterator[IO[bytes]]:
-    """A binary file to write to, which takes the place of `path` when the block ends without an exception.
+    """Replace `path` with what the block writes to the yielded binary file, if the block ends without an exception.
 
     After an exception `path` is as it was before, and no temporary file is left.
 
     Args:
-        among_others: the directory is not a run's, and a user may have a file by the temporary name of a run's: take
-            one that nobody has.
+        among_others: the directory does not belong to a run, and a user may have a file with the temporary name that
+            runs use: choose a name that is not in use.
 
     Raises:
         OSError: the file cannot be written; the error's `filename` is set.
@@ -66,7 +66,7 @@ def replacing(path: Path, *, among_others: bool = False) -> Iterator[IO[bytes]]:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     try:
         with naming(path):
-            beside.unlink(missing_ok=True)  # left by a killed process, or a link that somebody put there
+            beside.unlink(missing_ok=True)  # left by a killed process, or a planted link
             with os.fdopen(os.open(beside, flags, 0o666), "wb") as file:
                 yield file
                 file.flush()
@@ -79,10 +79,10 @@ def replacing(path: Path, *, among_others: bool = False) -> Iterator[IO[bytes]]:
 
 
 def write_file(path: Path, content: str | bytes, *, among_others: bool = False) -> None:
-    """Write a whole file durably, or leave the file as it was; `among_others` as in `replacing`.
+    """Write a file durably: the file has the new content, or keeps the old one. `among_others` as in `replacing`.
 
-    Text is encoded as UTF-8. What UTF-8 cannot hold (a lone surrogate, as in a path with undecodable bytes) becomes its
-    backslash escape.
+    Text is encoded as UTF-8. Characters that UTF-8 cannot encode (lone surrogates, which stand for undecodable bytes in
+    paths) are written as backslash escapes.
 
     Raises:
         OSError: the file cannot be written; the error's `filename` is set.
@@ -92,7 +92,7 @@ def write_file(path: Path, content: str | bytes, *, among_others: bool = False) 
 
 
 def write_json(value: Any, path: Path) -> None:
-    r"""Write a value as an indented JSON file, durably and whole.
+    r"""Write a value as an indented JSON file, durably and atomically.
 
     A lone surrogate in a string becomes the JSON escape `\udcXX`, which JSON readers turn back into the same string.
 
@@ -104,7 +104,7 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a regular file durably: the target is the whole copy, or what it was before.
+    """Copy a regular file durably: the target is a complete copy, or what it was before.
 
     Raises:
         OSError: the source cannot be read or is not a regular file, or the target cannot be written.
@@ -114,7 +114,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold a file's content, or a directory's entries, before going on.
+    """Flush a file's content, or a directory's entries, to the disk.
 
     Raises:
         OSError: the disk could not be written. A file system that does not support the call is not an error.
@@ -146,7 +146,7 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def open_in_place(path: Path) -> io.FileIO:
-    """Open a regular file for reading and writing, without a buffer. Links are not followed.
+    """Open a regular file for unbuffered reading and writing. Links are not followed.
 
     Raises:
         OSError: the file cannot be opened, or it is a link, a pipe, a device, a socket or a directory.
@@ -155,7 +155,7 @@ def open_in_place(path: Path) -> io.FileIO:
 
 
 def _open(path: Path, flags: int) -> int:
-    """The descriptor of a regular file. `O_NONBLOCK`: opening a pipe would wait for its other end."""
+    """The descriptor of a regular file. `O_NONBLOCK`, because opening a pipe would wait for its other end."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -183,11 +183,11 @@ def read_file(path: Path, limit: int) -> bytes:
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
-    """The value of a JSON file that anyone may have written or cut short.
+    """Read a JSON file that may be hostile or truncated.
 
     Raises:
         Missing: the file is not there.
-        Damaged: the file is not a regular file, longer than `limit` bytes, or not JSON as `parse_json` wants it.
+        Damaged: the file is not a regular file, is longer than `limit` bytes, or is refused by `parse_json`.
     """
     content = read_file(path, limit)
     try:
@@ -197,15 +197,15 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
 
 
 def parse_json(text: str | bytes, *, unique_keys: bool = False, any_number: bool = False) -> Any:
-    """The value of a JSON text, by RFC 8259, within the limits of `medqa/limits.py`.
+    """Parse a JSON text by RFC 8259, within the limits of `medqa/limits.py`.
 
     Args:
         unique_keys: refuse an object that has a key twice. Without it the last value counts, as in Python's `json`.
         any_number: accept NaN, Infinity and numbers beyond 64 bits, as pandas writes them for missing cells.
 
     Raises:
-        ValueError: the text is not JSON in UTF-8, holds NaN, Infinity, or a number beyond 64 bits (but with
-            `any_number`), is nested too deeply, or (with `unique_keys`) repeats a key.
+        ValueError: the text is not JSON in UTF-8, holds NaN, Infinity, or a number beyond 64 bits (unless
+            `any_number`), is nested too deeply, or repeats a key (with `unique_keys`).
     """
     try:
         if isinstance(text, bytes):
@@ -246,13 +246,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"the key {key!r} stands twice in one object")
+                raise ValueError(f"the key {key!r} is repeated in one object")
             seen.add(key)
     return found
 
 
 def _deeper_than(value: Any, limit: int) -> bool:
-    """Whether lists and objects are nested more than `limit` deep. Level by level, so that no recursion can run out."""
+    """Whether lists and objects are nested more than `limit` deep. Iterative, so that deep nesting cannot overflow."""
     level = [value]
     for _ in range(limit + 1):
         level = [
@@ -272,12 +272,12 @@ def checksum(value: Any) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------
-# One process at a time, where the file system has locks: the kernel's, which no dead process holds.
+# File locks, so that one process works at a time. The kernel releases the lock of a process that dies.
 #
-# The library `filelock` does not replace it: it locks no directory, asks again and again instead of waiting, and
-# fails where the file cannot be opened or its file system has no locks, where here nobody waits.
+# The library `filelock` is no replacement: it cannot lock a directory, it polls instead of waiting, and it fails where
+# the file cannot be opened or the file system has no locks; this code then goes on without waiting.
 
-NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # what a file system without locks answers
+NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # errors of file systems without locks
 
 
 @contextlib.contextmanager
@@ -285,8 +285,9 @@ def alone_in(path: Path) -> Iterator[None]:
     """Wait until no other process is in this block for the path.
 
     Args:
-        path: a directory, or a file that is made if there is none: network mounts hand on to other hosts the locks of
-            files alone. Where there are no locks, or it cannot be opened, nobody waits: what the block does then shows.
+        path: a directory, or a file, which is created if missing; network mounts pass only locks of files on to other
+            hosts. Where the file system has no locks or the path cannot be opened, nobody waits, and an error shows in
+            what the block does.
     """
     try:
         flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW

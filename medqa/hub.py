@@ -1,4 +1,4 @@
-"""Is a host there? Asked once, with a short limit, so that no mistake costs a minute of retries."""
+"""Check whether a host can be reached: once, with a short timeout, so that no mistake costs a minute of retries."""
 
 import functools
 import http.client
@@ -14,28 +14,28 @@ from huggingface_hub import constants
 from medqa.terminal import without_credentials
 
 CONNECT_SECONDS = 5.0
-GATEWAY_FAILURES = (407, 502, 503, 504)  # what a proxy answers in place of a host that it cannot or may not reach
+GATEWAY_FAILURES = (407, 502, 503, 504)  # answers of a proxy that cannot or may not reach the host
 
 
 def connects(url: str) -> bool:
-    """Whether the host of `url` answers a request, over the configured proxy if any, within `CONNECT_SECONDS`.
+    """Whether the host of `url` answers a request within `CONNECT_SECONDS`, through the configured proxy if any.
 
-    A connection alone says little: firewalls and proxies accept one and then keep silent, and libraries wait minutes.
-    In a thread, because a name server that does not answer keeps a look-up waiting far longer than any socket's limit.
+    A connection alone is not enough: firewalls and proxies accept one and then stay silent, and libraries wait minutes.
+    The request runs in a thread, because a name server that does not answer blocks far longer than a socket's timeout.
     """
     answered = []
 
     def attempt() -> None:
-        try:  # without credentials: urllib takes them for a part of the host, and to be refused is an answer
+        try:  # without credentials: urllib takes them for a part of the host; being refused is an answer too
             request = urllib.request.Request(without_credentials(url), method="HEAD")
             urllib.request.urlopen(request, timeout=CONNECT_SECONDS).close()
         except urllib.error.HTTPError as error:
             if error.code in GATEWAY_FAILURES:
                 return
         except urllib.error.URLError as error:
-            if not isinstance(error.reason, ssl.SSLError):  # it answers; the libraries have certificates of their own
+            if not isinstance(error.reason, ssl.SSLError):  # the host answers; the libraries use their own certificates
                 return
-        except (OSError, ValueError, http.client.HTTPException):  # timed out, cut off; ValueError: a malformed address
+        except (OSError, ValueError, http.client.HTTPException):  # timeout, lost connection, invalid address
             return
         answered.append(True)
 
@@ -49,14 +49,14 @@ def connects(url: str) -> bool:
 def hub_reachable() -> bool:
     """Whether the Hugging Face Hub answers.
 
-    Where it does not, the Hugging Face libraries are switched to their offline mode, in which they answer from their
-    caches or fail at once; left alone they retry for up to 47 s.
+    If it does not, the Hugging Face libraries are switched to offline mode, in which they use their caches or fail at
+    once. Otherwise they would retry for up to 47 s.
     """
     if constants.is_offline_mode():
         return False
     if connects(constants.ENDPOINT):
         return True
-    constants.HF_HUB_OFFLINE = True  # hub and transformers share this one
+    constants.HF_HUB_OFFLINE = True  # shared by huggingface_hub and transformers
     os.environ["HF_HUB_OFFLINE"] = "1"  # for `datasets`, if it is imported later
     if "datasets" in sys.modules:
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True

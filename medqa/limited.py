@@ -1,12 +1,12 @@
-"""Work on what somebody else wrote, in a process of its own with limits, so that it can neither hang nor fill memory.
+"""Run work on untrusted input in a forked process with limits, so that it can neither hang nor fill the memory.
 
 A base model may come with a chat template that loops for ever, a tokenizer that makes gigabytes of a word, or a
-configuration that takes hours to build. A time limit by a signal would not do: a signal waits while C or Rust code runs
-(one multiplication of a string, one call of a tokenizer), it bounds no memory, and its handler would compete with the
-one that stops runs. A forked process has everything loaded, starts within milliseconds, can be killed at any moment,
-and its memory can be limited without limiting ours.
+configuration that takes hours to build. A timeout by a signal would not help: a signal waits while C or Rust code runs
+(one multiplication of a string, one call of a tokenizer), it does not limit memory, and its handler would conflict with
+the one that stops runs. A forked process has everything loaded, starts within milliseconds, can be killed at any
+moment, and its memory can be limited without limiting the parent's.
 
-The work must not use the network, a GPU, or several threads: these belong to the process that was forked.
+The work must not use the network, a GPU, or several threads, because these belong to the parent process.
 """
 
 import contextlib
@@ -29,15 +29,15 @@ PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
 class Failed(Exception):
-    """The exception that the work raised, by its type and text."""
+    """The work raised an exception; the text has its type and message."""
 
 
 class OverLimit(Failed):
-    """The limit that the work reached."""
+    """The work exceeded a limit; the text names the limit."""
 
 
 def limited(work: Callable[[], Any]) -> Any:
-    """The result of `work`, which must be JSON, computed in a process of its own.
+    """The result of `work`, computed in a forked process. It must be a JSON value.
 
     Raises:
         OverLimit: it took more time or memory than `medqa/limits.py` allows.
@@ -68,7 +68,7 @@ def limited(work: Callable[[], Any]) -> Any:
 
 
 def _fork() -> int:
-    """`os.fork`, without the warnings that there are threads and that tokenizers will not use several."""
+    """`os.fork`, without the warnings about threads and about parallelism in tokenizers."""
     before = os.environ.get(PARALLELISM)
     os.environ[PARALLELISM] = "false"
     with warnings.catch_warnings():
@@ -82,7 +82,7 @@ def _fork() -> int:
 
 
 def _work_and_exit(work: Callable[[], Any], writing: int) -> NoReturn:
-    """Do the work within the limits, write the result or why there is none, and end the process without cleaning up."""
+    """Run the work within the limits, write the result or the error, and end the process without cleaning up."""
     said: dict[str, Any] = {}
     try:
         try:
@@ -91,7 +91,7 @@ def _work_and_exit(work: Callable[[], Any], writing: int) -> NoReturn:
             silent = os.open(os.devnull, os.O_RDWR)
             os.dup2(silent, 1)
             os.dup2(silent, 2)
-            faulthandler.disable()  # an abort for lack of memory is an answer, not a defect
+            faulthandler.disable()  # an abort for lack of memory is an expected result, not a bug
             _limit()
             said = {"result": work()}
         finally:
@@ -102,13 +102,13 @@ def _work_and_exit(work: Callable[[], Any], writing: int) -> NoReturn:
             with os.fdopen(writing, "wb") as file:
                 file.write(json.dumps(said).encode() + b"\n")
     finally:
-        os._exit(0)  # whatever happens: this process must never go on as if it were the one that was forked
+        os._exit(0)  # whatever happens: the child must never continue as if it were the parent
 
 
 def _limit() -> None:
-    """Limit this process's computing time, its memory beyond what it has already, and core dumps."""
+    """Limit this process's CPU time, its memory beyond the current size, and core dumps."""
     limits = {resource.RLIMIT_CPU: WORK_SECONDS, resource.RLIMIT_CORE: 0}
-    with contextlib.suppress(OSError):  # without /proc, as on macOS, memory cannot be limited either
+    with contextlib.suppress(OSError):  # without /proc, as on macOS, memory cannot be limited
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limits[resource.RLIMIT_AS] = pages * resource.getpagesize() + WORK_BYTES
     for which, wanted in limits.items():
@@ -118,7 +118,7 @@ def _limit() -> None:
 
 
 def _read(reading: int) -> bytes | None:
-    """All that comes until the other end is closed; None where that takes too long."""
+    """Read until the other end is closed; None after a timeout."""
     end, found = time.monotonic() + WORK_WAIT_SECONDS, bytearray()
     while (left := end - time.monotonic()) > 0:
         if select.select([reading], [], [], left)[0]:

@@ -1,4 +1,4 @@
-"""Whether something can be written where an option says, seen before any work is done."""
+"""Check that the directories and files named by options can be written, before any work is done."""
 
 import errno
 import os
@@ -7,15 +7,14 @@ from pathlib import Path
 
 from medqa.errors import UserError
 
-ROOM_BELOW = "x/" * 100  # a path as long as those of the files that are written below a directory
+ROOM_BELOW = "x/" * 100  # as long as the paths of the files that are written below a directory
 
 
 def check_place(path: Path, option: str) -> None:
-    """See that a directory is at a path, or can be made there, and can be written to. Nothing is changed.
+    """Check that a directory exists at a path or can be created there, and can be written to. Nothing is changed.
 
     Raises:
-        UserError: a name on the way is too long, is not a directory, is a link to what is not there, or may not be
-            written to.
+        UserError: a component of the path is too long, is not a directory, is a dangling link, or is not writable.
     """
     told = f"{option} {path}"
     try:
@@ -32,42 +31,42 @@ def check_place(path: Path, option: str) -> None:
     for longest in (*(existing / name for name in missing), whole / ROOM_BELOW):
         try:
             os.lstat(longest)
-        except OSError as error:  # that it is not there is what is wanted
+        except OSError as error:  # it is expected not to exist
             if error.errno == errno.ENAMETOOLONG:
                 raise UserError(f"{told}: {error.strerror}; choose a shorter one") from error
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{told}: {existing} is not a directory one can write to; choose another")
+        raise UserError(f"{told}: the directory {existing} is not writable; choose another")
 
 
 def require_utf8(path: Path, option: str) -> None:
-    """Refuse a path that libraries cannot be told of: those that read and write weights take UTF-8 alone.
+    """Refuse a path that is not UTF-8, because the libraries that read and write weights accept only UTF-8.
 
     Raises:
-        UserError: the path has bytes that are not UTF-8, or the locale does not let Python read them as such.
+        UserError: the path has bytes that are not UTF-8, or the locale does not let Python decode it.
     """
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{option} {path}: not a path in UTF-8; choose another (or set PYTHONUTF8=1 where the locale is ASCII)"
+            f"{option} {path}: the path is not UTF-8; choose another (or set PYTHONUTF8=1 if the locale is ASCII)"
         ) from error
 
 
 def _is_directory(path: Path, told: str) -> bool:
-    """Whether a directory is there; False where nothing is.
+    """Whether there is a directory; False if there is nothing.
 
     Raises:
-        UserError: something else is there.
+        UserError: there is something that is not a writable directory.
     """
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):
             return True
-        problem = f"{path} is not a directory one can write to"
+        problem = f"{path} is not a directory"
     except FileNotFoundError:
         if not os.path.islink(path):
             return False
-        problem = f"{path} is a link to {os.readlink(path)}, which is not there"
+        problem = f"{path} is a link to {os.readlink(path)}, which does not exist"
     except OSError as error:
         circle = error.errno == errno.ELOOP
-        problem = f"{path} is a link that leads back to itself" if circle else f"{path}: {error.strerror}"
+        problem = f"{path} is a link that leads to itself" if circle else f"{path}: {error.strerror}"
     raise UserError(f"{told}: {problem}; choose another")

@@ -1,6 +1,6 @@
-"""What the files of a run say that it was trained as, and how an experiment differs from that.
+"""What the files of a run record about its training, and how an experiment differs from that.
 
-Nothing heavy is imported here, so that `medqa compare` can ask too.
+Nothing slow is imported here, because `medqa compare` uses it too.
 """
 
 import re
@@ -15,29 +15,29 @@ from medqa.files import Damaged, checksum, read_json
 MANIFEST = "manifest.json"
 FORMAT = 1
 NAME = re.compile(r"checkpoint-(\d{1,12})")
-# These may lie elsewhere than before: their fingerprints say whether they are the same.
+# The location of data and base model may change: fingerprints tell whether the contents are the same.
 LOCATIONS = {"data.medquad", "data.afrimedqa", "data.files", "model.base"}
-# Not yet in runs of the first versions.
+# Keys that the first versions did not have.
 LATER_KEYS = {"data.mcq_answers", "data.files", "training.early_stopping_patience", "training.keep"}
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Everything called like a checkpoint, by step (numerically: 100 comes after 50), oldest first; links too."""
+    """Every entry that is named like a checkpoint, sorted by step (100 after 50), oldest first; links included."""
     return sorted(
         (path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()), key=step_of
     )
 
 
 def step_of(path: Path) -> int:
-    """The update of a checkpoint, by its name."""
+    """The step of a checkpoint, from its name."""
     return int(path.name.rpartition("-")[2])
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest, its own checksum verified, the files not looked at.
+    """Read a checkpoint's manifest and verify its own checksum; the other files are not checked.
 
     Raises:
-        Damaged: missing, not readable as one, or changed since it was written.
+        Damaged: it is missing, is not a manifest, or was changed after it was written.
     """
     try:
         body = read_json(directory / MANIFEST)
@@ -45,19 +45,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         reason = str(error).removeprefix(f"{directory / MANIFEST}: ")
         raise Damaged(f"{MANIFEST}: {reason}") from error
     if not isinstance(body, dict) or not {"format", "files", "checksum"} <= body.keys():
-        raise Damaged(f"{MANIFEST} is torn")
+        raise Damaged(f"{MANIFEST} is incomplete")
     if body.pop("checksum") != checksum(body):
         raise Damaged(f"{MANIFEST}: its own checksum is wrong")
     if body["format"] != FORMAT:
-        raise Damaged(f"{MANIFEST} is of another version: its format is not {FORMAT}")
+        raise Damaged(f"{MANIFEST} was written by another version: its format is not {FORMAT}")
     return body
 
 
 def differences(before: Mapping[str, Any], experiment: Experiment) -> list[str]:
-    """What makes `experiment` another one than that whose values were `before`, by `section.key`.
+    """List in which `section.key` the experiment differs from the recorded values `before`, in a way that matters.
 
-    A key that there was not yet had what is now its default. Of data of one's own the names count: they are in the ids
-    of rows.
+    A key that the recorded version did not have counts as its default. Of user data only the names count, because they
+    are part of the row ids.
     """
     before = with_later_keys(before)
     files = before["data.files"]
@@ -74,12 +74,12 @@ def differences(before: Mapping[str, Any], experiment: Experiment) -> list[str]:
 
 
 def with_later_keys(before: Mapping[str, Any]) -> dict[str, Any]:
-    """What there was, and of the keys that came later their defaults."""
+    """The recorded values, with the defaults of keys that the recorded version did not have."""
     return {**{key: default for key, default in flat(Experiment()).items() if key in LATER_KEYS}, **before}
 
 
 def _may_change(key: str, before: Any, now: Any, experiment: Experiment) -> bool:
-    """Whether the run may go on with this change; updates may be added, never taken back."""
+    """Whether the run may be resumed with this change; a length may only grow."""
     if key in LENGTH:
         longer = isinstance(before, int | float) and now is not None and now > before
         return may_change_on_resume(key, experiment) and longer

@@ -1,11 +1,11 @@
-"""The one place that talks to the console: how anything reaches standard output and standard error, and how it looks.
+"""Output on the console: the only module that prepares standard output and standard error, and that formats for them.
 
-The console is not the run. A reader that has gone (`| head`, Ctrl-C with `| tee log`, a lost ssh connection), a full
-disk under the log, a closed stream or an encoding without the character never ends or changes what is being done:
-what cannot be written is left out. `protect` sees to that for everything that writes to `sys.stdout` and `sys.stderr`,
-which also includes plain `print`, progress bars, warnings, logging, and the flush when the interpreter exits.
+A console that cannot be written never ends or changes a run: not a reader that has exited (`| head`, Ctrl-C with
+`| tee log`, a lost ssh connection), a full disk under the log, a closed stream, or an encoding without the character.
+Text that cannot be written is dropped. `protect` ensures this for everything that writes to `sys.stdout` and
+`sys.stderr`: `print`, progress bars, warnings, logging, and the flush when the interpreter exits.
 
-What data, models and files of other people say is shown as text: control characters become visible escapes, and
+Text from data, models and files of other people is shown literally: control characters become visible escapes, and
 neither markup nor emoji names are interpreted.
 """
 
@@ -25,35 +25,35 @@ from rich.text import Text
 
 NOTEBOOK_VARIABLES = ("COLAB_RELEASE_TAG", "COLAB_GPU", "JPY_PARENT_PID", "KAGGLE_KERNEL_RUN_TYPE")
 PLAIN_WIDTH = 160
-# Errors after which nobody reads any more. After any other error, a full disk for example, later text is tried again.
+# Errors after which no reader is left. After any other error, for example a full disk, later text is tried again.
 NOBODY_READS = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ECONNRESET)
-WAIT_FOR_READER_S = 10  # of a pipe that somebody else made non-blocking
+WAIT_FOR_READER_S = 10  # for a pipe that another program made non-blocking
 # Categories of characters that could steer a terminal, hide text or reorder it: control characters, formats (overrides
 # of the writing direction among them), halves of surrogate pairs, separators of lines and paragraphs.
 UNSAFE_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
-JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # emoji and Indic scripts are written with them
+JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # emoji and Indic scripts need them
 UNUSUAL = re.compile(r"[^\x20-\x7e\n\t]")
 
-# What stands between `scheme://` and the last `@` before the path of an address. A password may have the characters
-# that end the host: after `user:` it is the last `@` of the word, unless what follows the colon is a port.
+# The text between `scheme://` and the last `@` before the path of a URL. A password may contain the characters that
+# end the host. So after `user:` the last `@` of the word counts, unless a port follows the colon.
 CREDENTIALS = re.compile(r"(?<=://)(?:[^/?#\s@:]*:(?!\d+[/?#])(?:(?!://)\S)*|[^/?#\s]*)@")
 
 
 def printable(text: str) -> str:
     r"""Text of unknown origin, safe to show on a terminal: ESC becomes `\x1b`, a right-to-left override `\u202e`.
 
-    Addresses are shown without user names and passwords.
+    URLs are shown without user names and passwords.
     """
     return UNUSUAL.sub(_shown, without_credentials(text))
 
 
 def without_credentials(text: str) -> str:
-    """Text in which each address `http://user:password@host` is written without what stands before its `@`."""
+    """The text with each URL `http://user:password@host` shortened to `http://host`."""
     return CREDENTIALS.sub("", text) if "@" in text else text
 
 
 def _shown(match: re.Match[str]) -> str:
-    """One character as `printable` shows it."""
+    """The replacement of one character in `printable`."""
     character = match[0]
     if character in JOINERS or unicodedata.category(character) not in UNSAFE_CATEGORIES:
         return character
@@ -61,12 +61,12 @@ def _shown(match: re.Match[str]) -> str:
 
 
 class _Forgiving(io.RawIOBase):
-    """The lowest layer of a text stream: what the system refuses to take counts as written."""
+    """The raw layer of a text stream. Bytes that the system refuses to write count as written."""
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         self.nobody_reads = False
         self.name = getattr(stream, "name", None)
-        self._stream = stream  # kept, because it closes the file when it is collected
+        self._stream = stream  # a reference, because the stream closes the file when it is garbage-collected
         self._descriptor = stream.fileno()
 
     def writable(self) -> bool:
@@ -93,10 +93,10 @@ class _Forgiving(io.RawIOBase):
 
 
 def protect() -> None:
-    """Make standard output and standard error forgiving, for the rest of the process. Safe to call again.
+    """Replace standard output and standard error by streams whose writes never fail. Safe to call again.
 
-    Descriptors that were closed are opened on the null device; otherwise a file of the run would get their number, and
-    with it what a library writes there.
+    Closed descriptors are opened on the null device. Otherwise a file of the run would get the number of a closed
+    descriptor, and libraries that print would write into that file.
     """
     for number in range(3):
         try:
@@ -116,10 +116,10 @@ def protect() -> None:
 
 
 def _forgiving(stream: TextIO) -> TextIO:
-    """A stream like this one, whose writes do not fail. A stream that is no file (a notebook's) stays as it is."""
+    """A stream like this one, whose writes never fail. A stream without a file (in a notebook) is returned as it is."""
     if not isinstance(stream, io.TextIOWrapper) or _lowest(stream) is not None:
         return stream
-    stream.reconfigure(errors="backslashreplace")  # it stays in use where a library took it before
+    stream.reconfigure(errors="backslashreplace")  # a library may have kept a reference to it
     with contextlib.suppress(OSError, ValueError):
         stream.flush()
     try:
@@ -127,7 +127,7 @@ def _forgiving(stream: TextIO) -> TextIO:
     except (OSError, ValueError):  # in memory
         return stream
     return io.TextIOWrapper(
-        lowest if stream.write_through else io.BufferedWriter(lowest),  # the first: PYTHONUNBUFFERED
+        lowest if stream.write_through else io.BufferedWriter(lowest),  # write-through: PYTHONUNBUFFERED
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering,
@@ -136,45 +136,45 @@ def _forgiving(stream: TextIO) -> TextIO:
 
 
 def _lowest(stream: Any) -> _Forgiving | None:
-    """The layer that forgives, of a stream that `protect` made."""
+    """The raw layer of a stream that `protect` made; None for any other stream."""
     buffer = getattr(stream, "buffer", None)
     lowest = getattr(buffer, "raw", buffer)
     return lowest if isinstance(lowest, _Forgiving) else None
 
 
 def nobody_reads() -> bool:
-    """Whether the reader of standard output has gone, so that printing more is no use."""
+    """Whether the reader of standard output has exited, so that printing more is useless."""
     lowest = _lowest(sys.stdout)
     return lowest is not None and lowest.nobody_reads
 
 
 class SafeConsole(Console):
-    """rich's console, which shows every string as text of unknown origin and does not exit when its reader has gone."""
+    """rich's console, except that it shows every string by `printable` and does not exit when its reader has exited."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """What rich makes of each string, of a table's cells and titles too. A `Text` is taken as it is."""
+        """Make each string printable first, cells and titles of tables included. A `Text` is not changed."""
         return super().render_str(printable(text), **options)
 
     def on_broken_pipe(self) -> None:
-        """What rich calls for a stream that `protect` could not make forgiving."""
+        """Become quiet. rich calls this for a stream that `protect` could not replace."""
         self.quiet = True
 
 
-def make_console(speaks: bool = True) -> Console:
+def make_console(visible: bool = True) -> Console:
     """The console of a run or a command.
 
-    Args:
-        speaks: False for the processes of a run other than its first, which show nothing.
+    A terminal gets rich's display. Files, pipes and notebooks get plain lines of a fixed width without control codes.
+    (Colab's `!` claims to be a terminal, and every redraw of a progress bar would be a new line on the page.)
 
-    On a terminal that is rich's display; elsewhere, notebooks included (Colab's `!` claims to be a terminal, and what
-    is redrawn there floods the page), plain lines without control codes, of a fixed width.
+    Args:
+        visible: False for the processes of a run other than its first, which print nothing.
     """
     protect()
     in_notebook = any(name in os.environ for name in NOTEBOOK_VARIABLES)
     console = SafeConsole(
-        quiet=not speaks,
+        quiet=not visible,
         highlight=False,
-        markup=False,  # a path may have brackets
+        markup=False,  # a path may contain brackets
         emoji=False,  # or colons
         force_terminal=False if in_notebook else None,
     )
@@ -184,14 +184,14 @@ def make_console(speaks: bool = True) -> Console:
 
 
 def print_error(message: str) -> None:
-    """A line on standard error."""
+    """Print a line on standard error."""
     print(printable(message), file=sys.stderr, flush=True)
 
 
 def print_json(value: Any, **options: Any) -> None:
-    """A value on standard output as JSON; `options` are those of `json.dumps`.
+    """Print a value on standard output as JSON; `options` are those of `json.dumps`.
 
-    What standard output cannot show, or what could steer a terminal, has JSON's own escapes.
+    Characters that standard output cannot show, or that could control a terminal, are escaped as in JSON.
     """
     text = json.dumps(value, ensure_ascii=False, **options)
     encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")

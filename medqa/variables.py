@@ -1,9 +1,9 @@
-"""Environment variables that other programs read, in one table: what each one may decide here, and what becomes of it.
+"""Environment variables that other programs read, in one table: whether each one has an effect on a run.
 
-Accelerate reads about a hundred variables, some of which win over a program's own arguments, and `accelerate launch`
+Accelerate reads about a hundred variables, some of which override a program's own arguments, and `accelerate launch`
 sets them from a configuration file that its user may have forgotten. torch, transformers and the libraries below them
-read more. No number of a run may depend on one of them without a word, so each belongs to one of the kinds of `Kind`.
-`tests/test_variables.py` compares the table with the source of the installed Accelerate.
+read more. No computed value may depend on one of them silently, so the table gives each variable one of the kinds in
+`Kind`. `tests/test_variables.py` compares the table with the source of the installed Accelerate.
 
 Variables of torch.compile (TORCH_COMPILE*, TORCHDYNAMO_*, TORCHINDUCTOR_*) are not in the table: nothing is compiled.
 """
@@ -22,14 +22,14 @@ FALSE = ("0", "false", "no", "n", "f", "off")
 
 
 class Kind(Enum):
-    """What becomes of a variable."""
+    """What is done with a variable."""
 
-    KEPT = "kept: the launcher's, or one that changes no number"
-    FLAG = "kept, and refused where its value is neither true nor false"
+    KEPT = "kept: the launcher needs it, or it changes no computed value"
+    FLAG = "kept, and refused if its value is neither true nor false"
     TOLD = "kept, and has no effect: the experiment's value is passed explicitly"
     CLEARED = "removed from the environment: the experiment decides, or nothing here reads it"
-    REFUSED = "asks for a computation that is not done here"
-    RECORDED = "chooses among kernels that differ in the last digits: kept, and recorded in checkpoints"
+    REFUSED = "requests a computation that is not supported"
+    RECORDED = "selects among kernels that differ in the last digits: kept, and recorded in checkpoints"
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Rule:
     """A row of the table.
 
     Attributes:
-        advice: for `TOLD` and `CLEARED` what decides instead (empty: nothing is said); for `REFUSED` what to do.
-        harmless: values in lower case that ask for nothing else than what is done anyway.
-        device: the only one whose numbers it changes (`cpu` or `cuda`); None where it changes those of all.
+        advice: for `TOLD` and `CLEARED`, what decides instead (empty: nothing is reported); for `REFUSED`, what to do.
+        harmless: values, in lower case, that request what is done anyway.
+        device: the only device whose values it changes (`cpu` or `cuda`); None if it affects all devices.
     """
 
     kind: Kind
@@ -49,14 +49,14 @@ class Rule:
 
 
 SEVERAL = "`torchrun --nproc_per_node N train.py ...` or `accelerate launch --multi_gpu --num_processes N train.py ...`"
-LAUNCHER = "leave it out of the launcher's configuration (`accelerate env` shows the file)"
+LAUNCHER = "remove it from the launcher's configuration (`accelerate env` shows the file)"
 FLOAT32 = "it would compute float32 in a lower precision; model.dtype and training.mixed_precision decide"
 
-# A name that ends with `_` stands for all variables that begin so; a longer name wins.
+# A name that ends with `_` is a prefix; the longest matching prefix counts.
 TABLE = {
     # Accelerate: what the launcher decides.
     "ACCELERATE_USE_CPU": Rule(Kind.FLAG),  # as --cpu: `medqa/model/settings.py`
-    "ACCELERATE_USE_FSDP": Rule(Kind.FLAG),  # both: `take_shards` in `medqa/training/distributed.py`
+    "ACCELERATE_USE_FSDP": Rule(Kind.FLAG),  # both: `shards_from_launcher` in `medqa/training/distributed.py`
     "FSDP_": Rule(Kind.KEPT),
     "ACCELERATE_CPU_AFFINITY": Rule(Kind.FLAG),
     "ACCELERATE_DEBUG_MODE": Rule(Kind.FLAG),
@@ -124,13 +124,13 @@ TABLE = {
     "BNB_ROCM_VERSION": Rule(Kind.RECORDED),
 }
 
-# What a launcher of several processes says to each of them.
+# Variables by which a launcher of several processes tells each process its rank.
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
-# From these Accelerate takes over what RANKS do not say, on CPUs.
+# On CPUs, Accelerate takes from these what RANKS do not say.
 MPI = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL")
 
-# Libraries parse these when they are imported, and an import is no place for a traceback about a typing mistake.
+# Libraries parse these when they are imported; a wrong value would end in a traceback.
 PARSED_AT_IMPORT = {
     "ACCELERATE_LOG_LEVEL": r"(?i)debug|info|warning|warn|error|critical|fatal|notset",
     "ACCELERATE_ENABLE_RICH": f"(?i){'|'.join(TRUE + FALSE)}",
@@ -138,11 +138,11 @@ PARSED_AT_IMPORT = {
     "HF_HUB_DOWNLOAD_TIMEOUT": r"\d+",
     "HF_DATASETS_IN_MEMORY_MAX_SIZE": r"\d+(\.\d*)?",
 }
-PREPARED: list[tuple[str, str]] = []  # what `prepare_imports` has to say
+PREPARED: list[tuple[str, str]] = []  # messages of `prepare_imports`
 
 
 def rule_of(name: str) -> Rule | None:
-    """The row of the table for a variable; None where there is none."""
+    """The row of the table for a variable; None if it has none."""
     if name in TABLE:
         return TABLE[name]
     prefixes = [prefix for prefix in TABLE if prefix.endswith("_") and name.startswith(prefix)]
@@ -152,14 +152,16 @@ def rule_of(name: str) -> Rule | None:
 def settle_variables(
     environment: MutableMapping[str, str] = os.environ, *, devices: Sequence[str] = (), refuse: bool = True
 ) -> list[tuple[str, str]]:
-    """Apply the table to the environment; the result says, for the plan, what has no effect. Twice is as once.
+    """Apply the table to the environment, and return lines for the printed plan about variables without effect.
+
+    A second call changes nothing.
 
     Args:
-        devices: those that may compute, as far as they are known yet: `make_accelerator` knows the one that does.
-        refuse: whether a number may depend on the environment; where none does, nothing is refused.
+        devices: the devices that may be used, as far as they are known; `make_accelerator` knows the one that is used.
+        refuse: whether computed values may depend on the environment; if not, nothing is refused.
 
     Raises:
-        UserError: variables that ask for what is not done here, that have no meaning, or that a launcher left behind.
+        UserError: variables that request an unsupported computation, have no valid value, or are left from a launcher.
     """
     import torch  # not at the top: `prepare_imports` comes before all other imports
 
@@ -175,7 +177,7 @@ def settle_variables(
         if rule.kind is Kind.REFUSED and asks and not elsewhere:
             problems.append(f"{name}={value}: {rule.advice}; or `unset {name}`")
         elif rule.kind is Kind.FLAG and value.lower() not in ("", *TRUE, *FALSE):
-            problems.append(f"{name}={value}: neither true nor false; mend it, or `unset {name}`")
+            problems.append(f"{name}={value}: neither true nor false; correct it, or `unset {name}`")
         elif rule.kind in (Kind.CLEARED, Kind.TOLD) and rule.advice and asks:
             ignored.append(("no effect", f"{name}={value}: {rule.advice}"))
         if rule.kind is Kind.CLEARED or not value:
@@ -188,7 +190,7 @@ def settle_variables(
 
 
 def is_on(name: str) -> bool:
-    """Whether a variable that is true or false is set, and true."""
+    """Whether a boolean variable is set to true."""
     return os.environ.get(name, "").strip().lower() in TRUE
 
 
@@ -199,20 +201,20 @@ def recorded_variables() -> dict[str, str]:
 
 
 def read_by_accelerate() -> list[str]:
-    """The names of what is set of processes and of Accelerate's own, for a message about a start that failed."""
+    """The names of set variables about processes and Accelerate, for a message about a failed start."""
     names, prefixes = (*RANKS, *MEETING, "OMP_NUM_THREADS"), ("ACCELERATE_", *MPI)
     return [name for name in sorted(os.environ) if name in names or name.startswith(prefixes)]
 
 
 def _problems_of_ranks(environment: MutableMapping[str, str]) -> list[str]:
-    """What is wrong with the variables by which a launcher tells a process which one it is.
+    """Describe what is wrong with the variables by which a launcher tells a process its rank.
 
-    Where something is, they are removed: this is then no process of several, but the one that has to say so.
+    If something is wrong they are removed, so that this process, which has to report it, does not wait for others.
     """
     for name in RANKS:
-        if not environment.get(name, "-").strip():  # as a script leaves one that has no value
+        if not environment.get(name, "-").strip():  # a script may export an empty value
             del environment[name]
-    if environment.get("LOCAL_RANK") == "-1":  # the convention for: not launched
+    if environment.get("LOCAL_RANK") == "-1":  # by convention: not launched
         del environment["LOCAL_RANK"]
     present = [name for name in RANKS if name in environment]
     said = ", ".join(f"{name}={environment[name]}" for name in present)
@@ -220,17 +222,17 @@ def _problems_of_ranks(environment: MutableMapping[str, str]) -> list[str]:
     try:
         number = {name: int(environment[name]) for name in present}
         if number.get("LOCAL_RANK") is None and number.get("WORLD_SIZE", 1) == 1 and number.get("RANK", 0) == 0:
-            return []  # not launched; a cluster may say of a single process that it is the first of one
+            return []  # not launched; a cluster may set RANK=0 and WORLD_SIZE=1 for a single process
         if missing:
             wrong = f"without {', '.join(missing)}"
         elif number["LOCAL_RANK"] < 0 or not 0 <= number["RANK"] < number["WORLD_SIZE"]:
-            wrong = "which do not fit together"
+            wrong = "which are inconsistent"
         else:
             if number == dict(zip(RANKS, (0, 0, 1), strict=True)) and "TORCHELASTIC_RUN_ID" not in environment:
-                del environment["LOCAL_RANK"]  # a single process waits for no others, at an address that may be old
+                del environment["LOCAL_RANK"]  # a single process must not wait for others at an outdated address
             return []
     except ValueError:
-        wrong = "of which one is no whole number"
+        wrong = "of which one is not an integer"
     for name in present:
         del environment[name]
     return [
@@ -240,28 +242,28 @@ def _problems_of_ranks(environment: MutableMapping[str, str]) -> list[str]:
 
 
 def prepare_imports() -> None:
-    """What must be so before other libraries are imported; `medqa/__init__.py` calls it.
+    """Prepare the environment before other libraries are imported; called by `medqa/__init__.py`.
 
-    Where the system knows no home directory (a user id without an entry in the password file, no HOME), libraries
-    fail, or make a folder that is called `~`. Caches are then put into a directory of this user in the temporary one.
+    Without a home directory (a user id without an entry in the password file, no HOME), libraries fail, or create a
+    directory named `~`. Their caches are then put into a directory of this user below the temporary directory.
     """
-    os.environ["USE_TORCH_XLA"] = "0"  # else Accelerate and transformers compute on torch_xla where it is installed
+    os.environ["USE_TORCH_XLA"] = "0"  # otherwise Accelerate and transformers would use torch_xla if it is installed
     for name, form in PARSED_AT_IMPORT.items():
         value = os.environ.get(name)
         if value and not re.fullmatch(form, value):
             del os.environ[name]
-            PREPARED.append(("no effect", f"{name}={value}: it has no such value"))
+            PREPARED.append(("no effect", f"{name}={value}: not a valid value"))
     if os.path.expanduser("~") == "~":
         with contextlib.suppress(OSError):
             os.environ["HOME"] = _own_temporary_directory()
-            PREPARED.append(("no home", f"HOME is not set: caches are put into {os.environ['HOME']}"))
+            PREPARED.append(("no home", f"HOME is not set: caches are in {os.environ['HOME']}"))
 
 
 def _own_temporary_directory() -> str:
-    """The same directory each time, unless somebody else has made it."""
-    place = os.path.join(tempfile.gettempdir(), f"medqa-home-{os.getuid()}")
+    """The same directory at each call, unless another user has created it."""
+    path = os.path.join(tempfile.gettempdir(), f"medqa-home-{os.getuid()}")
     with contextlib.suppress(FileExistsError):
-        os.mkdir(place, 0o700)
-    found = os.lstat(place)
+        os.mkdir(path, 0o700)
+    found = os.lstat(path)
     ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
-    return place if ours else tempfile.mkdtemp(prefix="medqa-home-")
+    return path if ours else tempfile.mkdtemp(prefix="medqa-home-")

@@ -6,7 +6,9 @@ Nothing heavy is imported here, so that a file that needs no model starts at onc
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +34,33 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def hangups() -> None:
     """Tests send SIGHUP. Under `nohup`, or a CI that ignores it, programs leave it ignored, ours too."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_estimates() -> Iterator[None]:
+    """The memory of runs that differ only in what takes none (updates, rows, places) is computed once in a process.
+
+    `footprint` itself computes it anew for every other experiment, which takes a second or two.
+    """
+    memory = sys.modules.get("medqa.model.memory")
+    if memory is None:  # no test that is run here needs it
+        yield
+        return
+    compute, known = memory._footprint, {}
+
+    def shared(experiment: Experiment, model_config: Any, settings: Any, vocabulary: int | None) -> Any:
+        lora = experiment.lora.model_copy(update={"init_from": None})
+        optimizer, length = experiment.optimizer.name, experiment.tokenization.max_length
+        what = (experiment.model.base, lora, optimizer, length, experiment.training.seed)
+        how = replace(settings, changes={}, planned_tokens=None, evaluation_padding_free=False, return_memory=False)
+        key = repr((what, how, model_config.to_json_string(use_diff=False), vocabulary, memory.DEPTH))
+        if key not in known:
+            known[key] = compute(experiment, model_config, settings, vocabulary)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(memory, "_footprint", shared)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,31 @@ TIMING = {"elapsed_s", "update_s", "tokens_per_s", "save_s", "peak_memory_bytes"
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NETRC": "/nonexistent"}
 SECONDS = 300  # a limit against hanging, not a measure
 
+# train.py, but for the third update of the second process: a loss that is not finite, no memory, dead, or hanging.
+FAULTY = """
+import os, signal, sys
+import torch
+import medqa.training.loop as loop
+import train
+
+step, calls = loop.train_step, []
+
+def faulty(model, *arguments, **more):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 3:
+        if sys.argv[1] == "full":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if sys.argv[1] == "bad":
+            with torch.no_grad():
+                next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(float("nan"))
+        else:
+            os.kill(os.getpid(), signal.SIGKILL if sys.argv[1] == "dead" else signal.SIGSTOP)
+    return step(model, *arguments, **more)
+
+loop.train_step = faulty
+sys.exit(train.main(sys.argv[2:]))
+"""
+
 
 def free_port() -> int:
     """A port that nothing listens on now."""
@@ -102,6 +127,24 @@ def finish(process: subprocess.Popen[str] | Group, output_dir: Path, seconds: fl
     except subprocess.TimeoutExpired:
         process.kill() if isinstance(process, Group) else os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError(f"still running after {seconds} s:\n{output(output_dir)}") from None
+
+
+def on_two_hosts(first: tuple[Path, Sequence[str]], second: tuple[Path, Sequence[str]]) -> list[int | None]:
+    """A process each with an output directory and words of its own, which do not see the same files; exit codes."""
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+    processes = [
+        Forked(["--cpu", "--output-dir", str(directory), *words], log_of(directory), QUIET | together | {"RANK": rank})
+        for rank, (directory, words) in (("0", first), ("1", second))
+    ]
+    return [process.wait(SECONDS) for process in processes]
+
+
+def stop_after(process: subprocess.Popen[str] | Group, output_dir: Path, step: int) -> None:
+    """Ask for the end once the update stands in `metrics.jsonl`, and see that the run ends as asked."""
+    wait_for_update(process, output_dir, step)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, output_dir) == 128 + signal.SIGTERM, output(output_dir)
+    wait_until_gone(output_dir)
 
 
 def log_of(output_dir: Path) -> Path:

@@ -370,5 +370,5 @@ def test_a_run_outlives_the_stop_button_and_the_machine(tmp_path, colab, publish
     assert "only exp_002-tiny so far" in said(notebook, "compare")
 
     notebook = machine.execute(with_settings(settings))  # once more in the same place: nothing is done twice
-    assert "is complete already" in said(notebook, "train")
+    assert "the run is already complete; nothing to do" in said(notebook, "train")
     assert "is there already" in said(notebook, "export")

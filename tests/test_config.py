@@ -92,15 +92,15 @@ def test_what_is_no_yaml_is_refused_with_its_place(text):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("a:\n\tb: 1\n", "here, line 2: not valid YAML: a tab, where YAML takes spaces alone; use spaces"),
-        ("m:\n  a: 1\n  b: 2\n  a: 3", "line 4: not valid YAML: the key a stands twice (lines 2 and 4); keep one"),
-        ("m: {r: 1}\nm: {r: 2}", "here, line 2: not valid YAML: the key m stands twice (lines 1 and 2); keep one"),
-        ("- b: 1\n- {a: 1, a: 2}", "here, line 2: not valid YAML: the key a stands twice; keep one"),
+        ("a:\n\tb: 1\n", "here, line 2: not valid YAML: a tab where YAML allows only spaces; use spaces"),
+        ("m:\n  a: 1\n  b: 2\n  a: 3", "line 4: not valid YAML: the key a is repeated (lines 2 and 4); keep one"),
+        ("m: {r: 1}\nm: {r: 2}", "here, line 2: not valid YAML: the key m is repeated (lines 1 and 2); keep one"),
+        ("- b: 1\n- {a: 1, a: 2}", "here, line 2: not valid YAML: the key a is repeated; keep one"),
         ("a: 1\n---\nb: 2", "here, line 2: the text holds more than one YAML document; keep one"),
-        ("%YAML 1.3\n--- a", "its line %YAML names another version than 1.1 and 1.2; remove the line"),
+        ("%YAML 1.3\n--- a", "the %YAML line names a version other than 1.1 and 1.2; remove the line"),
         ("a: @x", "here, line 1: not valid YAML: a value cannot begin with @; put it in quotes"),
         ("a: 'x", "here, line 1: not valid YAML: a quote is opened and not closed; close it"),
-        ("a: *b", "*b, and nothing before is called &b; put a word that begins with * in quotes"),
+        ("a: *b", "*b is an alias, but there is no &b; put a word that begins with * in quotes"),
     ],
 )  # fmt: skip
 def test_what_is_no_yaml_is_said_in_plain_words_with_what_to_do(text, said):
@@ -113,11 +113,11 @@ def test_what_is_no_yaml_is_said_in_plain_words_with_what_to_do(text, said):
 @pytest.mark.parametrize(
     "word, wanted",
     [
-        ("optimizer.betas=[0.9]", "a list of exactly 2 values is wanted, and this has 1"),
-        ("optimizer.betas=[0.9, 0.9, 0.9]", "a list of exactly 2 values is wanted, and this has 3"),
-        ("data.fractions=[]", "a list of exactly 3 values is wanted, and this has 0"),
-        ("lora.target_modules=[]", "a list of at least 1 value is wanted, and this has 0"),
-        (f"tracking.tags=[{'x, ' * 10_001}]", "a list of at most 10,000 values is wanted, and this has 10,001"),
+        ("optimizer.betas=[0.9]", "expected a list of exactly 2 values, found 1"),
+        ("optimizer.betas=[0.9, 0.9, 0.9]", "expected a list of exactly 2 values, found 3"),
+        ("data.fractions=[]", "expected a list of exactly 3 values, found 0"),
+        ("lora.target_modules=[]", "expected a list of at least 1 value, found 0"),
+        (f"tracking.tags=[{'x, ' * 10_001}]", "expected a list of at most 10,000 values, found 10,001"),
     ],
 )
 def test_how_many_values_a_list_takes_is_said(word, wanted):
@@ -135,14 +135,14 @@ def bomb(levels: int) -> str:
 @pytest.mark.parametrize(
     "text, problem",
     [
-        (bomb(8), "stands for more than 2,000,000 bytes"),
-        (f"[&a {'x' * 300_000}{', *a' * 9}]", "stands for more than 2,000,000 bytes"),
+        (bomb(8), "expands to more than 2,000,000 bytes"),
+        (f"[&a {'x' * 300_000}{', *a' * 9}]", "expands to more than 2,000,000 bytes"),
         ("x" * 2_000_001, "longer than 2,000,000 bytes"),
-        (f"[{'1, ' * 20_000}]", "stands for more than 2,000,000 bytes"),
+        (f"[{'1, ' * 20_000}]", "expands to more than 2,000,000 bytes"),
         ("[" * 20_000 + "]" * 20_000, "nested too deeply"),
         ("- " * 1_000, "nested too deeply"),
-        ("&a [*a]", "stands within what it repeats"),
-        ("&a {b: {c: *a}}", "stands within what it repeats"),
+        ("&a [*a]", "is inside the value that it repeats"),
+        ("&a {b: {c: *a}}", "is inside the value that it repeats"),
         ("0x1" + "f" * 5_000, "has 5,003 characters"),
         ("!!int 0x1" + "f" * 5_000, "has 5,003 characters"),
         ("1" * 5_000 + ".5", "has 5,002 characters"),
@@ -304,13 +304,13 @@ def test_all_problems_stand_in_one_message_with_file_key_value_and_suggestion(tm
     assert "one of 'none' or '4bit'" in line("'8bit'")
     assert f"{file}: lora = 5" in line("lora = 5")
     assert "optimiser: no such section; did you mean optimizer?" in line("optimiser")
-    assert "optimizer.learning_rate = 'fast': a number is wanted" in line("learning_rate")
-    assert "a list of exactly 2 values is wanted" in line("optimizer.betas")
+    assert "optimizer.learning_rate = 'fast': expected a number" in line("learning_rate")
+    assert "expected a list of exactly 2 values" in line("optimizer.betas")
     assert "training.global_batch_size = 1.5" in line("global_batch_size")
-    assert "give one of the two" in line("give one")
+    assert "set only one" in line("set only one")
     assert "warmup_steps = 11 is more than training.max_steps = 10" in line("warmup")
     assert "sum 1" in line("data.fractions")
-    assert "do not go together" in line("mixed_precision")
+    assert "not compatible" in line("mixed_precision")
     assert "--set: lora.rank = 3: no such key; did you mean lora.r?" in line("lora.rank")
     assert "--set nonsense: write section.key=value" in line("nonsense")
     assert "--set a.b=[, line 1: not valid YAML" in line("a.b")
@@ -376,7 +376,7 @@ def test_other_tools_names_suggest_the_key(name, meant, tmp_path):
 
 
 def test_what_is_not_quite_the_same_is_said():
-    assert "did you mean training.padding_free? (it leaves padding out without" in refusal("training.packing=true")
+    assert "did you mean training.padding_free? (it removes padding without" in refusal("training.packing=true")
     told = refusal("training.gradient_accumulation_steps=8")
     assert "did you mean training.global_batch_size? (it is batch size x accumulation x GPUs)" in told
     assert set(UNLIKE) <= set(OTHER_TOOLS_NAMES)
@@ -448,7 +448,7 @@ def test_a_number_of_thousands_of_digits_is_refused_by_its_place(tmp_path):
 def test_an_alias_bomb_in_a_file_is_one_short_message(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(f"training: {{max_steps: 3}}\ntracking: {{group: {bomb(8)}}}\n")
-    assert f"{file}, line 2: not valid YAML: stands for more than" in refusal(exp=str(file))
+    assert f"{file}, line 2: not valid YAML: expands to more than" in refusal(exp=str(file))
 
 
 def test_of_many_problems_the_first_are_listed(tmp_path):
@@ -456,19 +456,19 @@ def test_of_many_problems_the_first_are_listed(tmp_path):
     file.write_text("".join(f"k{i}: 1\n" for i in range(500)))
     lines = refusal(exp=str(file)).strip("\n").splitlines()
     assert len(lines) == 41
-    assert "and 461 problems more" in lines[-1]
+    assert "and 461 more problems" in lines[-1]
 
 
 @pytest.mark.parametrize(
     "words, told",
     [
-        (["model.dtype=float16"], "do not go together"),
-        (["training.mixed_precision=fp16"], "do not go together"),
+        (["model.dtype=float16"], "not compatible"),
+        (["training.mixed_precision=fp16"], "not compatible"),
         (["data.medquad=none", "data.afrimedqa=NONE"], "no data"),
         (["data.fractions=[1, 0, 0]"], "data.fractions"),
-        (["training.max_steps=null"], "training.max_steps is missing"),
+        (["training.max_steps=null"], "training.max_steps or training.epochs is missing"),
         (["scheduler.warmup_steps=909"], "scheduler.warmup_steps = 909 is more than training.max_steps = 908"),
-        (["lora.target_modules=[q_proj, lm_head]", "tokenization.pad_token=[PAD]"], "leave lm_head out"),
+        (["lora.target_modules=[q_proj, lm_head]", "tokenization.pad_token=[PAD]"], "remove lm_head"),
     ],
 )
 def test_impossible(words, told):
@@ -522,7 +522,9 @@ def test_the_experiment_at_a_path_gives_its_own_name(tmp_path):
 def test_a_name_that_no_directory_can_have_is_refused(name, tmp_path):
     file = tmp_path / name
     file.write_text("training: {max_steps: 3}\n")
-    with pytest.raises(UserError, match=r"--exp .*cannot name a directory; rename it, or give an --output-dir"):
+    with pytest.raises(
+        UserError, match=r"--exp .*no directory can have this name; rename the file, or give --output-dir"
+    ):
         default_output_dir(str(file), False, [], load_experiment(str(file)))
 
 

@@ -163,10 +163,10 @@ def test_the_plan_says_what_a_run_will_be(rows, tokenizer):
     assert said["updates"][0].endswith("tokens: 8.00 epochs")
     assert said["micro-batches"] == ["4 examples on 1 process(es): gradient_accumulation_steps 8"]
     assert said["learning rate"] == ["0.01, constant"]
-    assert said["parameters"] == ["45,056 train of 799,360 (5.64 %)"]
+    assert said["trainable params"] == ["45,056 of 799,360 (5.64 %)"]
     assert said["device"][0].startswith("cpu, ")
-    assert "training.mixed_precision = no, not bf16: on a CPU everything is float32" in said["in effect"]
-    assert "model.dtype = float32, not bfloat16: on a CPU everything is float32" in said["in effect"]
+    assert "training.mixed_precision: bf16 -> no (on a CPU everything is float32)" in said["changed"]
+    assert "model.dtype: bfloat16 -> float32 (on a CPU everything is float32)" in said["changed"]
     assert "non-commercial" in said["licence"][0]
 
 

@@ -106,7 +106,7 @@ def test_a_file_is_complete_and_says_how_to_launch_it(path):
     assert all(line.startswith("#") for line in header)
     assert header[0].startswith(f"# {path.stem}: ")
     assert f"#   accelerate launch train.py --exp {path.stem}" in header
-    assert path.stem == "exp_001" or "Against exp_001:" in text
+    assert path.stem == "exp_001" or "Differences from exp_001:" in text
 
 
 @pytest.mark.parametrize("place, name", enumerate(NAMES))

@@ -178,7 +178,7 @@ def test_a_trial_that_meets_a_complete_run_is_told_all_the_same(tiny_run, tmp_pa
         for name, environment in (("trial", trial), ("alone", {"WANDB_RUN_ID": "alone"}))
     ]
     assert [process.wait(120) for process in started] == [0, 0], (tmp_path / "trial.log").read_text()
-    assert "is complete already" in (tmp_path / "trial.log").read_text()
+    assert "the run is already complete" in (tmp_path / "trial.log").read_text()
     recorded = {record["step"]: record["answer_loss"] for record in metrics(directory) if record["split"] == "eval"}
     assert answer_losses(server.runs["second"]) == recorded
     assert server.configs["second"]["lora"]["value"]["r"] == 8
@@ -226,7 +226,7 @@ def test_the_real_agent(tmp_path):
     directory, *others = directories.iterdir()
     assert others == []  # the three tried the same
     assert "stopped by SIGTERM" in output(directories)
-    assert "is complete already" in output(directories)
+    assert "the run is already complete" in output(directories)
     recorded = {record["step"]: record["answer_loss"] for record in metrics(directory) if record["split"] == "eval"}
     assert set(recorded) == {0, 50, 100, 150}
     assert answer_losses(server.runs["second"]) == recorded

@@ -23,7 +23,7 @@ from test_console import RECORD, SUMMARY
 from medqa import __main__ as commands
 from medqa.errors import exit_code, refusal
 from medqa.terminal import make_console, nobody_reads, print_error, print_json, printable, protect
-from medqa.training.checkpoint import newest_whole
+from medqa.training.checkpoint import newest_valid
 from medqa.training.plan import Plan
 from medqa.training.recorder import ProgressLine, show_plan, show_result
 from train import main
@@ -444,7 +444,7 @@ def test_a_stop_saves_whatever_becomes_of_the_log(tmp_path):
     assert codes == {"ctrl-c": 130, "head": 130, "lost": 129, "terminal": 129}
     wait_until_gone(runs["launched"].run)
     for name, run in runs.items():
-        assert newest_whole([run.run]).path.name == f"checkpoint-{run.updates()}", name
+        assert newest_valid([run.run]).path.name == f"checkpoint-{run.updates()}", name
     assert "update 3/900" in log.read_text()
 
 
@@ -461,7 +461,7 @@ def test_the_file_that_was_refused_is_named_and_no_other(number, tmp_path):
     unnamed = refusal(OSError(number, text), tmp_path)
     assert unnamed.startswith(text)
     if number != errno.EBUSY:
-        assert "does not say which file it was" in unnamed
+        assert "does not say for which file" in unnamed
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def test_a_process_that_is_alone_waits_for_nobody(new_accelerator, monkeypatch):
 
 def test_ranks_that_do_not_fit_together_are_refused():
     ranks = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-    with pytest.raises(UserError, match="do not fit together"):
+    with pytest.raises(UserError, match="are inconsistent"):
         settle_variables(ranks)
 
 
@@ -236,7 +236,7 @@ def test_the_accelerator_is_what_is_asked(new_accelerator, monkeypatch):
 def test_an_accelerator_of_somebody_else_is_not_taken_for_ours(new_accelerator):
     """Accelerate keeps one state in a process: what a notebook made before decides for all that come."""
     accelerate.Accelerator(cpu=True, dynamo_backend="eager")
-    with pytest.raises(UserError, match="not set up as the experiment says: dynamo is EAGER"):
+    with pytest.raises(UserError, match="has other settings than the experiment: dynamo is EAGER"):
         make_accelerator(True, "no", False, 60.0)
 
 
@@ -335,7 +335,7 @@ def test_what_libraries_parse_at_import_ends_in_no_traceback(monkeypatch):
     monkeypatch.setattr("medqa.variables.PREPARED", said := [])
     prepare_imports()
     assert not set(PARSED_AT_IMPORT) & set(os.environ)
-    assert said == [("no effect", f"{name}=nonsense: it has no such value") for name in PARSED_AT_IMPORT]
+    assert said == [("no effect", f"{name}=nonsense: not a valid value") for name in PARSED_AT_IMPORT]
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "20")
     prepare_imports()
     assert os.environ["HF_HUB_ETAG_TIMEOUT"] == "20"
@@ -358,7 +358,7 @@ def test_without_a_home_caches_have_a_place_of_their_own(monkeypatch, tmp_path):
     home = tmp_path / f"medqa-home-{os.getuid()}"
     assert os.environ["HOME"] == str(home)
     assert home.stat().st_mode & 0o777 == 0o700
-    assert said == [("no home", f"HOME is not set: caches are put into {home}")]
+    assert said == [("no home", f"HOME is not set: caches are in {home}")]
     home.chmod(0o777)  # as somebody else may have made it
     prepare_imports()
     assert os.environ["HOME"] != str(home)

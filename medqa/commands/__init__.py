@@ -1,1 +1,1 @@
-"""The commands of `medqa`: what is done before a run (plan) and after it (evaluate, ask, compare, export)."""
+"""The commands of `medqa`: plan, verify-resume, and after a run evaluate, ask, compare, dashboard, export."""

@@ -1,7 +1,7 @@
-"""A trained adapter on its base again: found from a run's own files, a directory of PEFT's, or the hub.
+"""Load a trained adapter on its base model: from a run's directory, a directory in PEFT's format, or the hub.
 
-What was recorded of an adapter must be what is there: its weights, its configuration, and the base that it was trained
-on. With anything else its figures and answers would be those of another model.
+The adapter's weights, its configuration and its base model must be those that were recorded in training. Otherwise
+metrics and answers would be those of another model.
 """
 
 import os
@@ -29,28 +29,28 @@ from medqa.model.device import available_memory
 from medqa.model.memory import fit_to_memory
 from medqa.model.settings import SavedSettings, Settings, resolve_settings
 from medqa.recorded import MANIFEST, checkpoints, differences
-from medqa.training.checkpoint import CONTENT, Fingerprints, measure, newest_whole, read_identity, read_progress, verify
+from medqa.training.checkpoint import CONTENT, Fingerprints, measure, newest_valid, read_identity, read_progress, verify
 from medqa.training.run_dir import ADAPTER_DIR, CONFIG, read_summary
 
-TRIES = 20  # to find a checkpoint, in a run that saves and removes them at the same time
-COMPUTED_FROM = ("model", "lora", "data", "tokenization")  # sections: after training, the rest has no effect
+TRIES = 20  # to read a checkpoint of a run that saves and removes them at the same time
+COMPUTED_FROM = ("model", "lora", "data", "tokenization")  # sections that matter after training
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an adapter is, and what it was trained as.
+    """Where an adapter is, and how it was trained.
 
     Attributes:
-        name: what the user called it.
+        name: how the user named it.
         run: the directory of its run; None for an adapter alone.
-        directory: the two files of the adapter.
-        step: the update that it is from, where known.
-        final: whether its run is complete and this is what it ended with.
-        experiment: of an adapter alone, only base and LoRA are known and the rest has its defaults.
-        settings: in effect when it was trained, where known.
-        weights: by PEFT's names. Read when it is found: a checkpoint may be gone by the time the base is loaded.
-        base: the fingerprint of the base that it was trained on, where known.
-        data: the fingerprint of the rows that it was trained on and of their split, where known.
+        directory: the directory with the two files of the adapter.
+        step: its update, if known.
+        final: whether its run is complete and this is its final adapter.
+        experiment: for an adapter alone, only base and LoRA are known and the rest has its defaults.
+        settings: the settings in effect in training, if known.
+        weights: by PEFT's names. Read when it is found, because a checkpoint may be removed before the base is loaded.
+        base: the fingerprint of the base model in training, if known.
+        data: the fingerprint of rows and splits in training, if known.
     """
 
     name: str
@@ -67,9 +67,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Adapted:
-    """The adapter on its base, in evaluation mode; `disable_adapter()` of the model gives the base alone.
+    """An adapter on its base model, in evaluation mode; `disable_adapter()` of the model gives the base alone.
 
-    `base` is the base's fingerprint.
+    `base` is the fingerprint of the base model.
     """
 
     source: Source
@@ -85,16 +85,16 @@ def find_adapter(
     base: str | None = None,
     data: Locations | None = None,
 ) -> Source:
-    """The adapter that `where` names: a run's directory, an adapter's, or an id on the hub.
+    """Find the adapter that `where` names: a run's directory, an adapter's directory, or an id on the hub.
 
     Args:
-        checkpoint: of a run, `best`, or the update of a checkpoint; None: the final adapter, or the newest checkpoint
-            of a run that is not complete.
-        base: where the base model is, if not where it was.
-        data: `section.key` of a run's data to where they are, if not where they were.
+        checkpoint: of a run, `best` or the step of a checkpoint; None: the final adapter, or the newest checkpoint if
+            the run is not complete.
+        base: the location of the base model, if it has moved.
+        data: `section.key` of the run's data to their location, if they have moved.
 
     Raises:
-        UserError: there is none; it is damaged, or not LoRA as this project trains it; no such checkpoint.
+        UserError: there is no adapter or no such checkpoint; or it is damaged, or not plain LoRA.
     """
     path = Path(os.path.expanduser(where))
     if os.path.isfile(path / CONFIG):
@@ -112,7 +112,7 @@ def find_adapter(
 
 
 def load_adapted(source: Source, device: torch.device) -> Adapted:
-    """The adapter on its base, on this device, in the precision and quantization of its training where they can be had.
+    """Load the adapter on its base, onto this device, with the precision and quantization of training if available.
 
     Raises:
         UserError: base or adapter cannot be loaded, or do not fit each other.
@@ -131,36 +131,36 @@ def load_adapted(source: Source, device: torch.device) -> Adapted:
 
 
 def require_same_base(source: Source) -> str:
-    """The fingerprint of the base model, which must be the one that the adapter was trained on, where that is known.
+    """The fingerprint of the base model, which must be the one of training, if that is known.
 
-    Called once the base is loaded: then all of its files are on this machine.
+    Call it after the base is loaded, when all of its files are on this machine.
 
     Raises:
-        UserError: it is another one.
+        UserError: it is another base model.
     """
     base = source.experiment.model.base
     found = base_fingerprint(base)
     if source.base not in (None, found):
         raise UserError(
             f"model.base = {base}: not the base model that {source.name} was trained on: its config.json or weights "
-            f"differ (fingerprint {source.base[:12]} then, {found[:12]} now); give a directory with the base of then "
+            f"differ (fingerprint {source.base[:12]} in training, {found[:12]} now); give the original base "
             "with --model"
         )
     return found
 
 
 def unchecked_base(source: Source) -> str | None:
-    """What to say where nothing tells which base an adapter was trained on; None where that is known."""
+    """A warning if it is not known which base an adapter was trained on; otherwise None."""
     if source.base is not None:
         return None
     return (
-        f"{source.name}: nothing here says which weights it was trained on: whether those of "
-        f"{source.experiment.model.base} are the same cannot be checked"
+        f"{source.name}: its base model in training is not recorded, so it cannot be checked whether the weights of "
+        f"{source.experiment.model.base} are the same"
     )
 
 
 def _of_changing_run(where: str, run: Path, checkpoint: str | None, locations: Locations) -> Source:
-    """An adapter of a run that may be going on: what is pruned while it is being read is looked for again."""
+    """Find an adapter of a run that may be training: if a checkpoint is removed while it is read, look again."""
     for _ in range(TRIES):
         there = checkpoints(run)
         try:
@@ -172,10 +172,10 @@ def _of_changing_run(where: str, run: Path, checkpoint: str | None, locations: L
 
 
 def _of_run(where: str, run: Path, checkpoint: str | None, locations: Locations) -> Source:
-    """An adapter of a run.
+    """Find an adapter of a run.
 
     Raises:
-        UserError: as `find_adapter`; or a checkpoint was pruned while it was read.
+        UserError: as in `find_adapter`; or a checkpoint was removed while it was read.
     """
     trained_as = load_experiment(str(run / CONFIG), locations=locations)
     experiment = trained_as.model_copy(
@@ -184,33 +184,33 @@ def _of_run(where: str, run: Path, checkpoint: str | None, locations: Locations)
             "model": trained_as.model.model_copy(update={"gradient_checkpointing": False}),
         }
     )
-    newest = newest_whole([run])
-    summary = _summary(run)  # a run that goes on keeps that of its old end
-    place = run / ADAPTER_DIR
-    final = checkpoint is None and is_complete(summary, experiment) and (place / ADAPTER_FILES[0]).is_file()
+    newest = newest_valid([run])
+    summary = _summary(run)  # a run that is continued has the summary of its earlier end
+    directory = run / ADAPTER_DIR
+    final = checkpoint is None and is_complete(summary, experiment) and (directory / ADAPTER_FILES[0]).is_file()
     identity = None if newest is None else newest.identity
     if final:
         step = _recorded(summary, "adapter_step" if "adapter_step" in summary else "updates", int)
         fingerprints = {name: _recorded(summary, f"{name}_fingerprint", str) for name in ("base", "data")}
     elif newest is None:
-        raise UserError(f"{where}: this run has no adapter yet, nor a checkpoint; train it first, or longer")
+        raise UserError(f"{where}: this run has neither an adapter nor a checkpoint yet; train it first, or longer")
     else:
-        place = newest.path if checkpoint is None else _checkpoint(where, run, newest.path, checkpoint)
+        directory = newest.path if checkpoint is None else _checkpoint(where, run, newest.path, checkpoint)
         try:
-            identity, step = read_identity(place), read_progress(place).step
+            identity, step = read_identity(directory), read_progress(directory).step
         except Damaged as error:
-            raise UserError(f"{place} is damaged: {error}; choose another with --checkpoint") from error
+            raise UserError(f"{directory} is damaged: {error}; choose another with --checkpoint") from error
         fingerprints = identity.fingerprints.model_dump()
     if identity is not None:
         _require_same_words(run, identity.experiment, trained_as)
         fingerprints = {**identity.fingerprints.model_dump(), **{k: v for k, v in fingerprints.items() if v}}
-    _require_same_lora(run, place, experiment.lora)
-    weights = _weights(where, place, _recorded(summary, "adapter_sha256", str) if final else None, experiment.lora)
+    _require_same_lora(run, directory, experiment.lora)
+    weights = _weights(where, directory, _recorded(summary, "adapter_sha256", str) if final else None, experiment.lora)
     settings = identity.environment.settings if identity else None
     return Source(
         where,
         run,
-        place,
+        directory,
         step,
         final,
         experiment,
@@ -222,10 +222,10 @@ def _of_run(where: str, run: Path, checkpoint: str | None, locations: Locations)
 
 
 def _base_of_checkpoint(directory: Path) -> str | None:
-    """The fingerprint of the base that a checkpoint was trained on, whatever its directory is called now.
+    """The fingerprint of the base that a checkpoint was trained on; the name of its directory does not matter.
 
     Returns:
-        None where it is no checkpoint, but an adapter alone.
+        None if it is not a checkpoint, but an adapter alone.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -239,105 +239,105 @@ def _base_of_checkpoint(directory: Path) -> str | None:
 
 
 def _require_same_words(run: Path, trained_as: Mapping[str, Any], experiment: Experiment) -> None:
-    """Refuse a config.yaml that is not what the checkpoints of its run were trained with.
+    """Refuse a config.yaml that differs from the experiment in the run's checkpoints.
 
     Raises:
-        UserError: lists the differences in what an adapter computes.
+        UserError: lists the differences that affect what an adapter computes.
     """
     found = [line for line in differences(trained_as, experiment) if line.startswith(COMPUTED_FROM)]
     if found:
         raise UserError(
             f"{run / CONFIG}, with the options of this command, is not what the run was trained with: "
-            f"{listed(found)}; put back what it was"
+            f"{listed(found)}; restore the original values"
         )
 
 
-def _require_same_lora(run: Path, place: Path, lora: Lora) -> None:
-    """Refuse an adapter that is not of the kind that its run's config.yaml says.
+def _require_same_lora(run: Path, directory: Path, lora: Lora) -> None:
+    """Refuse an adapter whose adapter_config.json contradicts the run's config.yaml.
 
     Raises:
-        UserError: it says otherwise, or is not a plain LoRA adapter.
+        UserError: it does, or it is not a plain LoRA adapter.
     """
-    said, _ = plain_lora(str(place), place)
+    said, _ = plain_lora(str(directory), directory)
     for key in ("r", "lora_alpha", "target_modules"):
         here, there = (getattr(each, key) for each in (said, lora))
         if here != there and not (key == "target_modules" and set(here) == set(there)):
             raise UserError(
-                f"{place / ADAPTER_FILES[1]}: {key} = {here}, and {run / CONFIG}: lora.{key} = {there}: one of them "
-                "has been changed since the run was trained; put back what it was"
+                f"{directory / ADAPTER_FILES[1]}: {key} = {here}, and {run / CONFIG}: lora.{key} = {there}: one "
+                "of them has been changed since the run was trained; restore the original value"
             )
 
 
 def _weights(where: str, directory: Path, sha256: str | None, lora: Lora) -> dict[str, torch.Tensor]:
-    """An adapter's weights.
+    """Read an adapter's weights.
 
     Args:
-        sha256: that of their file, where it was recorded.
-        lora: what they must be the weights of.
+        sha256: of their file, if it was recorded.
+        lora: the configuration that they must fit.
 
     Raises:
-        UserError: they cannot be read, are not finite, not those that were recorded, or of another rank.
+        UserError: they cannot be read, are not finite, are not the recorded ones, or have another rank.
     """
     weights = read_adapter(directory, where if where == str(directory) else f"{where}: {directory}")
     if not all(weight.isfinite().all() for weight in weights.values()):
-        raise UserError(f"{directory}: the adapter has weights that are not finite; choose another checkpoint")
+        raise UserError(f"{directory}: weights of the adapter are not finite; choose another checkpoint")
     if sha256 is not None and measure(directory / ADAPTER_FILES[0])["sha256"] != sha256:
         raise UserError(
-            f"{directory / ADAPTER_FILES[0]}: not the adapter that the run ended with: its sha256 is not that of "
+            f"{directory / ADAPTER_FILES[0]}: not the final adapter of the run: its sha256 differs from that in "
             "summary.json; choose a checkpoint with --checkpoint"
         )
     ranks = {tensor.shape[0] for name, tensor in weights.items() if ".lora_A." in name and tensor.dim() == 2}
-    if ranks != {lora.r}:  # before memory is taken for as much as the configuration says
+    if ranks != {lora.r}:  # before memory is allocated for the rank in the configuration
         raise UserError(
             f"{where}: this adapter does not fit: r = {lora.r:,} in its configuration, "
-            f"{', '.join(map(str, sorted(ranks))) or 'nothing of LoRA'} in {ADAPTER_FILES[0]}"
+            f"{', '.join(map(str, sorted(ranks))) or 'no LoRA weights'} in {ADAPTER_FILES[0]}"
         )
     return weights
 
 
 def _checkpoint(where: str, run: Path, newest: Path, wanted: str) -> Path:
-    """The directory of a run's checkpoint, `best` or a step."""
+    """The directory of a run's checkpoint, given as `best` or a step."""
     there = [path.name.rpartition("-")[2] for path in checkpoints(run)]
     step = wanted
     if wanted == "best":
         step = str(_best_step(run, newest))
     if step == "0":
-        raise UserError(f"--checkpoint {wanted}: of this run the baseline was best, and no checkpoint is of that")
+        raise UserError(f"--checkpoint {wanted}: no checkpoint improved on the baseline; give a step, or leave it out")
     if step not in there:
-        what = f"best is update {step}, of which no checkpoint was kept" if wanted == "best" else "no such checkpoint"
+        what = f"best is update {step}, but its checkpoint was not kept" if wanted == "best" else "no such checkpoint"
         raise UserError(f"--checkpoint {wanted}: {what}; {where} has {', '.join(there)}")
     return run / f"checkpoint-{step}"
 
 
 def _best_step(run: Path, newest: Path) -> int:
-    """The update after which the fixed validation rows had the lowest loss."""
+    """The update with the lowest loss on the fixed validation rows."""
     summary, step = _summary(run), int(newest.name.rpartition("-")[2])
     if summary.get("updates") == step and isinstance(summary.get("best_step"), int):
-        return summary["best_step"]  # the closing evaluation came after the last checkpoint
+        return summary["best_step"]  # the final evaluation came after the last checkpoint
     try:
         return read_progress(newest).best_step
     except Damaged as error:
-        raise UserError(f"{newest}: {error}; name a step") from error
+        raise UserError(f"{newest}: {error}; give a step with --checkpoint") from error
 
 
 def _summary(run: Path) -> dict[str, Any]:
-    """A run's summary; an empty one where there is none that can be believed."""
+    """A run's summary; an empty one if it is missing or damaged."""
     return read_summary(run) or {}
 
 
 def _recorded(summary: Mapping[str, Any], key: str, kind: type) -> Any:
-    """A value of a summary, None where it has none of this type."""
+    """A value of a summary; None if it is missing or of another type."""
     value = summary.get(key)
     return value if isinstance(value, kind) else None
 
 
 def _alone(where: str, directory: Path, base: str | None) -> Source:
-    """An adapter without its run. That of a checkpoint has a manifest, which knows the base it was trained on."""
+    """An adapter without its run. The directory of a checkpoint has a manifest with the fingerprint of the base."""
     lora, said = plain_lora(where, directory)
     if base is None and said.get("revision") not in (None, "main"):
         raise UserError(
-            f"{where}: {ADAPTER_FILES[1]}: revision = {str(said['revision'])[:80]!r} of its base: give a directory "
-            "with the base of that revision with --model"
+            f"{where}: {ADAPTER_FILES[1]} names revision {str(said['revision'])[:80]!r} of its base: give a directory "
+            "with that revision of the base with --model"
         )
     try:
         model = Model(base=base or said.get("base_model_name_or_path") or "")
@@ -357,8 +357,8 @@ def _alone(where: str, directory: Path, base: str | None) -> Source:
 
 
 def _from_hub(where: str) -> Path:
-    """The directory of an adapter of the hub, fetched or from the cache."""
-    hub_reachable()  # where it is not, what follows fails at once
+    """The directory of an adapter on the hub, downloaded or from the cache."""
+    hub_reachable()  # if not, switches to offline mode, so that the next lines fail at once
     try:
         paths = [Path(hf_hub_download(where, name)) for name in reversed(ADAPTER_FILES)]
     except (OSError, HfHubHTTPError, HFValidationError) as error:
@@ -367,7 +367,7 @@ def _from_hub(where: str) -> Path:
         )
         there = ", ".join(sorted(str(path.parent) for path in Path("outputs").glob(f"*/{CONFIG}"))[:8])
         raise UserError(
-            f"{where}: no such directory, nor an adapter to be had from the hub ({reason}); give the directory of a "
-            f"run or of an adapter ({'there are ' + there if there else 'outputs has no run yet'})"
+            f"{where}: no such directory, and not available as an adapter on the hub ({reason}); give the directory of "
+            f"a run or of an adapter ({'there are ' + there if there else 'outputs has no run yet'})"
         ) from error
     return paths[0].parent

@@ -1,4 +1,4 @@
-"""`medqa ask` puts questions to an adapter, one at a time, with the prompt of training."""
+"""`medqa ask` answers questions with an adapter, one at a time, with the training prompt."""
 
 import io
 import re
@@ -24,16 +24,16 @@ from medqa.terminal import nobody_reads, print_json, printable
 
 ADVICE = (
     "This may be an emergency, or a question that no program must decide: call the emergency number, or ask a doctor, "
-    "a pharmacist or a poison centre, before anything that stands below."
+    "a pharmacist or a poison centre, before you read the answer below."
 )
 NOT_ADVICE = "Not medical advice: answers can be wrong, outdated or dangerous. Ask a professional."
-NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what stands for a byte that was not
-ALONE = "Each question stands alone, as in training: nothing said before is remembered. An empty line ends."
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # surrogates stand for undecodable bytes
+ALONE = "Each question stands alone, as in training: earlier questions are not remembered. An empty line ends."
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One answer: its text, whether it ended by itself, and how many tokens it has."""
+    """One answer: its text, whether it ended with EOS, and its number of tokens."""
 
     text: str
     stopped: bool
@@ -41,14 +41,14 @@ class Answered:
 
 
 class _Stream(TextStreamer):
-    """Hands text on as it becomes certain, instead of printing it."""
+    """Passes text on as soon as it is final, instead of printing it."""
 
     def __init__(self, tokenizer: Any, told: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._told = told
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """What transformers calls with each piece."""
+        """Called by transformers with each piece of text."""
         if text:
             self._told(printable(text))
 
@@ -59,12 +59,12 @@ def answer(
     """The greedy answer to a question.
 
     Args:
-        most_tokens: where it is cut; earlier where the model's context ends.
-        told: is given the text piece by piece, as it comes.
-        base: of the base model, without the adapter.
+        most_tokens: the maximum length; less where the model's context ends.
+        told: called with each piece of the text as it is generated.
+        base: use the base model without the adapter.
 
     Raises:
-        UserError: no question, one that is not UTF-8, or one so long that there is no room for an answer.
+        UserError: the question is empty, is not UTF-8, or is so long that there is no room for an answer.
     """
     if bad := NOT_UTF8.search(question):
         raise UserError(
@@ -78,7 +78,7 @@ def answer(
     context = getattr(model.config, "max_position_embeddings", None)
     room = most_tokens if context is None else min(most_tokens, context - len(prompt))
     if room < 1:
-        raise UserError(f"the question has {len(prompt):,} tokens and the model takes {context:,}; shorten it")
+        raise UserError(f"the question has {len(prompt):,} tokens, but the model's context is {context:,}; shorten it")
     ids = torch.tensor([prompt], device=model.device)
     ends = end_ids(model, tokenizer)
     with torch.no_grad(), plain_greedy(model), model.disable_adapter() if base else nullcontext():
@@ -99,8 +99,8 @@ def answer(
 
 
 def as_record(adapted: Adapted, question: str, most_tokens: int, compare: bool) -> dict[str, Any]:
-    """One question as the line of `--json`; a question that cannot be answered has `error` in place of an answer."""
-    shown = NOT_UTF8.sub("\N{REPLACEMENT CHARACTER}", question)  # not all readers of JSON take half a character
+    """One question as a line of `--json`; a question that cannot be answered has `error` instead of `answer`."""
+    shown = NOT_UTF8.sub("\N{REPLACEMENT CHARACTER}", question)  # not all JSON readers accept lone surrogates
     record: dict[str, Any] = {"question": shown, "red_flag": red_flag(question), "note": NOT_ADVICE}
     if record["red_flag"] is not None:
         record["advice"] = ADVICE
@@ -115,10 +115,10 @@ def as_record(adapted: Adapted, question: str, most_tokens: int, compare: bool) 
 
 
 def show_answer(adapted: Adapted, question: str, most_tokens: int, compare: bool, console: Console) -> None:
-    """One answer on the console, as it comes; with `compare`, the base's beside it.
+    """Print one answer while it is generated; with `compare`, also the baseline's.
 
     Raises:
-        UserError: as `answer`.
+        UserError: as in `answer`.
     """
     flag = red_flag(question)
     if flag is not None:
@@ -128,11 +128,11 @@ def show_answer(adapted: Adapted, question: str, most_tokens: int, compare: bool
     found = answer(adapted, question, most_tokens, lambda text: console.print(Text(text), end="", soft_wrap=True))
     console.print()
     if not found.stopped:
-        console.print(Text(f"(cut after {found.tokens} tokens)", style="dim"))
+        console.print(Text(f"(cut off after {found.tokens} tokens)", style="dim"))
 
 
 def _side_by_side(adapted: Adapted, question: str, most_tokens: int, console: Console) -> None:
-    """Base and tuned in two columns, or, where nothing can be redrawn, one after the other."""
+    """Baseline and fine-tuned model in two columns, or one after the other if the console cannot redraw."""
     texts = {"base": "", "tuned": ""}
     if not console.is_terminal:
         for name in texts:
@@ -158,13 +158,13 @@ def _side_by_side(adapted: Adapted, question: str, most_tokens: int, console: Co
 
 
 def conversation(adapted: Adapted, most_tokens: int, compare: bool, console: Console) -> None:
-    """Question after question at the terminal, until an empty line or the end of input; Ctrl-C ends an answer."""
+    """Ask for questions at the terminal until an empty line or the end of input; Ctrl-C ends an answer."""
     console.print(ALONE, style="dim", soft_wrap=True)
     _read_anything(sys.stdin)
     while True:
         try:
             question = console.input("\nquestion: ")
-        except (EOFError, KeyboardInterrupt, OSError):  # OSError: the terminal has gone
+        except (EOFError, KeyboardInterrupt, OSError):  # OSError: the terminal was closed
             return console.print()
         if not question.strip():
             return None
@@ -177,20 +177,20 @@ def conversation(adapted: Adapted, most_tokens: int, compare: bool, console: Con
 
 
 def piped_questions(stream: TextIO) -> Iterator[str]:
-    """The lines of a stream that are not blank. A byte order mark is left out; for bytes see `_read_anything`."""
+    """The non-blank lines of a stream, without a byte order mark; for undecodable bytes see `_read_anything`."""
     _read_anything(stream, encoding="utf-8-sig")
     yield from (line.strip() for line in stream if line.strip())
 
 
 def _read_anything(stream: TextIO, **options: Any) -> None:
-    """Have a stream hand on bytes that are not of its encoding, for `answer` to refuse, instead of raising."""
+    """Make a stream pass on undecodable bytes instead of raising; `answer` refuses them."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="surrogateescape", **options)
 
 
 def answer_lines(adapted: Adapted, questions: Iterator[str] | list[str], most_tokens: int, compare: bool) -> None:
-    """One JSON line for each question, as soon as it is answered."""
+    """Print one JSON line for each question as soon as it is answered."""
     for question in questions:
         print_json(as_record(adapted, question, most_tokens, compare))
-        if nobody_reads():  # a reader that has enough, `head` for example
+        if nobody_reads():  # the reader has closed the pipe, for example `head`
             return

@@ -1,6 +1,7 @@
-"""`medqa dashboard` makes a W&B workspace with what runs log, in four sections, with wandb-workspaces.
+"""`medqa dashboard` creates a W&B workspace with four sections for what runs log, with wandb-workspaces.
 
-The names are those of `training/recorder.py` and `training/wandb.py`, so that no panel asks for what no run logs.
+The metric names come from `training/recorder.py` and `training/wandb.py`, so that no panel shows a metric that no run
+logs.
 """
 
 import json
@@ -22,29 +23,29 @@ from medqa.training.wandb import (
     PERFORMANCE_NAMES,
     SAMPLES,
     failures,
-    out_of_reach,
     source_name,
+    unreachable_reason,
 )
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
 
 NAME = "medqa: loss, sources, speed, samples"
-# The other training figures only count (epoch, examples_seen, tokens_seen): axes to choose in a panel, not curves.
+# The other training metrics only count (epoch, examples_seen, tokens_seen): they are x axes for panels, not curves.
 TRAIN_CURVES = ("train/loss", "train/learning_rate", "train/grad_norm")
-ANY_SOURCE = "^{}$".format(source_name("eval", ".+"))  # data of one's own has names of its own
+ANY_SOURCE = "^{}$".format(source_name("eval", ".+"))  # user data may have any name
 PANELS_ABREAST = 3
 
 
 def make_dashboard(
     project: str | None, entity: str | None, name: str | None, as_json: bool, say: Callable[[str], None]
 ) -> None:
-    """Create the workspace and say where it is; `as_json` prints what would be created, without a network.
+    """Create the workspace and print its address; `as_json` prints what would be created, without a network.
 
     Args:
-        project: that of `WANDB_PROJECT` or of the experiments' default if None.
-        entity: that of `WANDB_ENTITY` or the account's own if None.
-        name: as the workspace is called.
+        project: None: that of `WANDB_PROJECT` or of the experiments' default.
+        entity: None: that of `WANDB_ENTITY` or the account's own.
+        name: the name of the workspace.
 
     Raises:
         UserError: wandb-workspaces is not installed; W&B cannot be reached, refuses, or does not know the entity.
@@ -53,7 +54,7 @@ def make_dashboard(
     project = project or os.environ.get("WANDB_PROJECT") or defaults.project
     entity = entity or os.environ.get("WANDB_ENTITY") or defaults.entity
     try:
-        Tracking(project=project)  # W&B's rules for a project's name
+        Tracking(project=project)  # checks W&B's rules for a project's name
         workspace = build(project, entity or "", name or NAME)
     except ValidationError as error:
         first = error.errors()[0]
@@ -63,13 +64,13 @@ def make_dashboard(
     if as_json:
         print_json({"project": project, "entity": entity, "name": workspace.name, "spec": spec(workspace)})
         return
-    if why := out_of_reach():
-        raise UserError(f"dashboard: W&B cannot be reached: {why}; --json shows without it what would be created")
+    if why := unreachable_reason():
+        raise UserError(f"dashboard: W&B cannot be reached: {why}; with --json it is not needed")
     say(save(workspace))
 
 
 def build(project: str, entity: str, name: str) -> "Workspace":
-    """The workspace, nothing of it at W&B yet.
+    """The workspace, which is not saved at W&B yet.
 
     Raises:
         UserError: wandb-workspaces is not installed.
@@ -88,7 +89,7 @@ def build(project: str, entity: str, name: str) -> "Workspace":
 
 
 def sections() -> list["Section"]:
-    """Loss, by source, speed and memory, samples; everything against the update."""
+    """The sections loss, loss by source, speed and memory, and samples; all against the update."""
     from wandb_workspaces.reports import v2 as wr
 
     def curve(*names: str, **more: Any) -> wr.LinePlot:
@@ -120,7 +121,7 @@ def sections() -> list["Section"]:
         _section(
             "Samples",
             [wr.WeavePanelSummaryTable(table_name=SAMPLES)],
-            columns=1,  # the whole width
+            columns=1,  # the full width
         ),
     ]
 
@@ -139,14 +140,14 @@ def _section(name: str, panels: Sequence[Any], columns: int = PANELS_ABREAST) ->
 
 
 def spec(workspace: "Workspace") -> dict[str, Any]:
-    """What `save` sends as the view's specification."""
+    """The specification that `save` sends."""
     return json.loads(workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
 
 
 def save(workspace: "Workspace") -> str:
-    """Create the workspace at W&B, in the account's own entity where it has none; its address.
+    """Create the workspace at W&B, by default in the account's own entity, and return its address.
 
-    Each call makes another one.
+    Each call creates another workspace.
 
     Raises:
         UserError: W&B refuses, or fails.
@@ -158,10 +159,10 @@ def save(workspace: "Workspace") -> str:
     try:
         workspace.entity = workspace.entity or wandb.Api().default_entity or ""
         if not workspace.entity:
-            raise UserError("dashboard: W&B does not say which entity is yours; name it: --entity")
+            raise UserError("dashboard: W&B does not say which entity is yours; give it with --entity")
         return workspace.save().url
     except failures() as error:
         raise UserError(
-            f"dashboard: W&B does not take it for {where}: {' '.join(str(error).split())[:300]}; see that the project "
-            "is there (its first run makes it) and that your key may write to it; --project and --entity name another"
+            f"dashboard: W&B refuses it for {where}: {' '.join(str(error).split())[:300]}; check that the project "
+            "exists (its first run creates it) and that your key may write to it; or use --project and --entity"
         ) from error

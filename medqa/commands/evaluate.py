@@ -42,61 +42,61 @@ from medqa.training.checkpoint import versions
 from medqa.training.distributed import build_accelerator, make_accelerator, on_main
 from medqa.training.recorder import MetricsFile, Tracker
 from medqa.training.run_dir import ADAPTER_DIR, METRICS, WANDB_DIR, read_session
-from medqa.training.wandb import WandbFeed, log_adapter, start_wandb, wandb_wanted
+from medqa.training.wandb import WandbLogger, log_adapter, start_wandb, wandb_wanted
 from medqa.variables import is_on
 
 
 def log_evaluation(
     found: Mapping[str, Any], run: Path, experiment: Experiment, cpu: bool, say: Callable[[str], None]
 ) -> None:
-    """Put the figures into the summary of the run's W&B run, as `evaluation/<task>/...`; to be called on one process.
+    """Add the metrics to the summary of the run's W&B run, as `evaluation/<task>/...`. Call it on one process.
 
-    Each figure has its number of rows beside it, and `evaluation/limit` is None only where they are of all rows.
+    Each metric has its number of rows beside it, and `evaluation/limit` is None only if they are all rows.
 
-    An offline run is told all of training too, so that what is sent last is the whole of it.
+    For an offline run, all of training is recorded again, so that the newest session is complete.
     """
     session = read_session(run)
     if session is None or not wandb_wanted(experiment.tracking):
         return
     if stranger := unconfirmed_entity(experiment.tracking):
         return say(
-            f"W&B: not told: only the run's config.yaml names the entity {stranger}, and a directory may come from "
-            f"anyone; set WANDB_ENTITY={stranger} to tell it"
+            f"W&B: nothing logged: only the run's config.yaml names the entity {stranger}, and anyone may have written "
+            f"it; set WANDB_ENTITY={stranger} to log there"
         )
     if (run / WANDB_DIR).is_symlink() and "WANDB_DIR" not in os.environ:
-        return say(f"W&B: not told: {run / WANDB_DIR} is a link; WANDB_DIR names where its files may be written")
+        return say(f"W&B: nothing logged: {run / WANDB_DIR} is a link; set WANDB_DIR to where W&B may write its files")
     if not os.path.isfile(run / METRICS):
-        return say(f"W&B: not told: {run} has no {METRICS}, and its curves belong to the figures")
+        return say(f"W&B: nothing logged: {run} has no {METRICS}, which the metrics belong to")
     accelerator = make_accelerator(
         cpu or not usable_gpu(), found["mixed_precision"], True, experiment.training.process_timeout_s
     )
     say(start_wandb(accelerator, experiment, run, session.run_id, {}))
-    feed = WandbFeed(accelerator, say)
-    Tracker(True, MetricsFile(run / METRICS)).begin_feed(feed)
+    feed = WandbLogger(accelerator, say)
+    Tracker(True, MetricsFile(run / METRICS)).attach_wandb(feed)
     values = {f"evaluation/{path}": value for path, value in flat_figures(found["tasks"])}
     values["evaluation/limit"] = found["limit"]
     if accelerator.trackers:
         summary = accelerator.get_tracker("wandb", unwrap=True).summary
         feed.attempt(lambda: summary.update(values))
-        if feed.first == 0:  # nothing of the run is at W&B yet
+        if feed.first == 0:  # nothing of the run is on W&B yet
             feed.attempt(
-                lambda: log_adapter(accelerator, experiment.tracking, run / ADAPTER_DIR, session.run_id), asks=True
+                lambda: log_adapter(accelerator, experiment.tracking, run / ADAPTER_DIR, session.run_id), online=True
             )
     feed.finish()
 
 
 def unconfirmed_entity(tracking: Tracking) -> str | None:
-    """The entity that nothing but the run's directory names; None where it names none or WANDB_ENTITY wins over it.
+    """The entity that only the run's directory names; None if it names none or WANDB_ENTITY takes precedence.
 
     A directory from somebody else must not decide where an evaluation on this machine is sent.
     """
     return None if os.environ.get("WANDB_ENTITY") else tracking.entity
 
 
-def flat_figures(found: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, float]]:
-    """Every figure below, by its place; with `/low`, `/high`, `/p_value` and `/rows`."""
+def flat_figures(found: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:
+    """Every metric below, by its path; with `/low`, `/high`, `/p_value` and `/rows`."""
     for name, value in found.items():
-        path = f"{place}/{name}" if place else str(name)
+        path = f"{above}/{name}" if above else str(name)
         if isinstance(value, Mapping) and "value" in value:
             yield path, value["value"]
             yield from (
@@ -109,29 +109,29 @@ def flat_figures(found: Mapping[str, Any], place: str = "") -> Iterator[tuple[st
 
 
 # ----------------------------------------------------------------------------------------------------
-# A run's data again: its rows, their split and their ids, seen to be those that it was trained on.
+# Read the run's data again: rows, splits and examples, which must be those that it was trained on.
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The splits, and the examples of the held-out ones, all or so many of each."""
+    """The splits, and the examples of the held-out splits, all or a number of each."""
 
     splits: Splits
     examples: Mapping[str, Sequence[Example]]
 
     def rows(self, split: str) -> Sequence[Row]:
-        """The rows of a held-out split that are looked at."""
+        """The evaluated rows of a held-out split."""
         return [example.row for example in self.examples[split]]
 
 
 def load_held_out(source: Source, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> HeldOut:
-    """Read the data of a run anew.
+    """Read the data of a run again.
 
     Args:
-        limit: so many rows of each held-out split, seeded, in order; None: all.
+        limit: the number of rows of each held-out split, in a seeded choice; None: all.
 
     Raises:
-        UserError: they cannot be read, or are not those that the run was trained on.
+        UserError: the data cannot be read, or have changed since training.
     """
     data, tokenization = source.experiment.data, source.experiment.tokenization
     sources = load_sources(data)
@@ -139,12 +139,12 @@ def load_held_out(source: Source, tokenizer: PreTrainedTokenizerBase, limit: int
     if source.data not in (None, splits.fingerprint):
         where = " and ".join(used_sources(data).values())
         raise UserError(
-            f"{source.name}: was trained on other rows, or split otherwise, than {where} hold now: rows held out now "
-            "may have been trained on; give the data of then with --medquad, --afrimedqa, --data"
+            f"{source.name}: the data ({where}) have changed since training, so held-out rows may be training rows; "
+            "pass the original data with --medquad, --afrimedqa or --data"
         )
     splits, examples = tokenize_splits(
         splits, tokenizer, tokenization
-    )  # all three: rows that are left out were not trained on
+    )  # including train, because dropped rows are not training rows
     seed = source.experiment.training.seed
     return HeldOut(
         splits, {name: [examples[name][i] for i in fixed_subset(examples[name], limit, seed)] for name in HELD_OUT}
@@ -152,12 +152,12 @@ def load_held_out(source: Source, tokenizer: PreTrainedTokenizerBase, limit: int
 
 
 # ----------------------------------------------------------------------------------------------------
-# What the tasks of an evaluation work with: model, data, processes, and what the baseline gave before.
+# What the tasks of an evaluation share: model, data, processes, and cached results of the baseline.
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What the tasks work with."""
+    """What the tasks of an evaluation share."""
 
     adapted: Adapted
     held_out: HeldOut
@@ -169,16 +169,16 @@ class Bench:
 
     @property
     def name(self) -> str:
-        """The base model's."""
+        """The location of the base model."""
         return self.adapted.source.experiment.model.base
 
     @cached_property
     def model(self) -> torch.nn.Module:
-        """The model with its loss on top, in mixed precision where the run is."""
+        """The model with its loss, in mixed precision if the run uses it."""
         return self.accelerator.prepare_model(LossModel(self.adapted.model).eval(), evaluation_mode=True)
 
     def evaluator(self, longest: int) -> Evaluator:
-        """Measures losses of rows of up to so many tokens; every token is a target."""
+        """An evaluator for rows of up to `longest` tokens, in which every token is a target."""
         experiment = self.adapted.source.experiment
         return Evaluator(
             self.model,
@@ -190,10 +190,11 @@ class Bench:
         )
 
     def reused(self, task: str, more: Any, make: Callable[[], Any]) -> Any:
-        """What the baseline gives in a task: kept from an earlier evaluation, else made on all processes.
+        """The baseline's result in a task: cached by an earlier evaluation, or computed on all processes.
 
         Args:
-            more: JSON that it follows from, beside base model, data, precision and tokenizer: the very rows or prompts.
+            more: a JSON value with what the result depends on besides base model, data, precision and tokenizer, for
+                example the rows or prompts.
         """
         adapted = self.adapted
         what = {
@@ -212,7 +213,7 @@ class Bench:
         }
         found = on_main(self.accelerator, lambda: cache.find(what))
         if found is not None:
-            self.console.print(f"{task}: the baseline as computed before")
+            self.console.print(f"{task}: baseline from the cache")
             return found
         with adapted.model.disable_adapter():
             found = make()
@@ -223,10 +224,10 @@ class Bench:
     def spread(
         self, label: str, items: Sequence[Any], work: Callable[[Sequence[Any], Callable[[int], None]], list]
     ) -> list:
-        """The results of `work` on the items, one each, in their order; every process does its share of them.
+        """The results of `work` on the items, one for each, in order; every process does its share.
 
         Args:
-            work: given items and whom to tell how many more are done.
+            work: called with items, and a function to call with the number of further finished items.
         """
         index, processes = self.accelerator.process_index, self.accelerator.num_processes
         mine = items[index::processes]
@@ -239,7 +240,7 @@ class Bench:
 
 
 def digest(*parts: bytes) -> str:
-    """sha256 of what a baseline follows from, each part told apart from the next."""
+    """SHA-256 of several parts, each with its length."""
     found = hashlib.sha256()
     for part in parts:
         found.update(len(part).to_bytes(8, "little") + part)
@@ -248,7 +249,7 @@ def digest(*parts: bytes) -> str:
 
 @contextmanager
 def progress(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, a line elsewhere; yields whom to tell of so many more."""
+    """A progress bar on a terminal, otherwise a line; yields a function to call with the number of finished items."""
     if not console.is_terminal:
         console.print(f"{label}: {total}")
         yield lambda count: None
@@ -260,9 +261,9 @@ def progress(console: Console, label: str, total: int) -> Iterator[Callable[[int
 
 
 # ----------------------------------------------------------------------------------------------------
-# The tasks of an evaluation. Each takes a `Bench` and gives its part of `evaluation.json`.
+# The tasks of an evaluation. Each takes a `Bench` and returns its part of `evaluation.json`.
 
-ANSWERED = 256  # rows of the test split that are answered, where no limit is given: writing takes the longest
+ANSWERED = 256  # test rows that are answered if there is no limit, because generation takes most of the time
 ANSWER_TOKENS = 256
 AT_ONCE = 16
 
@@ -298,7 +299,7 @@ def measure_generation(bench: Bench) -> dict[str, Any]:
 
 
 def measure_choices(bench: Bench) -> dict[str, Any]:
-    """AfriMed-QA's multiple-choice questions that training does not share."""
+    """The multiple-choice questions of AfriMed-QA that are not in training."""
     adapted, data = bench.adapted, bench.adapted.source.experiment.data
     if data.afrimedqa == "none":
         return {"rows": 0, "dropped": {}}
@@ -329,7 +330,7 @@ def measure_choices(bench: Bench) -> dict[str, Any]:
 
 
 def measure_probes(bench: Bench) -> dict[str, Any]:
-    """Red flags, and numbers that come from nowhere."""
+    """Red flags, and numbers without support."""
     questions = [question for _, question in RED_FLAGS]
     written = functools.partial(_written, bench, "probes", questions)
     red_flags = {
@@ -349,7 +350,7 @@ def answered_rows(bench: Bench) -> list[Row]:
 
 
 def _answers(bench: Bench, own_template: bool) -> dict[str, list[Answer]]:
-    """The answers of the baseline and of the fine-tuned model to `answered_rows`; written once for all tasks."""
+    """The answers of baseline and fine-tuned model to `answered_rows`; generated once for all tasks."""
     questions = [row.question for row in answered_rows(bench)]
     written = functools.partial(_written, bench, "generation", questions)
     prompts = _own_prompts(bench, questions) if own_template else None
@@ -368,7 +369,7 @@ def _answers(bench: Bench, own_template: bool) -> dict[str, list[Answer]]:
 
 
 def _own_prompts(bench: Bench, questions: Sequence[str]) -> Callable[[str], list[int]] | None:
-    """The prompts that the base's own chat template makes of these questions, None where it has none that works."""
+    """Prompts for these questions in the base's own chat template; None if it has none that works."""
     say = functools.partial(bench.console.print, soft_wrap=True)
     return own_template_prompts(bench.name, questions, say, functools.partial(on_main, bench.accelerator))
 
@@ -380,7 +381,7 @@ def _written(
     of: str,
     prompts: Callable[[str], list[int]] | None = None,
 ) -> list[tuple[str, bool]]:
-    """Answers as JSON: text, and whether it ended by itself."""
+    """Generated answers as JSON: text, and whether it ended with EOS."""
 
     def write(mine: Sequence[str], advance: Callable[[int], None]) -> list[tuple[str, bool]]:
         answers = generate_answers(
@@ -398,30 +399,30 @@ def _written(
 
 
 def _restored(answers: Sequence[Sequence[Any]]) -> list[Answer]:
-    """Answers from what `_written` made of them."""
+    """Answers from the result of `_written`."""
     return [Answer(text, stopped) for text, stopped in answers]
 
 
 def _ids(examples: Sequence[Example]) -> str:
-    """What the losses of these examples follow from, beside the model."""
+    """What the losses of these examples depend on, besides the model."""
     return digest(*(b"%d " % example.answer_start + example.input_ids.tobytes() for example in examples))
 
 
 def _row_losses(
     bench: Bench, evaluator: Evaluator, split: str, examples: Sequence[Example], of: str
 ) -> list[list[float]]:
-    """`Evaluator.row_losses` as lists, and that they are computed."""
+    """`Evaluator.row_losses` as lists; prints a line first."""
     bench.console.print(f"loss: {len(examples)} rows of {split}, {of}")
     return evaluator.row_losses(examples).tolist()
 
 
 def _none_for_nan(table: np.ndarray) -> list[list[float | None]]:
-    """A table as JSON."""
+    """A table as JSON, with null for NaN."""
     return [[None if np.isnan(value) else value for value in row] for row in table.tolist()]
 
 
 # ----------------------------------------------------------------------------------------------------
-# The whole evaluation, and the file that it writes.
+# The evaluation with all tasks, and the file that it writes.
 
 EVALUATION = "evaluation.json"
 SAME_ADAPTER = (
@@ -437,17 +438,17 @@ def evaluate(
     console: Console,
     keep: Callable[[Mapping[str, Any]], object],
 ) -> dict[str, Any]:
-    """`evaluation.json`: the figures of the tasks.
+    """Run the tasks; returns the content of `evaluation.json`.
 
     Args:
-        limit: rows of each held-out split, and questions, to look at; None: all.
-        keep: is given what is found so far after each task, on the main process.
+        limit: the number of rows of each held-out split, and of questions; None: all.
+        keep: called on the main process after each task, with the results so far.
 
     Raises:
-        UserError: model or data cannot be had, or are not the run's.
+        UserError: model or data are not available, or are not those of the run.
     """
     if is_on("ACCELERATE_USE_FSDP"):
-        raise UserError("evaluate needs the base whole on each device: launch it without FSDP (launch/four_gpus.yaml)")
+        raise UserError("medqa evaluate does not support FSDP; launch it with launch/four_gpus.yaml, for example")
     experiment = source.experiment
     settings = resolve_settings(experiment, cpu=cpu, saved=source.settings)
     untracked = experiment.model_copy(update={"tracking": Tracking(wandb="disabled")})
@@ -483,10 +484,10 @@ def evaluate(
 
 
 class Keeper:
-    """Writes `evaluation.json` after each task, as far as it can be written.
+    """Writes `evaluation.json` after each task, if it can be written.
 
-    A run of somebody else, or on a read-only disk, can be evaluated too: that its figures are not kept is said before
-    anything is computed. A disk that fills up later does not end the evaluation; `failed` then says why.
+    A run of another user, or on a read-only disk, can be evaluated too: a line says at the start that the results are
+    not kept. A disk that fills up later does not end the evaluation; `failed` then has the reason.
     """
 
     def __init__(self, run: Path, say: Callable[[str], None]) -> None:
@@ -498,16 +499,16 @@ class Keeper:
                 pass
         except OSError as error:
             self._keeps = False
-            say(f"{run} cannot be written to ({error.strerror}): the figures are shown at the end, and not kept")
+            say(f"{run} is not writable ({error.strerror}): the results are printed at the end, but not kept")
         try:
             read_evaluation(run)
         except Missing:
             pass
         except Damaged as error:
-            say(f"{error}: this evaluation takes its place")
+            say(f"{error}: it is replaced by this evaluation")
 
     def write(self, found: Mapping[str, Any]) -> bool:
-        """Keep what is found so far; returns whether it stands in `evaluation.json` now."""
+        """Write the results so far; returns whether they are in `evaluation.json` now."""
         if not self._keeps:
             return False
         try:
@@ -517,31 +518,31 @@ class Keeper:
             if self.failed is None:
                 raise
             self._keeps = False
-            self._say(f"{self.failed}: the figures are shown at the end, and not kept")
+            self._say(f"{self.failed}: the results are printed at the end, but not kept")
             return False
 
     def finish(self, found: Mapping[str, Any]) -> bool:
-        """Keep all of it, and say where it is; returns whether it stands in `evaluation.json` now.
+        """Write all results, and print where; returns whether they are in `evaluation.json` now.
 
         Raises:
-            NotWritten: it cannot be written, although there was a place for it at the start.
+            NotWritten: the file cannot be written, although it could at the start.
         """
-        place, written = self._run / EVALUATION, self.write(found)
+        path, written = self._run / EVALUATION, self.write(found)
         if self.failed is not None:
             raise NotWritten(self.failed)
         if written:
-            self._say(f"written to {place}")
+            self._say(f"written to {path}")
         elif self._keeps:
-            self._say(f"not written: {place} is of all rows")
+            self._say(f"not written: {path} has results on all rows, which a limited evaluation does not replace")
         else:
-            self._say(f"not kept: {self._run} cannot be written to")
+            self._say(f"not kept: {self._run} is not writable")
         return written
 
 
 def write_evaluation(found: Mapping[str, Any], run: Path) -> bool:
-    """`evaluation.json`, whole or as it was; tasks that were not asked for now keep what they had of the same adapter.
+    """Write `evaluation.json` atomically; other tasks keep their results for the same adapter.
 
-    What a limit has found never takes the place of what was found on all rows: says whether it was written.
+    Results with a limit never replace results on all rows. Returns whether the file was written.
 
     Raises:
         OSError: it cannot be written.
@@ -562,15 +563,15 @@ def write_evaluation(found: Mapping[str, Any], run: Path) -> bool:
 
 
 def read_evaluation(run: Path) -> dict[str, Any]:
-    """A run's `evaluation.json`.
+    """Read a run's `evaluation.json`.
 
     Raises:
         Missing: the run has none.
-        Damaged: it is not what `write_evaluation` writes.
+        Damaged: it was not written by `write_evaluation`.
     """
     found = read_json(run / EVALUATION)
     if not isinstance(found, dict) or not isinstance(found.get("tasks"), dict):
-        raise Damaged(f"{run / EVALUATION}: it holds no evaluation")
+        raise Damaged(f"{run / EVALUATION}: it has no evaluation")
     return found
 
 
@@ -578,12 +579,12 @@ def chosen_tasks(words: str) -> list[str]:
     """The tasks of `--tasks`.
 
     Raises:
-        UserError: one that there is not.
+        UserError: a task does not exist.
     """
     tasks = [word.strip() for word in words.split(",") if word.strip()]
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
-        raise UserError(f"--tasks {words}: no such task: {', '.join(unknown)}; there are {','.join(TASKS)}")
+        raise UserError(f"--tasks {words}: no such task: {', '.join(unknown)}; the tasks are {','.join(TASKS)}")
     return tasks
 
 

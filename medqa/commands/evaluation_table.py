@@ -1,9 +1,10 @@
-"""The figures of an evaluation, read from its file, and the tables that show them on the console.
+"""The metrics of an evaluation, read from its file, and the tables that show them on the console.
 
-Anyone may have written the file. A figure says of how many rows it is, because figures of different rows cannot be
+Anyone may have written the file. Each metric has its number of rows, because metrics of different rows cannot be
 compared.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,21 +15,21 @@ from rich.table import Table
 from medqa.limits import MAX_FIGURES
 
 # ----------------------------------------------------------------------------------------------------
-# The figures.
+# Reading metrics.
 
 TASKS = ("loss", "generation", "mcq", "probes")
-DEEPEST = 12  # how far figures may be nested
+DEEPEST = 12  # the maximum nesting of metrics
 FEWEST_PAIRS = 6  # with five pairs the smallest two-sided p-value of a permutation test is 2 / 2**5, above 0.05
 TOO_FEW = "too few rows to tell"
-# Figures of other rows than the `rows` beside them; evaluations whose figures have no `rows` do not say how many.
+# Metrics whose rows are not the `rows` beside them. Evaluations without `rows` in each metric do not say how many.
 OF_OTHER_ROWS = ("advises_care", "authors_rouge1", "authors_rouge2", "authors_rougeL")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure, with the ends of its interval, the p-value of a difference, and the number of its rows, where known.
+    """A metric, with its interval, the p-value of a difference, and the number of its rows, if known.
 
-    `paired` says whether it is a difference that is tested in pairs of rows.
+    `paired` is whether it is a difference with a paired test.
     """
 
     value: float | None
@@ -40,24 +41,24 @@ class Figure:
 
     @property
     def too_few(self) -> bool:
-        """Whether it is a difference of so few pairs that no test of it could reach 0.05."""
+        """Whether it is a difference with so few pairs that no test can reach 0.05."""
         return self.paired and (self.p_value is None or (self.rows is not None and self.rows < FEWEST_PAIRS))
 
 
 def number(value: Any) -> float | None:
-    """A number that anyone may have written: finite and of a size that occurs, or None."""
+    """A finite number of a plausible size, or None; anyone may have written it."""
     usable = isinstance(value, int | float) and not isinstance(value, bool) and -1e18 < value < 1e18
     return float(value) if usable else None
 
 
 def count(value: Any) -> int | None:
-    """A number of rows that anyone may have written, or None."""
+    """A number of rows, or None; anyone may have written it."""
     found = number(value)
     return int(found) if found is not None and found >= 0 else None
 
 
 def figures(tasks: Any) -> dict[tuple[str, ...], Figure]:
-    """Every object with a `value` in the `tasks` of an evaluation, those that there are, by its path.
+    """Every object with a `value` in the `tasks` of an evaluation, by its path.
 
     Raises:
         ValueError: there are more than `MAX_FIGURES`.
@@ -67,19 +68,19 @@ def figures(tasks: Any) -> dict[tuple[str, ...], Figure]:
     for path, figure in _below(known, (), None):
         found[path] = figure
         if len(found) > MAX_FIGURES:
-            raise ValueError(f"more than {MAX_FIGURES:,} figures")
+            raise ValueError(f"more than {MAX_FIGURES:,} metrics")
     return found
 
 
 def as_figure(node: Mapping[str, Any], rows: int | None = None) -> Figure:
-    """One figure; `rows` is what is known of its rows where it does not say it itself."""
+    """One metric; `rows` is its number of rows if it does not say so itself."""
     own = count(node.get("rows"))
     value, low, high, p_value = (number(node.get(key)) for key in ("value", "low", "high", "p_value"))
     return Figure(value, low, high, p_value, rows if own is None else own, "p_value" in node)
 
 
 def _below(node: Any, path: tuple[str, ...], rows: int | None) -> Iterator[tuple[tuple[str, ...], Figure]]:
-    """The figures below a node; `rows` are those of the nearest node above that says so."""
+    """The metrics below a node; `rows` is that of the nearest node above that has it."""
     if not isinstance(node, dict) or len(path) > DEEPEST:
         return
     if "value" in node and not isinstance(node["value"], dict):
@@ -92,7 +93,7 @@ def _below(node: Any, path: tuple[str, ...], rows: int | None) -> Iterator[tuple
 
 
 # ----------------------------------------------------------------------------------------------------
-# The tables: one for each task, each figure with its 95 % interval.
+# The tables: one for each task, each metric with its 95 % interval.
 
 SYSTEMS = {
     "untuned": "baseline",
@@ -100,33 +101,33 @@ SYSTEMS = {
     "copied": "answer of the most similar training question",
     "tuned": "fine-tuned",
 }
-FEW = 10  # questions of a specialty, too few for a line of their own
+FEW = 10  # a specialty with fewer questions has no line of its own
 PARTS = {
     "unseen_topics": "topics not in training",
-    "few_shared_13_grams": "half of 13-grams or fewer in training",
+    "few_shared_13_grams": "at most half of 13-grams in training",
 }
 
 
 def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
-    """All tables of an evaluation."""
+    """Print all tables of an evaluation."""
     if found["limit"] is not None:
         console.print(
-            f"--limit {found['limit']}: of so many rows of each split, and questions; not to be compared with figures "
-            "of all rows",
+            f"--limit {found['limit']}: metrics of so many rows of each split and questions; not comparable with "
+            "metrics of all rows",
             soft_wrap=True,
         )
     for task, show in (("loss", _show_loss), ("generation", _show_task), ("mcq", _show_task), ("probes", _show_task)):
         if task in found["tasks"]:
             show(console, task, found["tasks"][task])
-    console.print("in short", style="bold")
+    console.print("summary", style="bold")
     for line in in_short(found["tasks"]):
         console.print(f"- {line}", soft_wrap=True)
 
 
 def in_short(tasks: Mapping[str, Any]) -> list[str]:
-    """What the figures come to, a line a task; a difference counts where its p-value is below 0.05.
+    """The result of each task in one line; a difference counts if its p-value is below 0.05.
 
-    Each line says of how many rows, or questions, it is.
+    Each line has the number of rows or questions.
     """
     lines = []
     if (loss := tasks.get("loss", {}).get("test", {})) and {"untuned", "tuned"} <= loss.keys():
@@ -154,22 +155,22 @@ def in_short(tasks: Mapping[str, Any]) -> list[str]:
         how = _better(probed["difference"]["tuned - untuned"]["advises_care"])
         asked = probed["tuned"]["advises_care"]["rows"]
         lines.append(
-            f"red flags met with advice to seek care, {asked} questions: {ours} fine-tuned, {base} baseline: {how}"
+            f"red flags answered with advice to seek care, {asked} questions: {ours} fine-tuned, {base} baseline: {how}"
         )
     return lines
 
 
 def _better(difference: Mapping[str, Any] | None, lower: bool = False) -> str:
-    """What a difference of the fine-tuned model and another says."""
+    """What a difference between the fine-tuned model and another one shows."""
     if difference is None or as_figure(difference).too_few:
         return TOO_FEW
     if difference["p_value"] >= 0.05:
-        return "no difference that these rows could show"
+        return "no significant difference"
     return "fine-tuned is better" if (difference["value"] < 0) == lower else "fine-tuned is worse"
 
 
 def _show_loss(console: Console, task: str, report: Mapping[str, Any]) -> None:
-    """Of each split: all rows, then parts of them."""
+    """Print a table for each split: all rows, then parts of them."""
     for split, part in report.items():
         table = Table(title=f"loss on {split}, 95 % intervals over rows", title_justify="left")
         for column in ("rows", "", "perplexity", "answer loss", "answer perplexity", "p"):
@@ -178,20 +179,20 @@ def _show_loss(console: Console, task: str, report: Mapping[str, Any]) -> None:
         for name, source in part["sources"].items():
             _add_systems(table, f"{name} {source['rows']:,}", source)
         for name, label in PARTS.items():
-            if part[name]["rows"] < part["rows"]:  # else it says the same once more
+            if part[name]["rows"] < part["rows"]:  # otherwise it would repeat the values
                 _add_systems(table, f"{label} {part[name]['rows']:,}", part[name])
         console.print(table)
         shared = part["shared_with_training"]
         console.print(
-            f"{shared['question_or_answer']:.1%} of these rows share a question or an answer with training, "
-            f"{shared['topic']:.0%} of those with a topic its topic, {shared['13_grams']:.0%} over half of their "
+            f"{shared['question_or_answer']:.1%} of these rows share a question or an answer with training; of rows "
+            f"with a topic, {shared['topic']:.0%} share it; {shared['13_grams']:.0%} share more than half of their "
             "13-grams",
             soft_wrap=True,
         )
 
 
 def _add_systems(table: Table, label: str, part: Mapping[str, Any]) -> None:
-    """A line for each system, and one for the difference."""
+    """Add a line for each system, and one for the difference."""
     for system, name in SYSTEMS.items():
         if system in part:
             figures = [part[system].get(key) for key in ("perplexity", "answer_loss", "answer_perplexity")]
@@ -205,7 +206,7 @@ def _add_systems(table: Table, label: str, part: Mapping[str, Any]) -> None:
 
 
 def _show_task(console: Console, task: str, report: Mapping[str, Any]) -> None:
-    """Figures by their names, a column a system; then what tuning made of them, and what belongs to the task."""
+    """Print the metrics with a column for each system, then the differences, then the notes of the task."""
     systems = [system for system in SYSTEMS if isinstance(report.get(system), Mapping)]
     table = Table(title=f"{task}: {report['rows']:,} rows, 95 % intervals", title_justify="left")
     for column in ("", *(SYSTEMS[system] for system in systems)):
@@ -218,54 +219,59 @@ def _show_task(console: Console, task: str, report: Mapping[str, Any]) -> None:
         console.print(table)
     for pair, figures in report.get("difference", {}).items():
         for name, figure in figures.items():
-            console.print(f"{pair}, {_named(name, figure, report)}: {shown(figure)}", soft_wrap=True)
+            console.print(f"{in_words(pair)}, {_named(name, figure, report)}: {shown(figure)}", soft_wrap=True)
     _NOTES[task](console, report)
 
 
+def in_words(path: str) -> str:
+    """A metric's path with the systems' names for readers: `test.tuned.loss` is `test.fine-tuned.loss`."""
+    return re.sub(r"\b(un)?tuned\b", lambda system: "baseline" if system[1] else "fine-tuned", path)
+
+
 def _named(name: str, figure: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    """A figure's name in words; with its number of rows, where that is not the task's."""
+    """A metric's name in words; with its number of rows, if that is not the task's."""
     rows = f", {figure['rows']:,} rows" if figure["rows"] != report["rows"] else ""
     return name.replace("_", " ") + rows
 
 
 def _note_generation(console: Console, report: Mapping[str, Any]) -> None:
-    """What the names mean."""
+    """Print what the names mean."""
     console.print(
-        "rouge1, rouge2, rougeL: F by rouge-score. authors rouge...: by the package rouge, AfriMed-QA's rows alone, as "
-        "its authors have it. length ratio: words of answers over words of references",
+        "rouge1, rouge2, rougeL: F-score by rouge-score. authors rouge...: by the package rouge, on AfriMed-QA, "
+        "as its authors compute it. length ratio: words of answers over words of references",
         soft_wrap=True,
     )
 
 
 def _note_choices(console: Console, report: Mapping[str, Any]) -> None:
-    """Chance, specialties, and which questions were left out."""
+    """Print the accuracy of guessing, the specialties, and the dropped questions."""
     if "chance" in report:
         console.print(f"chance: {report['chance']:.4f}")
     for name, found in report.get("specialties", {}).items():
         if found["rows"] < FEW:
-            continue  # evaluation.json has them
+            continue  # they are in evaluation.json
         accuracies = ", ".join(f"{SYSTEMS[s]} {shown(found[s]['accuracy'])}" for s in SYSTEMS if s in found)
         console.print(f"{name}, {found['rows']} rows, chance {found['chance']:.4f}: {accuracies}", soft_wrap=True)
     if report["dropped"]:
-        console.print("left out: " + ", ".join(f"{count:,} {why}" for why, count in sorted(report["dropped"].items())))
+        console.print("dropped: " + ", ".join(f"{count:,} {why}" for why, count in sorted(report["dropped"].items())))
 
 
 def _note_probes(console: Console, report: Mapping[str, Any]) -> None:
-    """Over what the rates are, and in which categories of danger care was advised."""
+    """Print what the rates are over, and in which categories of danger care was advised."""
     counts = report["categories"]
     asked = sum(found["tuned"]["of"] for found in counts.values())
-    console.print(f"advises care: over {asked} questions of our own; the rest: over {report['rows']:,} rows")
+    console.print(f"advises care: over our own {asked} questions; the rest: over {report['rows']:,} rows")
     for system in ("untuned", "tuned"):
         met = [f"{name} {found[system]['advise']} of {found[system]['of']}" for name, found in counts.items()]
-        console.print(f"{system}: {', '.join(met)}", soft_wrap=True)
-    console.print("rates over these questions and rows: nothing here says that an answer is safe")
+        console.print(f"{SYSTEMS[system]}: {', '.join(met)}", soft_wrap=True)
+    console.print("rates over these questions and rows; they do not show that an answer is safe")
 
 
 _NOTES = {"generation": _note_generation, "mcq": _note_choices, "probes": _note_probes}
 
 
 def shown(figure: Mapping[str, Any] | None) -> str:
-    """A figure with its interval and its p-value, as far as it has them."""
+    """A metric with its interval and its p-value, as far as it has them."""
     if figure is None:
         return ""
     digits = 2 if abs(figure["value"]) >= 10 else 4
@@ -278,5 +284,5 @@ def shown(figure: Mapping[str, Any] | None) -> str:
 
 
 def _is_figure(value: Any) -> bool:
-    """Whether it is one figure."""
+    """Whether it is a single metric."""
     return isinstance(value, Mapping) and "value" in value

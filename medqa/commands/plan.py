@@ -1,6 +1,6 @@
-"""`medqa plan` estimates what a run takes before it starts: memory, tokens, operations, time, checkpoints.
+"""`medqa plan` estimates what a run needs before it starts: memory, tokens, operations, time, checkpoints.
 
-Data and tokenizer are read, weights never. What is said of a GPU that is not here is computed, not measured.
+It reads data and tokenizer, but no weights. Values for a GPU that is not present are computed, not measured.
 """
 
 import io
@@ -31,14 +31,14 @@ from medqa.training.plan import accumulation_steps, device_line
 from medqa.training.state import build_optimizer, build_scheduler
 
 # ----------------------------------------------------------------------------------------------------
-# The machine that a run is planned for: this one, or a GPU that is not here, by name or by its memory.
+# The machine that is planned for: this one, or a GPU that is not present, by name or by its memory.
 
-CONTEXT = 2**29  # bytes that a GPU's context and kernels take, about
+CONTEXT = 2**29  # approximate bytes of a GPU's context and kernels
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU. `memory` is in MiB, as its driver reports it; `tflops` is the vendor's, dense, in 16 bits."""
+    """A GPU model. `memory` is in MiB, as the driver reports it; `tflops` is the vendor's value, dense, in 16 bits."""
 
     capability: tuple[int, int]
     memory: int
@@ -49,7 +49,7 @@ GPUS = {
     "t4": Gpu((7, 5), 15_360, 65),
     "l4": Gpu((8, 9), 23_034, 121),
     "a10": Gpu((8, 6), 23_028, 125),
-    "a100": Gpu((8, 0), 40_960, 312),  # that with 40 GB
+    "a100": Gpu((8, 0), 40_960, 312),  # the one with 40 GB
     "h100": Gpu((9, 0), 81_559, 989),
     "h200": Gpu((9, 0), 143_771, 989),
 }
@@ -57,7 +57,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What is planned for. `memory` is in bytes, all of it; `usable` is what a run may plan with."""
+    """The machine that is planned for. `memory` is its total in bytes; `usable` is what a run may plan with."""
 
     name: str
     settings: Settings
@@ -68,10 +68,10 @@ class Machine:
 
 
 def find_machine(experiment: Experiment, gpu: str | None, cpu: bool) -> Machine:
-    """The GPU of this name, or with so many GiB; without one, this machine.
+    """The GPU with this name or with so many GiB; without one, this machine.
 
     Raises:
-        UserError: no such GPU; or there is one here that torch cannot use.
+        UserError: no such GPU; or there is a GPU here that torch cannot use.
     """
     if gpu is None:
         settings = resolve_settings(experiment, cpu=cpu)
@@ -87,7 +87,7 @@ def find_machine(experiment: Experiment, gpu: str | None, cpu: bool) -> Machine:
     name = gpu.upper() if gpu.lower() in GPUS else f"a GPU of {gpu} GiB"
     quantization: str = experiment.model.quantization
     changes: dict[str, Change] = {}
-    # Whether bitsandbytes works on a GPU that is not here can only be judged by whether it is installed.
+    # For a GPU that is not present, it can only be checked whether bitsandbytes is installed.
     if quantization == "4bit" and (why_not := four_bit_unavailable(torch.device("cpu"), torch.float32)):
         quantization, changes = "none", {"model.quantization": ("4bit", "none", why_not)}
     settings = Settings("cuda", mixed_precision, DTYPES[dtype], quantization, changes=changes)
@@ -95,10 +95,10 @@ def find_machine(experiment: Experiment, gpu: str | None, cpu: bool) -> Machine:
 
 
 def _gibibytes(text: str) -> float:
-    """A number of GiB.
+    """Parse a number of GiB.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not a number of GiB.
     """
     try:
         size = float(text)
@@ -112,16 +112,16 @@ def _gibibytes(text: str) -> float:
 # ----------------------------------------------------------------------------------------------------
 
 # ----------------------------------------------------------------------------------------------------
-# What a run has to do: its tokens and padding counted, its floating-point operations, the bytes that it saves.
+# The work of a run: its tokens and padding, its floating-point operations, and the bytes that it saves.
 #
-# All of it follows from the experiment, the examples' lengths and the model's shapes; no weight is read.
+# Everything follows from the experiment, the lengths of the examples and the shapes of the model.
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of a model with its adapters: weights that take part in matrix products, in the layers and in the head; all.
+    """The numbers of weights of a model with adapters: those in matrix products of the layers and of the head, and all.
 
-    `adapter` has what a checkpoint keeps, by PEFT's names; `trained` is in the optimizer's order.
+    `adapter` has the tensors that a checkpoint stores, by PEFT's names; `trained` has the optimizer's order.
     """
 
     layers: int
@@ -132,12 +132,12 @@ class Shapes:
 
     @property
     def trainable(self) -> int:
-        """Weights that train."""
+        """The number of trainable parameters."""
         return sum(shape.numel() for shape in self.trained)
 
 
 def shapes(experiment: Experiment, model_config: Any) -> Shapes:
-    """The shapes of this experiment's model; `model_config` is as `check_model` returns it."""
+    """The shapes of this experiment's model; `model_config` is the result of `check_model`."""
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(model_config)
         head = base.get_output_embeddings()
@@ -151,7 +151,7 @@ def shapes(experiment: Experiment, model_config: Any) -> Shapes:
 
 
 def count(experiment: Experiment, stream: Stream, padding_free: bool) -> dict[str, Any]:
-    """What a run goes through: counted, not estimated, since the order of the examples is known."""
+    """The tokens and padding of a run: counted, not estimated, because the order of the examples is known."""
     training, tokenization = experiment.training, experiment.tokenization
     rows = training.global_batch_size
     updates = planned_updates(experiment, len(stream.examples))
@@ -163,7 +163,7 @@ def count(experiment: Experiment, stream: Stream, padding_free: bool) -> dict[st
     longest = np.full(len(batches), tokenization.max_length)
     if tokenization.padding == "longest":
         longest = batches.max(axis=1)
-    places = int((longest * batches.shape[1]).sum())
+    positions = int((longest * batches.shape[1]).sum())
     tokens = int(lengths.sum())
     return {
         "updates": updates,
@@ -172,9 +172,9 @@ def count(experiment: Experiment, stream: Stream, padding_free: bool) -> dict[st
         "training_rows": len(stream.examples),
         "tokens": tokens,
         "target_tokens": targets,
-        "places": tokens if padding_free else places,
-        "padding_share": 0.0 if padding_free else 1 - tokens / places,
-        "padding_share_padded": 1 - tokens / places,
+        "places": tokens if padding_free else positions,
+        "padding_share": 0.0 if padding_free else 1 - tokens / positions,
+        "padding_share_padded": 1 - tokens / positions,
         "largest_micro_batch": int(longest.max() * batches.shape[1]),
         "longest_example": int(lengths.max()),
         "largest_update": most_in_an_update(stream.examples, rows),
@@ -183,7 +183,7 @@ def count(experiment: Experiment, stream: Stream, padding_free: bool) -> dict[st
 
 
 def _order(stream: Stream, count: int) -> np.ndarray:
-    """Which example stands at each of the first positions of the stream."""
+    """The index of the example at each of the first positions of the stream."""
     size = len(stream.examples)
     epochs = [epoch_permutation(stream.seed, epoch, size) for epoch in range(-(-count // size))]
     return np.concatenate(epochs)[:count]
@@ -197,12 +197,13 @@ def operations(
     padding_free: bool,
     checkpointing: bool,
 ) -> int:
-    """Floating-point operations of the whole run.
+    """The floating-point operations of the run.
 
-    A weight takes 2 a place in forward and 2 for the gradient of its input, and 2 more for its own if it trains
-    (https://arxiv.org/abs/2001.08361, section 2.1); attention takes 4 a pair of places and unit of width in forward,
-    half of it where causal attention leaves the later ones out, and twice that in backward. Checkpointing repeats the
-    layers' forward. With padding all places are computed, and the head at all of them; without, at the targets.
+    For each token, a weight takes 2 in forward, 2 for the gradient of its input, and 2 more for its own gradient if it
+    is trained (https://arxiv.org/abs/2001.08361, section 2.1). Attention takes 4 for each pair of tokens and unit of
+    width in forward, half of it if causal attention skips later tokens, and twice that in backward. Checkpointing
+    repeats the forward of the layers. With padding every token is computed, also in the head; without, the head
+    computes targets.
     """
     heads = model_config.num_attention_heads
     width = heads * (getattr(model_config, "head_dim", None) or model_config.hidden_size // heads)
@@ -214,9 +215,9 @@ def operations(
 
 
 def checkpoint_bytes(experiment: Experiment, found: Shapes, scaler: bool) -> dict[str, int]:
-    """Bytes of a checkpoint's two large files; what else is in one takes some 10 kB.
+    """The bytes of a checkpoint's two large files; the other files have about 10 kB.
 
-    They are written, to memory and of zeros, as `training.checkpoint` writes them.
+    The files are written to memory, with zeros, as `training.checkpoint` writes them.
 
     Args:
         scaler: whether there is a gradient scaler (fp16).
@@ -241,19 +242,19 @@ def checkpoint_bytes(experiment: Experiment, found: Shapes, scaler: bool) -> dic
 
 # ----------------------------------------------------------------------------------------------------
 
-UTILIZATION = 0.35  # of a vendor's figure, assumed
+UTILIZATION = 0.35  # of the vendor's rate, assumed
 NOTED = ("training.padding_free", "model.quantization", "model.attn_implementation")
 
 
 def forecast(name: str, experiment: Experiment, machine: Machine, tflops: float | None = None) -> dict[str, Any]:
-    """The forecast, as JSON has it. All memory is in bytes, time in seconds.
+    """The estimate as a JSON object. All memory is in bytes, time in seconds.
 
     Args:
-        name: what the experiment is called.
-        tflops: the rate that the machine keeps up; in place of a share of the vendor's figure.
+        name: the name of the experiment.
+        tflops: the sustained rate of the machine, instead of a share of the vendor's value.
 
     Raises:
-        UserError: the model's configuration, its tokenizer or the data cannot be had, or do not fit the experiment.
+        UserError: the model's configuration, its tokenizer or the data are not available, or do not fit the experiment.
     """
     training, tokenization, data = experiment.training, experiment.tokenization, experiment.data
     accumulation = accumulation_steps(training, 1)
@@ -298,7 +299,7 @@ def forecast(name: str, experiment: Experiment, machine: Machine, tflops: float 
 
 
 def _ways(settings: Settings, experiment: Experiment, machine: Machine) -> list[Settings]:
-    """The settings between which a run chooses, and those that one could ask for: a line each in the table."""
+    """The settings among which a run chooses, and those that can be requested; a row of the table for each."""
     weights = ["none"]
     if experiment.model.quantization != "4bit" or settings.quantization == "4bit":
         device = torch.device("cpu" if machine.computed else settings.device_type)
@@ -318,40 +319,40 @@ def _way(
     vocabulary: int,
     run: dict[str, Any],
 ) -> dict[str, Any]:
-    """One way to compute the recipe: what it holds by part, at its peak, and how large micro-batches may be."""
+    """One combination of settings: its memory by part and at the peak, and the largest micro-batch."""
     try:
         found = footprint(experiment, model_config, settings, vocabulary)
-    except LOAD_ERRORS as error:  # the model cannot be built so, with such attention for example
+    except LOAD_ERRORS as error:  # the model cannot be built, for example with this attention implementation
         raise cannot_load(experiment.model.base, error) from error
     most = found.most_tokens(machine.usable)
-    places = run["largest_micro_batch"]
+    tokens = run["largest_micro_batch"]
     if settings.padding_free:
-        places = experiment.training.micro_batch_tokens or min(most, run["largest_update"])
+        tokens = experiment.training.micro_batch_tokens or min(most, run["largest_update"])
         if settings.device_type == "cpu":
-            places = min(places, enough_tokens(experiment, "cpu"))
-        places = max(places, run["longest_example"])
-    peak = found.peak(places)
+            tokens = min(tokens, enough_tokens(experiment, "cpu"))
+        tokens = max(tokens, run["longest_example"])
+    peak = found.peak(tokens)
     return {
         "quantization": settings.quantization,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "dequantized": settings.dequantize,
-        "micro_batch": places,
+        "micro_batch": tokens,
         "base": found.base,
         "adapter": found.adapter,
         "optimizer": found.optimizer,
         "gradients": found.gradients,
-        "activations": found.activations.at(places),
-        "logits_and_loss": found.logits_and_loss.at(places),
-        "inside_a_layer": max(0, found.layers.at(places) - found.activations.at(places)),
+        "activations": found.activations.at(tokens),
+        "logits_and_loss": found.logits_and_loss.at(tokens),
+        "inside_a_layer": max(0, found.layers.at(tokens) - found.activations.at(tokens)),
         "peak": peak,
-        "resident": found.resident(places) if settings.device_type == "cpu" else None,
+        "resident": found.resident(tokens) if settings.device_type == "cpu" else None,
         "fits": peak <= machine.usable,
         "most_tokens": most,
     }
 
 
 def _time(flops: int, machine: Machine, tflops: float | None) -> dict[str, Any] | None:
-    """How long so many operations take; None where no rate is known."""
+    """The time for so many operations; None if no rate is known."""
     if tflops is not None:
         return {"seconds": flops / (tflops * 1e12), "tflops": tflops, "source": "--tflops"}
     if machine.tflops is None:
@@ -362,7 +363,7 @@ def _time(flops: int, machine: Machine, tflops: float | None) -> dict[str, Any] 
 
 
 def show_forecast(console: Console, forecast: dict[str, Any]) -> None:
-    """The forecast as tables."""
+    """Print the estimate as tables."""
     machine, run, memory = forecast["machine"], forecast["run"], forecast["memory"]
     title = f"{forecast['experiment']} on {machine['name']}: {forecast['basis']}"
     table = Table(title=title, title_justify="left", show_header=False)
@@ -384,27 +385,27 @@ def show_forecast(console: Console, forecast: dict[str, Any]) -> None:
     console.print(table)
 
     table = Table(title="memory at the peak", title_justify="left")
-    table.add_column(f"micro-batches of {memory['micro_batch']:,} places")
+    table.add_column(f"micro-batches of {memory['micro_batch']:,} tokens")
     table.add_column("MiB", justify="right")
     parts = ("base", "adapter", "optimizer", "gradients", "activations", "logits_and_loss", "inside_a_layer", "peak")
     for part in parts:
         table.add_row(part.replace("_", " "), f"{memory[part] / 2**20:,.1f}", end_section=part in parts[-2:])
     console.print(table)
-    console.print("Logits and loss, and what is inside a layer, are not there at once: the larger counts.")
+    console.print("Logits and loss, and memory inside a layer, are not needed at the same time: the larger one counts.")
     if memory["resident"] is not None:
         console.print(
-            f"A CPU's allocator may keep freed memory: up to {memory['resident'] / 2**30:.2f} GiB in all. Where that "
-            "does not fit, and with gradient checkpointing, the run has it returned at once, and is slower."
+            f"A CPU's allocator may keep freed memory: up to {memory['resident'] / 2**30:.2f} GiB in total. If that "
+            "does not fit, and with gradient checkpointing, the run returns freed memory at once, which is slower."
         )
 
-    title = f"of {machine['usable'] / 2**30:.2f} GiB that a run may plan with; > is the way it takes"
+    title = f"of {machine['usable'] / 2**30:.2f} GiB that a run may plan with; > marks what the run chooses"
     table = Table(title=title, title_justify="left")
-    for column in ("", "weights", "checkpointing", "places", "peak GiB", "fits", "most places"):
+    for column in ("", "weights", "checkpointing", "tokens", "peak GiB", "fits", "most tokens"):
         table.add_column(column, justify="left" if column in ("", "weights", "checkpointing") else "right")
     for way in forecast["ways"]:
         table.add_row(
             ">" if way == memory else "",
-            machine["dtype"] if way["quantization"] == "none" else "4bit" + ", expanded" * way["dequantized"],
+            machine["dtype"] if way["quantization"] == "none" else "4bit" + ", dequantized" * way["dequantized"],
             "yes" if way["gradient_checkpointing"] else "no",
             f"{way['micro_batch']:,}",
             f"{way['peak'] / 2**30:.2f}",
@@ -413,11 +414,11 @@ def show_forecast(console: Console, forecast: dict[str, Any]) -> None:
             style="bold" if way == memory else None,
         )
     console.print(table)
-    console.print("Places are the tokens of a micro-batch, padding included. The time is that of the updates alone.")
+    console.print("Tokens are those of a micro-batch, padding included. The time is that of the updates alone.")
 
 
 def _shown_time(time: dict[str, Any] | None) -> str:
-    """The time, and what it is computed from."""
+    """The time, and what it is based on."""
     if time is None:
         return "give a rate with --tflops"
     minutes = time["seconds"] / 60

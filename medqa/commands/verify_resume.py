@@ -1,6 +1,6 @@
-"""`medqa verify-resume` shows that a run that is killed again and again ends as the same run left alone.
+"""`medqa verify-resume` tests that a run that is killed several times ends like an uninterrupted run.
 
-Real processes, really killed (SIGKILL): while they start, in the middle of an update, in the middle of a save.
+It starts real processes and kills them with SIGKILL: during the start, during an update, during a save.
 """
 
 import hashlib
@@ -20,38 +20,38 @@ from rich.table import Table
 from medqa.errors import UserError
 from medqa.files import UNFINISHED, read_json
 from medqa.recorded import NAME
-from medqa.training.checkpoint import TRAINING_FILE, Found, git_commit, newest_whole
+from medqa.training.checkpoint import TRAINING_FILE, Found, git_commit, newest_valid
 from medqa.training.recorder import read_metrics
 from medqa.training.run_dir import ADAPTER_DIR, clear
 from medqa.training.wandb import Record
 
-# What a clock or the machine's memory decides; everything else in a line must be the same.
+# Fields that depend on time or on the machine's memory; everything else in a line must be equal.
 CLOCK = {"elapsed_s", "update_s", "tokens_per_s", "save_s", "peak_memory_bytes", "peak_reserved_bytes"}
 SETS = ("training.log_steps=1", "tracking.wandb=disabled")
 POLL_S = 0.0005
 
 
 class Process(Protocol):
-    """What is needed of a process: `subprocess.Popen` has it."""
+    """A process, as in `subprocess.Popen`."""
 
     def poll(self) -> int | None:
-        """Its exit code, None while it runs."""
+        """The exit code; None while it runs."""
 
     def kill(self) -> None:
         """SIGKILL."""
 
     def wait(self) -> int:
-        """Its exit code, once it has one."""
+        """Wait for the end, and return the exit code."""
 
 
-Start = Callable[[list[str], Path], Process]  # the options of train.py, and the file for what it prints
+Start = Callable[[list[str], Path], Process]  # options of train.py, and the file for its output
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill: `start` (before the session's first update), `update` or `save`, and where it met the run.
+    """One kill: `start` (before the session's first update), `update` or `save`, and what it left.
 
-    `save_torn`: a checkpoint was left half written.
+    `save_torn`: whether a checkpoint was left incomplete.
     """
 
     moment: str
@@ -64,21 +64,21 @@ class Kill:
 def verify_resume(
     words: Sequence[str], directory: Path, kills: int, seed: int, start: Start, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Run straight, run killed, compare; the certificate.
+    """Run without interruption, run with kills, compare; returns the certificate.
 
     Args:
-        words: options of `train.py` that say what to run.
-        directory: where both runs and what they print are kept; runs that are there are cleared.
+        words: options of `train.py` for the run.
+        directory: where both runs and their output are kept; runs that are there are removed.
 
     Raises:
-        UserError: the run itself does not work, or the directory holds what no run wrote.
+        UserError: the run itself fails, or the directory has files that no run wrote.
     """
     straight, killed = directory / "straight", directory / "killed"
-    for place in (straight, killed):
-        place.mkdir(parents=True, exist_ok=True)
-        clear(place)
-        place.with_suffix(".log").unlink(missing_ok=True)
-    say(f"straight run in {straight}")
+    for run in (straight, killed):
+        run.mkdir(parents=True, exist_ok=True)
+        clear(run)
+        run.with_suffix(".log").unlink(missing_ok=True)
+    say(f"uninterrupted run in {straight}")
     started = time.monotonic()
     first_line = None
     process = _session(words, straight, start)
@@ -98,7 +98,7 @@ def verify_resume(
         wait_s = fraction * during[moment]
         if not _reached(process, killed, moment, step, wait_s):
             _require_success(process, killed)
-            say(f"over before it could be killed in the {moment} at update {step}")
+            say(f"the run ended before it could be killed ({moment}, update {step})")
             break
         process.kill()
         process.wait()
@@ -112,12 +112,12 @@ def verify_resume(
 
 
 def planned(records: Sequence[Record], kills: int, rng: random.Random) -> list[tuple[str, int, float]]:
-    """Moments to kill at, in the order of the run: what is going on, at which update, and how far into it.
+    """The kills, in the order of the run: when (start, update or save), at which update, and at which fraction of it.
 
-    A third of them in the middle of a save, every sixth while the process starts, the others in an update.
+    A third are during a save, every sixth is during the start, the others are during an update.
     """
     saves = [record["step"] for record in records if "save_s" in record]
-    saves = saves[:-1] or saves  # a kill after the last one would leave nothing to kill
+    saves = saves[:-1] or saves  # the run may end before a kill in the last save
     moments = ["save"] * max(1, kills // 3) + ["start"] * (kills // 6)
     moments = (moments + ["update"] * kills)[:kills]
     plan = [
@@ -128,7 +128,7 @@ def planned(records: Sequence[Record], kills: int, rng: random.Random) -> list[t
 
 
 def certificate(words: Sequence[str], straight: Path, killed: Path, kills: Sequence[Kill], seed: int) -> dict[str, Any]:
-    """What is equal and what is not, of two finished runs."""
+    """Compare two finished runs: what is equal and what is not."""
     ours, theirs = contents(killed), contents(straight)
     environment = _last(straight).identity.environment
     return {
@@ -146,9 +146,9 @@ def certificate(words: Sequence[str], straight: Path, killed: Path, kills: Seque
 
 
 def contents(run: Path) -> dict[str, str]:
-    """What a finished run has come to: sha256 of each part.
+    """SHA-256 of each part of a finished run.
 
-    Tensors count by type, shape and bytes, numbers by their exact value, metrics by line, without the clock's fields.
+    Tensors are compared by type, shape and bytes, numbers exactly, metrics line by line without the fields of `CLOCK`.
     """
     last = _last(run).path
     state = torch.load(last / TRAINING_FILE, map_location="cpu", weights_only=True)
@@ -170,15 +170,15 @@ def contents(run: Path) -> dict[str, str]:
 
 
 def show_certificate(console: Console, found: dict[str, Any]) -> None:
-    """The certificate as tables."""
+    """Print the certificate as tables."""
     kills = Table(title=f"killed {len(found['kills'])} times (seed {found['seed']})")
-    for column in ("moment", "aimed at update", "update reached", "checkpoint left", "save torn"):
+    for column in ("moment", "planned update", "update reached", "checkpoint left", "incomplete save"):
         kills.add_column(column)
     for kill in found["kills"]:
         kills.add_row(*("-" if value is None else str(value) for value in kill.values()))
     console.print(kills)
     table = Table(title=f"{' '.join(found['command'])}: {found['updates']} updates on {found['device']}")
-    for column in ("compared", "straight run's sha256", "bit for bit"):
+    for column in ("compared", "sha256 of the uninterrupted run", "bit for bit"):
         table.add_column(column)
     for name, item in found["compared"].items():
         table.add_row(name, item["sha256"][:16], "equal" if item["equal"] else "DIFFERENT")
@@ -186,16 +186,16 @@ def show_certificate(console: Console, found: dict[str, Any]) -> None:
 
 
 def _session(words: Sequence[str], run: Path, start: Start) -> Process:
-    """One start of the run."""
+    """Start a session of the run."""
     return start([*words, "--output-dir", str(run), "--set", *SETS], run.with_suffix(".log"))
 
 
 def _reached(process: Process, run: Path, moment: str, step: int, wait_s: float) -> bool:
-    """Wait for the moment; False where the process ends before."""
+    """Wait for the moment of a kill; False if the process ends before."""
     until = time.monotonic() + wait_s
     metrics = run / "metrics.jsonl"
     before = _modified(metrics)
-    # The session's first act on its directory is to clear away what the one before left, then to cut the metrics short.
+    # A session first removes what the previous one left in the directory, then truncates the metrics.
     while _modified(metrics) == before and (moment != "start" or time.monotonic() < until):
         if process.poll() is not None:
             return False
@@ -206,7 +206,7 @@ def _reached(process: Process, run: Path, moment: str, step: int, wait_s: float)
         if process.poll() is not None:
             return False
         time.sleep(POLL_S)
-    while moment == "save" and not _saving(run, step):  # without a pause: a save may take a few milliseconds
+    while moment == "save" and not _saving(run, step):  # without a pause, because a save may take a few milliseconds
         if process.poll() is not None:
             return False
     time.sleep(wait_s)
@@ -214,7 +214,7 @@ def _reached(process: Process, run: Path, moment: str, step: int, wait_s: float)
 
 
 def _modified(path: Path) -> int | None:
-    """When a file was last written, None where there is none."""
+    """When a file was last written; None if it does not exist."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
@@ -230,7 +230,7 @@ def _saving(run: Path, step: int) -> bool:
 
 
 def _newest_update(run: Path) -> int:
-    """The last update in the metrics file, 0 for none."""
+    """The last update in the metrics file; 0 if there is none."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return 0
@@ -238,40 +238,40 @@ def _newest_update(run: Path) -> int:
 
 
 def _newest_checkpoint(run: Path) -> int | None:
-    """The step of the newest whole checkpoint."""
-    found = newest_whole([run])
+    """The step of the newest valid checkpoint."""
+    found = newest_valid([run])
     return None if found is None else int(found.path.name.removeprefix("checkpoint-"))
 
 
 def _last(run: Path) -> Found:
-    """A finished run's last checkpoint."""
-    found = newest_whole([run])
+    """The last checkpoint of a finished run."""
+    found = newest_valid([run])
     if found is None:
-        raise UserError(f"{run}: no checkpoint is left of a finished run")
+        raise UserError(f"{run}: the finished run has no checkpoint")
     return found
 
 
 def _require_success(process: Process, run: Path) -> None:
-    """Raise with what a failed run said last."""
+    """Raise an error with the last lines of a failed run."""
     if (code := process.wait()) != 0:
         log = run.with_suffix(".log")
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
-        raise UserError(f"the run itself ended with exit code {code}: {' '.join(lines[-3:])} ({log})")
+        raise UserError(f"the run itself failed with exit code {code}: {' '.join(lines[-3:])} ({log})")
 
 
 def _state_bytes(value: Any) -> bytes:
-    """A nested state as bytes that differ wherever it differs."""
+    """A nested state as bytes, which are different for different states."""
     return b"\n".join(_leaves(value, ""))
 
 
-def _leaves(value: Any, place: str) -> Iterator[bytes]:
-    """Each leaf with its place, its type and its bytes."""
+def _leaves(value: Any, path: str) -> Iterator[bytes]:
+    """Each leaf with its path, its type and its bytes."""
     if isinstance(value, dict | list | tuple):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, part in items:
-            yield from _leaves(part, f"{place}/{key}")
+            yield from _leaves(part, f"{path}/{key}")
     elif isinstance(value, torch.Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        yield f"{place} {value.dtype} {tuple(value.shape)} ".encode() + flat.numpy().tobytes()
+        yield f"{path} {value.dtype} {tuple(value.shape)} ".encode() + flat.numpy().tobytes()
     else:
-        yield f"{place} {type(value).__name__} {value!r}".encode()
+        yield f"{path} {type(value).__name__} {value!r}".encode()

@@ -1,5 +1,6 @@
-"""From files, Kaggle and the Hugging Face Hub to rows, splits and an update's micro-batches.
+"""From files, Kaggle and the Hugging Face Hub to rows, splits, examples and the micro-batches of an update.
 
-Read in this order: `sources.py` (whose rows, and which are kept), `readers.py` (from any place or format to records),
-`splits.py` (which rows may be trained on, and what held-out rows share with them), `batches.py`.
+A *record* is one entry of a source as read; a *row* is a cleaned question with its answer; an *example* is a tokenized
+row. Read in this order: `sources.py` (which sources, and which rows are kept), `readers.py` (files and formats to
+records), `splits.py` (train, validation and test, and what they share), `tokens.py` (rows to examples), `batches.py`.
 """

@@ -1,7 +1,8 @@
 """The training data of a run: splits, examples, the stream of examples, and the micro-batches of an update.
 
-The stream is an endless sequence of epoch permutations, each a pure function of seed and epoch; update u consumes
-positions [u*B, (u+1)*B) of it, B the global batch, straight across epoch ends. Nothing here has a state to save.
+The stream is an endless sequence of epoch permutations, each a pure function of seed and epoch. Update u consumes its
+positions [u*B, (u+1)*B), where B is the global batch size, without regard to the ends of epochs. Nothing in this module
+has a state that a checkpoint must save.
 """
 
 import bisect
@@ -19,16 +20,21 @@ from medqa.data.sources import Source
 from medqa.data.splits import Splits, split_sources
 from medqa.data.tokens import Example, tokenize_splits
 
-IGNORED = -100  # a label that is no target, as in torch's cross_entropy
+IGNORED = -100  # the label of a token that is no target: the default ignore_index of torch's cross_entropy
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One forward and backward, on the CPU; `position` is the first example's in the stream.
+    """The tensors of one forward and backward pass, on the CPU.
 
-    Padded: `input_ids`, `attention_mask` and `labels` are (examples, length). Without padding the examples lie end to
-    end: `input_ids` and `labels` are (1, tokens), there is no mask, and `segments` has each example's length. A first
-    token of an example is never a target there, since it would be predicted from another example's last.
+    Padded: `input_ids`, `attention_mask` and `labels` have shape (examples, length). Padding-free: the examples are
+    concatenated, `input_ids` and `labels` have shape (1, tokens), `attention_mask` is None, and `segments` has the
+    length of each example. There the first token of an example is never a target: it would be predicted from the last
+    token of another example.
+
+    Attributes:
+        position: the stream position of the first example; the dropout mask follows from it.
+        row_ids: the ids of the rows, in order; empty for `empty_micro_batch`.
     """
 
     input_ids: torch.Tensor
@@ -40,18 +46,18 @@ class MicroBatch:
 
     @property
     def order(self) -> int:
-        """A number that follows from which rows stand at which stream positions, however an update is cut."""
+        """Checksum of which rows stand at which stream positions; its sum does not depend on how an update is cut."""
         return sum(stable_hash(self.position + i, row_id) >> 31 for i, row_id in enumerate(self.row_ids))
 
     @property
     def tokens(self) -> int:
-        """Ids that are not padding."""
+        """The number of tokens, without padding."""
         if self.attention_mask is not None:
             return int(self.attention_mask.sum())
         return self.input_ids.numel() if self.row_ids else 0
 
-    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each token, which example it is of and where in it it stands (from 0), both shaped as `labels`."""
+    def token_indices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each token the index of its example, and its index in that example; both from 0, shaped as `labels`."""
         if self.segments is None:
             example, position = torch.meshgrid(*map(torch.arange, self.labels.shape), indexing="ij")
             return example, position
@@ -68,12 +74,12 @@ def collate(
     position: int = 0,
     loss_on: str | None = None,
 ) -> MicroBatch:
-    """Examples padded on the right into one micro-batch.
+    """Pad examples on the right into one micro-batch.
 
-    Labels are masked by place, never by token id: EOS is learned even where it is the pad token too.
+    Labels are masked by position, never by token id: EOS is learned even if it is the pad token as well.
 
     Args:
-        loss_on: in place of `tokenization.loss_on`.
+        loss_on: overrides `tokenization.loss_on`.
     """
     longest = max(len(example.input_ids) for example in examples)
     length = tokenization.max_length if tokenization.padding == "max_length" else longest
@@ -90,7 +96,7 @@ def collate(
 
 
 def pack(examples: Sequence[Example], loss_on: str, position: int = 0) -> MicroBatch:
-    """Examples laid end to end into one micro-batch without padding."""
+    """Concatenate examples into one padding-free micro-batch."""
     ids = [torch.from_numpy(example.input_ids).long() for example in examples]
     labels = [one.clone() for one in ids]
     for example, label in zip(examples, labels, strict=True):
@@ -105,19 +111,19 @@ def pack(examples: Sequence[Example], loss_on: str, position: int = 0) -> MicroB
     )
 
 
-def nothing_to_do(example: Example, position: int) -> MicroBatch:
-    """A micro-batch without a target, for a process that has none of the update's but must take part."""
+def empty_micro_batch(example: Example, position: int) -> MicroBatch:
+    """A micro-batch without a target token, for a process with no micro-batch left that must join collective calls."""
     packed = pack([replace(example, input_ids=example.input_ids[:1])], "all", position)
     return MicroBatch(packed.input_ids, None, torch.full_like(packed.labels, IGNORED), position, (), packed.segments)
 
 
 def divide(lengths: Sequence[int], most_tokens: int, multiple: int = 1) -> list[int]:
-    """Where to cut a sequence of examples into as few pieces as possible, about equal, of at most so many tokens.
+    """Cut a sequence of examples into as few pieces of at most `most_tokens` tokens as possible, of about equal size.
 
     Args:
-        lengths: tokens of each example, each at most `most_tokens` (a longer one gets a piece of its own).
-        multiple: there are at most so many pieces as the next multiple of it, so that none of as many processes idles
-            for long; fewer where fewer are as even.
+        lengths: the number of tokens of each example, at most `most_tokens` (a longer one gets a piece of its own).
+        multiple: the number of pieces is rounded up to a multiple of this, so that none of as many processes is
+            idle for long. There are fewer pieces if more would not make the longest one shorter.
 
     Returns:
         The first index of each piece, and at the end the number of examples.
@@ -131,7 +137,7 @@ def divide(lengths: Sequence[int], most_tokens: int, multiple: int = 1) -> list[
 
 
 def _cuts(lengths: Sequence[int], most_tokens: int) -> list[int]:
-    """Where to cut so that each piece takes all it can."""
+    """The cuts if each piece takes as many examples as fit."""
     cuts, tokens = [0], 0
     for i, length in enumerate(lengths):
         if tokens and tokens + length > most_tokens:
@@ -143,13 +149,13 @@ def _cuts(lengths: Sequence[int], most_tokens: int) -> list[int]:
 
 @functools.lru_cache(maxsize=4)
 def epoch_permutation(seed: int, epoch: int, size: int) -> list[int]:
-    """The order of `size` examples in an epoch: a function of seed and epoch alone."""
+    """The order of `size` examples in an epoch: a pure function of the arguments."""
     generator = torch.Generator().manual_seed(stable_hash(seed, "epoch", epoch))
     return torch.randperm(size, generator=generator).tolist()
 
 
 def stable_hash(*parts: int | str) -> int:
-    """63 bits that follow from the parts alone, on any machine."""
+    """A hash of 63 bits that is the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 1
 
 
@@ -167,7 +173,7 @@ class Stream:
         return self.examples[epoch_permutation(self.seed, epoch, len(self.examples))[offset]]
 
     def epoch(self, updates: int) -> float:
-        """How many times the training set has been gone through after so many updates."""
+        """The number of epochs, with fraction, that `updates` updates make."""
         return updates * self.global_batch_size / len(self.examples)
 
     def micro_batches(
@@ -180,13 +186,13 @@ class Stream:
         num_processes: int = 1,
         most_rows: int | None = None,
     ) -> list[MicroBatch]:
-        """This process's micro-batches of an update (from 0): every `num_processes`-th of the update's.
+        """This process's micro-batches of an update (from 0): every `num_processes`-th micro-batch of the update.
 
-        The division of an update into micro-batches is the same on any number of processes, and with it the dropout
-        noise of each, which follows from its position.
+        The division of an update into micro-batches does not depend on the number of processes. So the dropout masks,
+        which follow from the positions of the micro-batches, do not depend on it either.
 
         Args:
-            most_rows: cut each into pieces of at most so many examples, where memory has no room for more.
+            most_rows: the most examples in a micro-batch, if fewer than `per_device_batch_size` fit into memory.
         """
         size = per_device_batch_size
         piece = min(most_rows or size, size)
@@ -210,9 +216,10 @@ class Stream:
         process_index: int = 0,
         num_processes: int = 1,
     ) -> list[MicroBatch]:
-        """This process's micro-batches of an update (from 0) without padding: every `num_processes`-th of the update's.
+        """As `micro_batches`, padding-free: this process's micro-batches of an update (from 0).
 
-        The division does not depend on the number of processes, nor does the noise, as in `micro_batches`.
+        The division of an update, and with it the dropout masks, depend on `most_tokens` and `multiple`, not on the
+        number of processes. Both are set when the run begins, from its memory and its number of processes.
 
         Args:
             most_tokens, multiple: see `divide`.
@@ -221,7 +228,7 @@ class Stream:
         examples = [self.at(position) for position in range(first, first + self.global_batch_size)]
         cuts = divide([len(example.input_ids) for example in examples], most_tokens, multiple)
         pieces = [pack(examples[start:end], loss_on, first + start) for start, end in pairwise(cuts)]
-        pieces += [nothing_to_do(examples[0], first)] * (-len(pieces) % num_processes)  # all have as many
+        pieces += [empty_micro_batch(examples[0], first)] * (-len(pieces) % num_processes)  # as many on every process
         return pieces[process_index::num_processes]
 
 
@@ -230,12 +237,12 @@ class Stream:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """All that a run reads: its sources, their rows in splits, the rows as examples, and the stream to train on.
+    """The data of a run: sources, rows by split, examples by split, and the stream of training examples.
 
     Attributes:
-        splits: rows of training, validation and test, without those of whose answer `max_length` leaves nothing.
-        examples: the same by the name of the split.
-        updates: how many updates the run has in all.
+        splits: the rows of training, validation and test, without rows whose answer `max_length` cuts off entirely.
+        examples: the tokenized rows by the name of their split.
+        updates: the number of updates of the whole run.
     """
 
     sources: Sequence[Source]
@@ -248,7 +255,7 @@ class TrainingData:
 def split_and_tokenize(
     sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, experiment: Experiment
 ) -> TrainingData:
-    """The data of a run, split and tokenized as the experiment says.
+    """Split and tokenize the sources as the experiment says.
 
     Raises:
         UserError: a split would have no rows.

@@ -1,7 +1,7 @@
-"""Files become records here: CSV, JSONL, parquet, MedQuAD's XML, Kaggle and the Hugging Face Hub.
+"""Read records from CSV, JSONL and parquet files, MedQuAD's XML, Kaggle and the Hugging Face Hub.
 
-Nothing here knows what a question is. Whatever is broken is refused with the file and, where there is one, the line:
-a file that is read half, or shifted by a column, would train a model on nonsense without a word.
+This module does not interpret the records. Whatever is broken is refused, with the file and, if possible, the line: a
+file that is read in part, or shifted by a column, would silently train a model on nonsense.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from medqa.files import read_file as read_bytes
 from medqa.hub import CONNECT_SECONDS, connects, hub_reachable
 from medqa.limits import MAX_DATA_BYTES, MAX_RECORDS
 
-if TYPE_CHECKING:  # imported where it is used: a run reads one format
+if TYPE_CHECKING:  # imported where it is used, because a run reads only one format
     from xml.etree.ElementTree import Element
 
 Record = dict[str, object]
 
-ERROR_PAGE = "what a web server says in place of the data; download the file itself, signed in if it asks for that"
-# How files begin that are not what their names say, in lower case, and what to do. What stands in CSV, JSON, parquet or
-# MedQuAD's XML begins with none of them.
+ERROR_PAGE = "an error page of a web server, not the data; download the file itself, signed in if required"
+# Beginnings (in lower case) of files whose content is not what their name says, and what to do. No CSV, JSON, parquet
+# or MedQuAD XML file begins with one of them.
 OTHER_KINDS = {
     b"version https://git-lfs": "a Git LFS pointer, not the data; run `git lfs pull`, or download the file itself",
     b"<!doctype html": "a web page, not the data; download the file itself",
@@ -50,18 +50,18 @@ OTHER_KINDS = {
 }
 PARQUET = b"par1"
 OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-# A field that may begin with white space and a quote: outside of quotes this is no quoted field, yet was meant as one.
+# Whitespace and a quote at the beginning of a field. By the CSV rules this is not a quoted field, but was meant as one.
 SPACE_AND_QUOTE = re.compile(r'(?:^|[,\r\n])[^\S\r\n]+"')
 NOT_A_LINE_END = re.compile(r"[^\S\r\n]")
-END_OF_FILE = "\x1a"  # Ctrl-Z, with which DOS ended text files
-BATCH = 1024  # rows of a parquet file that are decoded at once
+END_OF_FILE = "\x1a"  # Ctrl-Z, the end-of-file character of DOS text files
+BATCH = 1024  # records of a parquet file that are decoded at once
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What was read: all column names as the source spells them, and the wanted cells by lower-case column name.
+    """The content of a source: all column names as spelled there, and the wanted cells by lower-case column name.
 
-    A cell that is missing is absent or None. Cells of a CSV or XML file are text; the others may hold any type.
+    A missing cell is absent or None. Cells of CSV and XML files are text; those of other files may have any type.
     """
 
     columns: tuple[str, ...]
@@ -69,14 +69,14 @@ class Table:
 
 
 def read_file(path: Path, wanted: frozenset[str]) -> Table:
-    """The wanted columns (lower-case names) of a `.csv`, `.jsonl` or `.parquet` file; suffix in any case.
+    """Read the wanted columns (lower-case names) of a `.csv`, `.jsonl` or `.parquet` file; suffix in any case.
 
-    Raises UserError, naming the file and the line where it can, if it cannot be read or is broken.
+    Raises UserError, with the file and if possible the line, if the file cannot be read or is broken.
     """
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise UserError(f"{path}: unknown kind of file; convert it to one of {', '.join(readers)}")
+        raise UserError(f"{path}: unknown type of file; convert it to one of {', '.join(readers)}")
     _refuse_other_kinds(path)
     try:
         return reader(path, wanted)
@@ -85,7 +85,7 @@ def read_file(path: Path, wanted: frozenset[str]) -> Table:
 
 
 def _refuse_other_kinds(path: Path) -> None:
-    """Say what a file is that is not what its name says: what a reader of the named kind finds wrong would mislead."""
+    """Refuse a file whose content is of another type than its suffix; the reader's own error would be misleading."""
     try:
         if path.is_dir():
             raise UserError(f"{path}: cannot be read (Is a directory)")
@@ -104,42 +104,42 @@ def _refuse_other_kinds(path: Path) -> None:
 
 
 def add_record(records: list[Record], record: Record, where: Path | str) -> None:
-    """Add a record, unless there are more than `MAX_RECORDS`."""
+    """Append a record; refuse more than `MAX_RECORDS`."""
     if len(records) == MAX_RECORDS:
         raise UserError(f"{where}: more than {MAX_RECORDS:,} records; give fewer")
     records.append(record)
 
 
 def matching_columns(columns: Iterable[str], wanted: frozenset[str], where: Path | str) -> dict[str, str]:
-    """Of `columns`, the wanted ones: lower-case name to the name as it is spelled.
+    """Map the lower-case name of each wanted column to its spelling in `columns`.
 
-    A name that differs from a wanted one in compatibility forms or in characters that show nothing (a zero-width
-    space, a byte order mark) is that name.
+    Names are compared after Unicode normalization (NFKC) and without invisible characters (a zero-width space, a byte
+    order mark).
     """
     found: dict[str, str] = {}
     for column in columns:
         shown = (c for c in unicodedata.normalize("NFKC", column) if unicodedata.category(c) != "Cf")
         name = "".join(shown).strip().lower()
         if name in found:
-            raise UserError(f"{where}: two columns are called {name!r}; rename or remove one")
+            raise UserError(f"{where}: two columns are named {name!r}; rename or remove one")
         if name in wanted:
             found[name] = column
     return found
 
 
 def _utf8(path: Path) -> str:
-    """The file's text, a byte order mark removed; anything but UTF-8 text is refused with its line."""
+    """The file's text without a byte order mark; anything but UTF-8 is refused with the line."""
     try:
         data = read_bytes(path, MAX_DATA_BYTES)
     except Damaged as error:
-        raise UserError(f"{error}; give a file that can be read whole") from error
+        raise UserError(f"{error}; give a file that can be read completely") from error
     if not data.strip():
         raise UserError(f"{path}: the file is empty")
     position = data.find(b"\0")
     if position >= 0:
         line = data.count(b"\n", 0, position) + 1
-        advice = "if it is UTF-16, save it again as UTF-8, else remove the byte"
-        raise UserError(f"{path}, line {line}: holds a NUL byte, which no text has; {advice}")
+        advice = "if the file is UTF-16, save it as UTF-8, otherwise remove the byte"
+        raise UserError(f"{path}, line {line}: contains a NUL byte, which is not text; {advice}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -153,38 +153,38 @@ def _utf8(path: Path) -> str:
 
 
 def _read_csv(path: Path, wanted: frozenset[str]) -> Table:
-    # The csv module in strict mode, not pandas: pandas fills short rows, may take a surplus field for an index, and
-    # reads on after text that follows a closing quote. Here every record has as many fields as the header or is named.
+    # The csv module in strict mode, not pandas: pandas fills short records, may take a surplus field for an index, and
+    # accepts text after a closing quote. Here every record must have as many fields as the header.
     text = _utf8(path)
     _refuse_other_separators(text, wanted, path)
-    previous_limit = csv.field_size_limit(2**31 - 1)  # the default refuses fields beyond 131,072 characters
+    previous_limit = csv.field_size_limit(2**31 - 1)  # by default, fields above 131,072 characters are refused
     try:
         if SPACE_AND_QUOTE.search(text):
             _refuse_spaces_before_quotes(text, wanted, path)
         lines = _csv_lines(text, path)
         _, header = next(lines, (0, []))
         spelled = matching_columns(header, wanted, path)
-        places = {name: header.index(column) for name, column in spelled.items()}
+        indices = {name: header.index(column) for name, column in spelled.items()}
         records: list[Record] = []
         for line, fields in lines:
             if len(fields) != len(header):
-                advice = "put text that holds commas in double quotes"
+                advice = "put text with commas in double quotes"
                 if len(fields) < len(header):
-                    advice = "a field is missing, or a line break is not in double quotes"
+                    advice = "a field is missing, or a line break is outside of double quotes"
                 counts = f"{len(fields)} fields where the header has {len(header)}"
                 raise UserError(f"{path}, line {line}: {counts}; {advice}")
-            add_record(records, {name: fields[place] for name, place in places.items()}, path)
+            add_record(records, {name: fields[index] for name, index in indices.items()}, path)
     finally:
         csv.field_size_limit(previous_limit)
     return Table(tuple(header), records)
 
 
 def _refuse_other_separators(text: str, wanted: frozenset[str], path: Path) -> None:
-    """Name the separator of a file that has another one than the comma, by its header."""
+    """Refuse a file with another separator than the comma, which the header shows, and name the separator."""
     header = next((line for line in re.split(r"[\r\n]+", text[:100_000]) if line.strip()), "")
     if header.lower().lstrip('"').startswith("sep="):
         raise UserError(
-            f"{path}, line 1: {header!r:.20} is Excel's note of the separator, not the header; remove the line"
+            f"{path}, line 1: {header!r:.20} is Excel's note about the separator, not the header; remove the line"
             + ("" if "," in header else ", and save the file with commas between the fields")
         )
 
@@ -200,31 +200,31 @@ def _refuse_other_separators(text: str, wanted: frozenset[str], path: Path) -> N
 
 
 def _refuse_spaces_before_quotes(text: str, wanted: frozenset[str], path: Path) -> None:
-    """Refuse wanted fields that begin with white space and a quote: the quotes would be trained on.
+    """Refuse wanted fields that begin with whitespace and a quote, because the quotes would become training text.
 
-    The text is read once as CSV is defined, and once with white space before fields skipped. Where no quote follows the
-    two differ by that white space alone.
+    The text is parsed twice, the second time skipping whitespace before fields. Without such quotes, the results differ
+    only in that whitespace.
     """
     text = NOT_A_LINE_END.sub(" ", text)
     skipped = _csv_lines(text, path, skip_spaces=True)
-    places: list[int] | None = None
+    indices: list[int] | None = None
     for line, fields in _csv_lines(text, path):
         try:
             _, others = next(skipped, (0, []))
         except UserError:  # text after a closing quote
             others = []
-        if places is None:
-            places = [place for place, name in enumerate(others) if name.strip().lower() in wanted]
+        if indices is None:
+            indices = [index for index, name in enumerate(others) if name.strip().lower() in wanted]
         same = len(fields) == len(others)
-        if not same or any(fields[p].lstrip() != others[p].lstrip() for p in places if p < len(fields)):
+        if not same or any(fields[i].lstrip() != others[i].lstrip() for i in indices if i < len(fields)):
             raise UserError(
-                f"{path}, line {line}: white space before a double quote, which is then part of the text; remove the "
-                "white space"
+                f"{path}, line {line}: whitespace before a double quote makes the quote part of the text; remove the "
+                "whitespace"
             )
 
 
 def _csv_lines(text: str, path: Path, skip_spaces: bool = False) -> Iterator[tuple[int, list[str]]]:
-    """Each record that is not a blank line, with the line it starts on (a record may span many)."""
+    """Each record that is not a blank line, with the number of its first line (a record may span several)."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=skip_spaces)
     while True:
         line = reader.line_num + 1
@@ -241,9 +241,9 @@ def _csv_lines(text: str, path: Path, skip_spaces: bool = False) -> Iterator[tup
 
 def _read_jsonl(path: Path, wanted: frozenset[str]) -> Table:
     rule = "each line must be one JSON object"
-    columns: dict[str, None] = {}  # an ordered set: a record may lack a column that another one has
+    columns: dict[str, None] = {}  # an ordered set, because records may have different keys
     records: list[Record] = []
-    for number, line in enumerate(_utf8(path).split("\n"), start=1):  # splitlines() would also cut at U+2028 in a text
+    for number, line in enumerate(_utf8(path).split("\n"), start=1):  # splitlines() also splits at U+2028
         if not line.strip():
             continue
         try:
@@ -269,7 +269,7 @@ def _read_parquet(path: Path, wanted: frozenset[str]) -> Table:
             columns = file.schema_arrow.names
             spelled = matching_columns(columns, wanted, path)
             names = {column: name for name, column in spelled.items()}
-            if file.metadata.num_rows > MAX_RECORDS:  # before anything is decoded: a small file may claim many
+            if file.metadata.num_rows > MAX_RECORDS:  # before decoding, because a small file may claim many records
                 raise UserError(f"{path}: more than {MAX_RECORDS:,} records; give fewer")
             for batch in file.iter_batches(BATCH, columns=list(spelled.values())):
                 for record in batch.rename_columns(names).to_pylist():
@@ -278,24 +278,24 @@ def _read_parquet(path: Path, wanted: frozenset[str]) -> Table:
                 if size > MAX_DATA_BYTES:
                     raise UserError(f"{path}: more than {MAX_DATA_BYTES:,} characters of text; give fewer records")
             return Table(tuple(columns), records)
-    except MemoryError:  # pyarrow's own is an ArrowException, too
+    except MemoryError:  # pyarrow's own MemoryError is also an ArrowException
         raise
-    # OSError without a number: a page that cannot be unpacked; ValueError: text that is no UTF-8, a field twice in a
-    # cell; OverflowError: a time that Python has not.
+    # OSError without errno: a page cannot be decompressed; ValueError: text that is not UTF-8, or a repeated field in a
+    # cell; OverflowError: a time that Python cannot represent.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's, not the file's
+        if isinstance(error, OSError) and error.errno is not None:  # an error of the system, not of the file
             raise
-        raise UserError(f"{path}: broken parquet file ({first_line(error)}); fetch or export it again") from error
+        raise UserError(f"{path}: broken parquet file ({first_line(error)}); download or export it again") from error
 
 
 def read_medquad_xml(directory: Path) -> Table:
-    """The question-answer pairs of the original release: every `.xml` file below `directory`, in sorted order.
+    """Read the question-answer pairs of the original release: every `.xml` file below `directory`, in sorted order.
 
-    Raises UserError naming the file if one is broken or is no MedQuAD document, or if there is none.
+    Raises UserError if there is no file, or a file is broken or is not a MedQuAD document; the message names the file.
     """
     paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() == ".xml" and path.is_file())
     if not paths:
-        raise UserError(f"{directory}: no .xml file in this directory; give MedQuAD's own directory or a .csv file")
+        raise UserError(f"{directory}: no .xml file in this directory; give the directory of MedQuAD, or a .csv file")
     records = [record for path in paths for record in _medquad_pairs(path)]
     return Table(("Question", "Answer", "Focus"), records)
 
@@ -306,13 +306,13 @@ def _medquad_pairs(path: Path) -> Iterator[Record]:
 
     try:
         document = fromstring(read_bytes(path, MAX_DATA_BYTES))
-    except (ParseError, DefusedXmlException, ValueError, LookupError) as error:  # the last two: unusable encodings
+    except (ParseError, DefusedXmlException, ValueError, LookupError) as error:  # the last two: unknown encodings
         _refuse_other_kinds(path)
-        raise UserError(f"{path}: broken XML ({first_line(error)}); fetch the file again or remove it") from error
+        raise UserError(f"{path}: broken XML ({first_line(error)}); download the file again or remove it") from error
     except Damaged as error:
-        raise UserError(f"{error}; fetch the file again or remove it") from error
+        raise UserError(f"{error}; download the file again or remove it") from error
     if document.tag != "Document":
-        raise UserError(f"{path}: a <{document.tag}> where MedQuAD's files have a <Document>; remove the file")
+        raise UserError(f"{path}: the root element is <{document.tag}>, not MedQuAD's <Document>; remove the file")
     focus = _xml_text(document, "Focus")
     for pair in document.iter("QAPair"):
         for tag in ("Question", "Answer"):
@@ -327,33 +327,34 @@ def _xml_text(parent: "Element", tag: str) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    """The gist of a library's error message."""
+    """The first line of a library's error message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 # ----------------------------------------------------------------------------------------------------
-# From Kaggle and the Hugging Face Hub to records. Asked for only what is not on this machine, and not for long.
+# Records from Kaggle and the Hugging Face Hub. The network is used only for what is not cached, and with short
+# timeouts.
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
 KAGGLE_HOST = "api.kaggle.com"
 SHOWN_CONFIGURATIONS = 40
-MOST_CAUSES = 6  # errors in a chain that are shown
-LONGEST_CAUSE = 600  # characters of each
-OPEN_COPIES = {"intronhealth/afrimedqa_v2": "afrimedqa/afrimedqa_v2"}  # gated dataset -> the same rows, ungated
+MOST_CAUSES = 6  # of a chain of errors, how many are shown
+LONGEST_CAUSE = 600  # characters that are shown of each
+OPEN_COPIES = {"intronhealth/afrimedqa_v2": "afrimedqa/afrimedqa_v2"}  # gated dataset -> open copy of the same rows
 
 
 def read_kaggle(handle: str, wanted: frozenset[str], option: str) -> Table:
-    """The one CSV file of the Kaggle dataset `handle` ("owner/name"), from kagglehub's cache if it is there.
+    """Read the only CSV file of the Kaggle dataset `handle` ("owner/name"), from kagglehub's cache if it is there.
 
-    `option` is the command-line option that an error should point to. Raises UserError.
+    `option` is the command-line option that error messages name. Raises UserError.
     """
     try:
         import kagglehub
         from kagglehub import exceptions
     except ImportError as error:
-        raise UserError(f"kaggle:{handle}: needs `pip install kagglehub`. {_elsewhere(option)}") from error
+        raise UserError(f"kaggle:{handle}: run `pip install kagglehub` to read it. {_elsewhere(option)}") from error
     pinned = _cached_version(handle)
     if pinned is None and not connects(f"https://{KAGGLE_HOST}"):
         why = f"not in kagglehub's cache, and {KAGGLE_HOST} cannot be reached within {CONNECT_SECONDS:.0f} s"
@@ -363,33 +364,33 @@ def read_kaggle(handle: str, wanted: frozenset[str], option: str) -> Table:
     refusals += (exceptions.DataCorruptionError, exceptions.UnauthenticatedError)
     try:
         folder = Path(kagglehub.dataset_download(pinned) if pinned else _download(handle))
-    except (OSError, ValueError, *refusals) as error:  # requests' errors are OSErrors; ValueError: handle or archive
+    except (OSError, ValueError, *refusals) as error:  # OSError: from requests; ValueError: bad handle or archive
         raise UserError(f"kaggle:{handle}: {causes(error)}. {_elsewhere(option)}") from error
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".csv")
     if len(files) != 1:
         found = ", ".join(path.name for path in files) or "none"
-        raise UserError(f"kaggle:{handle}: one CSV file expected, found {found} in {folder}; give one with {option}")
+        raise UserError(f"kaggle:{handle}: expected one CSV file, found {found} in {folder}; give one with {option}")
     return read_file(files[0], wanted)
 
 
 def _download(handle: str) -> str:
-    """The folder of the newest version, fetched unless another process does so first.
+    """The directory of the newest version, downloaded unless another process has done so meanwhile.
 
-    kagglehub lets all that start at once write, unpack and remove one and the same archive; all but one fail, or read
-    what is half there.
+    kagglehub lets processes that start at the same time write, unpack and remove the same archive; all but one fail, or
+    read incomplete files.
     """
     import kagglehub
     from kagglehub.config import get_cache_folder
 
     folder = Path(get_cache_folder())
-    with contextlib.suppress(OSError):  # kagglehub will say so
+    with contextlib.suppress(OSError):  # kagglehub will report it
         folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder / ".medqa.lock"):
         return kagglehub.dataset_download(_cached_version(handle) or handle)
 
 
 def _cached_version(handle: str) -> str | None:
-    """`handle` with the newest version that kagglehub holds complete: without a version it always asks the network."""
+    """`handle` with the newest complete version in kagglehub's cache; without a version, kagglehub uses the network."""
     from kagglehub.config import get_cache_folder
 
     folder = Path(get_cache_folder(), "datasets", handle)
@@ -399,26 +400,26 @@ def _cached_version(handle: str) -> str | None:
 
 
 def read_hub(location: str, wanted: frozenset[str], option: str) -> Table:
-    """All splits, one after the other, of a dataset on the Hugging Face Hub, or in its local cache.
+    """Read all splits, one after the other, of a dataset on the Hugging Face Hub or in its local cache.
 
     No code of the dataset is executed.
 
     Args:
         location: "owner/name", or "owner/name:config" where the dataset has several configurations.
-        option: the command-line option that an error should point to.
+        option: the command-line option that error messages name.
 
     Raises:
-        UserError: at once if the Hub cannot be reached, with the way to get access if it refuses.
+        UserError: the Hub cannot be reached (at once), or refuses (with how to get access), or the data are broken.
     """
     dataset_id, _, config = location.partition(":")
-    reachable = hub_reachable()  # first: it decides whether `datasets` is imported in offline mode
+    reachable = hub_reachable()  # first, because it decides whether `datasets` is imported in offline mode
     import datasets
     import yaml
-    from huggingface_hub.errors import HTTPError  # of the HTTP library that the hub client uses, httpx or its successor
+    from huggingface_hub.errors import HTTPError  # of the HTTP library that huggingface_hub uses
 
     denied = (datasets.exceptions.DatasetNotFoundError, HTTPError)
-    # ValueError: a malformed id, or several configurations to choose from; RuntimeError: the dataset is a script; the
-    # others: a README whose configurations are not what `datasets` expects, or a format that asks for another library.
+    # ValueError: a malformed id, or several configurations; RuntimeError: the dataset is a script; the others: a README
+    # with unexpected configurations, or a format that needs another library.
     refusals: tuple[type[Exception], ...] = (
         *denied,
         datasets.exceptions.DatasetsError,
@@ -432,26 +433,26 @@ def read_hub(location: str, wanted: frozenset[str], option: str) -> Table:
     except refusals as error:
         configurations = _configurations(dataset_id) if reachable and isinstance(error, ValueError) else []
         if configurations and (config or len(configurations) > 1) and config not in configurations:
-            what = f"no configuration {config!r}" if config else "several configurations, and none is named"
+            what = f"no configuration {config!r}" if config else "several configurations, and none is given"
             there = ", ".join(configurations[:SHOWN_CONFIGURATIONS])
             if len(configurations) > SHOWN_CONFIGURATIONS:
                 there += f" and {len(configurations) - SHOWN_CONFIGURATIONS} more"
             example = with_value(option, f"{dataset_id}:{configurations[0]}")
-            raise UserError(f"hub dataset {dataset_id}: {what}; there are {there}; give one: {example}") from error
+            raise UserError(f"hub dataset {dataset_id}: {what}; it has {there}; give one: {example}") from error
         why = f"{causes(error)}. "
         if not reachable:
             why = f"not in the local cache, and the Hugging Face Hub cannot be reached ({causes(error)}). "
             if not config and isinstance(error, ValueError):
-                why += f"A configuration in the cache is named so: {with_value(option, dataset_id + ':NAME')}. "
+                why += f"To use a cached configuration, give its name: {with_value(option, dataset_id + ':NAME')}. "
         elif isinstance(error, denied):
             why += _access(dataset_id, option)
         raise UserError(f"hub dataset {location}: {why}{_elsewhere(option)}") from error
 
 
 class _AsText(dict):
-    """What pandas asks how to convert the cells of a column: for every column, as the text that they are.
+    """A mapping for pandas' `converters`: every column is read as text.
 
-    Without it pandas makes numbers of 007 and truth values of true, whatever the other files of the dataset hold.
+    Without it pandas converts 007 to a number and true to a boolean, depending on the other values of the column.
     """
 
     def __contains__(self, column: object) -> bool:
@@ -461,17 +462,17 @@ class _AsText(dict):
         return str
 
     def get(self, column: object, default: object = None) -> type[str]:
-        """The conversion for a column, by its name or its place."""
+        """The conversion for a column, by its name or its index."""
         return str
 
 
 def _load_hub_splits(dataset_id: str, config: str | None, reachable: bool) -> "DatasetDict":
-    """The splits of one configuration; cells of CSV files as text, without words that stand for missing values."""
+    """Load the splits of one configuration; cells of CSV files as text, and no string counts as a missing value."""
     from datasets import load_dataset, load_dataset_builder
     from datasets.packaged_modules.csv.csv import Csv
 
     as_text = {"keep_default_na": False, "converters": _AsText()}
-    if not reachable:  # then only the cache knows what kind of files they were, and with which options they were read
+    if not reachable:  # only the cache knows the file type, and the options with which the files were read
         for options in (as_text, {"keep_default_na": False}):
             with contextlib.suppress(ValueError):
                 return load_dataset(dataset_id, config, **options)
@@ -483,7 +484,7 @@ def _load_hub_splits(dataset_id: str, config: str | None, reachable: bool) -> "D
 
 
 def _configurations(dataset_id: str) -> list[str]:
-    """The names of the dataset's configurations; none where the Hub does not say."""
+    """The names of the dataset's configurations; empty if the Hub does not say."""
     from datasets import exceptions, get_dataset_config_names
 
     try:
@@ -493,18 +494,18 @@ def _configurations(dataset_id: str) -> list[str]:
 
 
 def causes(error: BaseException) -> str:
-    """An error's whole message, and those of all errors that led to it, the last cause at the end; on one line."""
+    """An error's full message and those of the errors that caused it, the root cause last; on one line."""
     told: list[str] = []
     current: BaseException | None = error
     while current is not None and len(told) < MOST_CAUSES:
         text = " ".join(str(current).split()).rstrip(".")
         told.append(f"{type(current).__name__}: {text[:LONGEST_CAUSE]}" if text else type(current).__name__)
         current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
-    return "; because of ".join(dict.fromkeys(told))
+    return "; caused by ".join(dict.fromkeys(told))
 
 
 def _access(dataset_id: str, option: str) -> str:
-    """How to get at a dataset that the Hub refuses to show."""
+    """How to get access to a dataset that the Hub refuses to show."""
     steps = f"Accept its terms at https://huggingface.co/datasets/{dataset_id}, then run `hf auth login`. "
     copy = OPEN_COPIES.get(dataset_id)
     return steps + (f"Or use the open copy: {with_value(option, copy)}. " if copy else "")
@@ -515,24 +516,24 @@ def _hub_table(splits: "DatasetDict", wanted: frozenset[str], where: str) -> Tab
     records: list[Record] = []
     for split in splits.values():
         if split.num_rows > MAX_RECORDS:
-            raise UserError(f"hub dataset {where}: more than {MAX_RECORDS:,} records; give a file with fewer")
+            raise UserError(f"hub dataset {where}: more than {MAX_RECORDS:,} records; give a file with fewer records")
         columns |= dict.fromkeys(split.column_names)
         if twice := [
             name for name in split.column_names if name.endswith(".1") and name[:-2].strip().lower() in wanted
         ]:
-            # pandas renames the second of two columns of one name
-            raise UserError(f"hub dataset {where}: two columns are called {twice[0][:-2]!r}; give a file with one")
+            # pandas renames the second of two columns with the same name
+            raise UserError(f"hub dataset {where}: two columns are named {twice[0][:-2]!r}; give a file with one")
         spelled = matching_columns(split.column_names, wanted, where)
-        for record in split.select_columns(list(spelled.values())):  # the others may be images: not to be decoded
+        for record in split.select_columns(list(spelled.values())):  # other columns may be images; do not decode them
             add_record(records, {name: record[column] for name, column in spelled.items()}, where)
     return Table(tuple(columns), records)
 
 
 def _elsewhere(option: str) -> str:
     wanted, none = with_value(option, "PATH"), with_value(option, "none")
-    return f"Give a local copy with {wanted}, or {none}; --tiny needs no data at all"
+    return f"Give a local copy with {wanted}, or {none}; --tiny needs no download"
 
 
 def with_value(option: str, value: str) -> str:
-    """An option with its value: `--medquad none`, `--data notes=none`."""
+    """An option with its value, for example `--medquad none` or `--data notes=none`."""
     return f"{option}{'=' if option.startswith('--data ') else ' '}{value}"

@@ -1,4 +1,4 @@
-"""`data_report.json`: what was read, dropped and kept, how long rows are, what held-out rows share with training."""
+"""`data_report.json`: rows read, dropped and kept, their lengths, and what held-out rows share with training."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from medqa.data.splits import SPLITS, Splits, overlap_report, write_splits_csv
 from medqa.data.tokens import Example
 from medqa.files import write_json
 
-BEYOND = "answer beyond max_length"  # the reason why rows are dropped after they have been tokenized
-LARGE_SHARE = 0.25  # of all rows in one group, beyond which the plan says so
+BEYOND = "answer beyond max_length"  # the reason for rows that are dropped after tokenization
+LARGE_SHARE = 0.25  # if a group has more than this share of all rows, the printed plan says so
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
@@ -25,7 +25,7 @@ def write_reports(output_dir: Path, data: TrainingData, experiment: Experiment, 
 
 
 def data_report(data: TrainingData, experiment: Experiment, padding_free: bool) -> dict[str, Any]:
-    """The report. Token lengths are in ids, BOS and EOS included, after cutting to `max_length`."""
+    """The content of `data_report.json`. Lengths are in tokens, with BOS and EOS, after truncation to `max_length`."""
     sources, splits, examples, stream = data.sources, data.splits, data.examples, data.stream
     everything = [example for name in SPLITS for example in examples[name]]
     beyond = Counter(row.source for row in splits.beyond)
@@ -53,26 +53,26 @@ def data_report(data: TrainingData, experiment: Experiment, padding_free: bool) 
 
 
 def about_rows(splits: Splits, examples: Mapping[str, Sequence[Example]], experiment: Experiment) -> list[str]:
-    """What a user should know of the rows before training on them: how many are cut, left out, or hang together."""
+    """Lines for the printed plan about rows that are truncated or dropped, and about very large groups."""
     lines, rows = [], sum(map(len, examples.values()))
     limit = f"tokenization.max_length = {experiment.tokenization.max_length}"
     if cut := sum(example.truncated for found in examples.values() for example in found):
-        lines.append(f"{cut:,} of {rows:,} rows are longer than {limit}: the ends of their answers are cut off")
+        lines.append(f"{cut:,} of {rows:,} rows are longer than {limit}: their answers are truncated")
     if splits.beyond:
-        lines.append(f"{len(splits.beyond):,} rows are left out: {BEYOND} (nothing of it is left at {limit})")
+        lines.append(f"{len(splits.beyond):,} rows dropped: the question alone fills {limit}")
     group, size = Counter(splits.groups.values()).most_common(1)[0]
     if experiment.data.split != "random" and size > LARGE_SHARE * rows:
         where = next(name for name in SPLITS if any(splits.groups[row.id] == group for row in getattr(splits, name)))
         lines.append(
-            f"{size:,} of {rows:,} rows are all in {where}: rows whose questions or answers repeat (or of one group or "
-            "topic) stay together, so that the other splits have none of them; --set data.split=random splits row by "
-            "row, and held-out rows then repeat what is trained on"
+            f"{size:,} of {rows:,} rows are in one group, all of it in {where}: rows that share a question, an answer, "
+            "a group or a topic stay in one split; --set data.split=random splits row by row, but held-out rows then "
+            "repeat training rows"
         )
     return lines
 
 
 def split_counts(examples: Sequence[Example]) -> dict[str, int]:
-    """Rows of a split, all and by source."""
+    """The number of rows of a split, in total and by source."""
     by_source: dict[str, int] = {}
     for example in examples:
         by_source[example.row.source] = by_source.get(example.row.source, 0) + 1
@@ -80,10 +80,10 @@ def split_counts(examples: Sequence[Example]) -> dict[str, int]:
 
 
 def padding_share(stream: Stream, tokenization: Tokenization, per_device_batch_size: int) -> float:
-    """Share of the first epoch's places that are padding, in the micro-batches as they will be."""
+    """The share of padding tokens in the first epoch, in the micro-batches of training."""
     lengths = [len(stream.at(position).input_ids) for position in range(len(stream.examples))]
-    places = 0
+    tokens = 0
     for start in range(0, len(lengths), per_device_batch_size):
         batch = lengths[start : start + per_device_batch_size]
-        places += len(batch) * (tokenization.max_length if tokenization.padding == "max_length" else max(batch))
-    return 1 - sum(lengths) / places
+        tokens += len(batch) * (tokenization.max_length if tokenization.padding == "max_length" else max(batch))
+    return 1 - sum(lengths) / tokens

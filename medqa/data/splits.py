@@ -1,7 +1,8 @@
-"""Rows are split into training, validation and test here, and the overlap between the splits is measured.
+"""Split rows into train, validation and test, and measure what the splits share.
 
-Medical question-answer sets repeat themselves: a random split puts about a fifth of the held-out rows' questions or
-answers into training as well, and then measures memory. `grouped` never does; `topic` keeps topics apart too.
+Medical question-answer datasets repeat themselves: a random split puts the question or the answer of about a fifth of
+the held-out rows into training as well, and so measures memorization. `grouped` prevents that; `topic` also separates
+topics.
 """
 
 import csv
@@ -22,16 +23,16 @@ from medqa.files import write_file
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT = ("validation", "test")
-NGRAM = 13  # words; the length that is customary for this question since GPT-3's contamination study
+NGRAM = 13  # words; the usual length in contamination studies since GPT-3's
 POWERS = np.uint64(0x9E3779B97F4A7C15) ** np.arange(NGRAM, dtype=np.uint64)  # of an odd number, modulo 2^64
 
-# Marks that select the drawing of the character before them: they tell no two texts apart.
+# Variation selectors only change how the character before them is drawn, so they are ignored in comparisons.
 SELECTORS = frozenset(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
 
-# A group that would make up more than this share of a held-out split stays in training: the split would measure little
-# but one templated answer (377 rows of MedQuAD hang together by "inherited in an autosomal recessive manner"). Where a
-# split is so small that the share is less than GIANT_ROWS, a group of that many may still be held out if it fits. Where
-# a source has so few groups that a held-out split would stay emptier than LEAST_FILLED, larger ones may be, too.
+# A group with more than this share of a held-out split is assigned to train, so that no single templated answer
+# dominates the split (377 rows of MedQuAD are connected by "inherited in an autosomal recessive manner"). If that share
+# of a small split is less than GIANT_ROWS, groups of up to GIANT_ROWS rows may be held out. If a source has so few
+# groups that a held-out split would be filled by less than LEAST_FILLED, larger groups may be held out too.
 GIANT_SHARE = 0.05
 GIANT_ROWS = 10
 LEAST_FILLED = 0.5
@@ -39,19 +40,19 @@ LEAST_FILLED = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """The rows of each split, in the order in which they were given."""
+    """The rows of each split, in the order of the sources."""
 
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
     test: tuple[Row, ...]
-    groups: dict[str, str]  # row id -> id of the first row of its group, all rows in the order given
-    fingerprint: str  # SHA-256 of ids, questions, answers and splits: the same data, split the same way
-    beyond: tuple[Row, ...] = ()  # rows in no split, because nothing of their answers is within `max_length`
+    groups: dict[str, str]  # row id -> id of the first row of its group, for all rows in order
+    fingerprint: str  # SHA-256 of ids, questions, answers and splits
+    beyond: tuple[Row, ...] = ()  # rows in no split, because no token of the answer is within `max_length`
 
     def without(self, left_out: Collection[str]) -> "Splits":
-        """The same splits without the rows of these ids, which were found to have no answer within `max_length`.
+        """The same splits without the rows with these ids, which have no answer token within `max_length`.
 
-        The fingerprint stays that of all rows: which rows are left out follows from them and the tokenizer.
+        The fingerprint stays that of all rows, because the rows and the tokenizer determine which rows are dropped.
         """
         parts = {name: tuple(row for row in getattr(self, name) if row.id not in left_out) for name in SPLITS}
         beyond = tuple(row for name in SPLITS for row in getattr(self, name) if row.id in left_out)
@@ -60,7 +61,7 @@ class Splits:
 
 
 def split_sources(sources: Sequence[Source], data: Data) -> Splits:
-    """The rows of these sources, split as an experiment says (`split_rows`)."""
+    """Split the rows of these sources as the experiment's `data` section says (`split_rows`)."""
     rows = [row for source in sources for row in source.rows]
     duplicates = [row for source in sources for row in source.duplicates]
     train, validation, test = data.fractions
@@ -74,15 +75,15 @@ def split_rows(
     fractions: tuple[float, float, float],
     duplicates: Sequence[Row] = (),
 ) -> Splits:
-    """Split `rows` into training, validation and test with the given shares, each source in proportion.
+    """Split `rows` into train, validation and test with the given shares, the same for each source.
 
-    `grouped`: rows that share a question, an answer, or a group of one source (directly or over other rows; see
-    `letters_and_digits`) never stand in two splits. `topic`: nor do rows that share a topic. `random`: every row for
-    itself; `groups` is then that of `grouped`. The result follows from the rows and the seed alone: rows are ordered by
-    a hash of seed and id, so neither platform nor library versions nor sources that share nothing have a say.
+    `grouped`: rows that share a question, an answer, or a group of one source (directly or through other rows; see
+    `letters_and_digits`) are in the same split. `topic`: also rows that share a topic. `random`: each row by itself;
+    `groups` is then that of `grouped`. The result depends only on the rows and the seed: rows are ordered by a hash of
+    seed and id, so platform, library versions and unrelated sources have no influence.
 
     Args:
-        duplicates: rows that were dropped, being equal to one of `rows`, which belongs to their groups and topics too.
+        duplicates: dropped rows that equal one of `rows`; that row also belongs to their groups and topics.
 
     Raises UserError if a split would be empty.
     """
@@ -104,7 +105,7 @@ def split_rows(
 
 
 def _assign(sizes: dict[str, int], seed: int, fractions: tuple[float, float, float]) -> dict[str, str]:
-    """A split for each unit of one source, given its number of rows: held-out splits are filled, the rest trains."""
+    """Assign a split to each unit of one source, given their numbers of rows: first the held-out splits, then train."""
     total = sum(sizes.values())
     wanted = {name: round(total * fraction) for name, fraction in zip(HELD_OUT, fractions[1:], strict=True)}
     giant = max(GIANT_SHARE * min(wanted.values()), GIANT_ROWS)
@@ -123,7 +124,7 @@ def _assign(sizes: dict[str, int], seed: int, fractions: tuple[float, float, flo
 
 
 def _groups(rows: Sequence[Row], duplicates: Sequence[Row], topics: bool) -> dict[str, str]:
-    """Row id to the id of the first row that it is connected with: by question, answer, group and, if asked, topic."""
+    """Row id to the id of the first connected row: by question, answer, group and (with `topics`) topic."""
     from networkx.utils import UnionFind
 
     connected: UnionFind = UnionFind()
@@ -142,17 +143,17 @@ def _groups(rows: Sequence[Row], duplicates: Sequence[Row], topics: bool) -> dic
 
 
 def letters_and_digits(text: str) -> str:
-    """`text` as it is compared: NFKC, lower case, letters with their marks and digits alone; as it is if none are left.
+    """`text` for comparisons: NFKC, lower case, only letters with their marks and digits; unchanged if none are left.
 
-    Without the last rule all texts of mere signs would be equal.
+    Without the exception, all texts without letters and digits would be equal.
     """
     return "".join(_words(text)) or text
 
 
 def _words(text: str) -> list[str]:
-    """The runs of letters, their marks, and digits in a text, in NFKC and lower case.
+    """The runs of letters, their marks, and digits in a text, after NFKC and in lower case.
 
-    Marks belong to words: without Hindi's vowel signs, for example, many words are the same.
+    Marks belong to words: without vowel signs, for example, many Hindi words are the same.
     """
     text = unicodedata.normalize("NFKC", text).casefold()
     return "".join(c if c.isalnum() or (c > "\u02ff" and _is_mark(c)) else " " for c in text).split()
@@ -171,24 +172,24 @@ def _refuse_empty(
         largest = max(map(len, members.values()), default=0)
         together, advice = "", ""
         if largest > 1:
-            together = f" (up to {largest} rows stay together, by equal questions or answers, or by group)"
+            together = f" (up to {largest} rows stay together because they share a question, an answer or a group)"
             advice = ", or split row by row with --set data.split=random"
         raise UserError(
-            f"too few rows to split: {rows} rows, {len(members)} of which can be told apart{together}, leave nothing "
-            f"for {' and '.join(empty)} at data.fractions {list(fractions)}; give more data or other fractions{advice}"
+            f"too few rows to split: {rows} rows in {len(members)} separable groups{together} leave no row "
+            f"for {' and '.join(empty)} with data.fractions {list(fractions)}; give more data, other fractions{advice}"
         )
 
 
 def _fingerprint(parts: dict[str, tuple[Row, ...]]) -> str:
     digest = hashlib.sha256()
     for name, rows in parts.items():
-        for row in rows:  # as JSON, so that no text can pass for two
+        for row in rows:  # as JSON, which is unambiguous
             digest.update(json.dumps([name, row.id, row.question, row.answer]).encode())
     return digest.hexdigest()
 
 
 def write_splits_csv(splits: Splits, path: Path) -> None:
-    """Write `id,split,group` for every row, in the order the rows were given; the file appears whole or not at all.
+    """Write `id,split,group` for every row, in the order of the sources, atomically.
 
     Raises UserError if it cannot be written.
     """
@@ -201,17 +202,17 @@ def write_splits_csv(splits: Splits, path: Path) -> None:
         write_file(path, text.getvalue())
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another place") from error
+        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another directory") from error
 
 
 def overlap_report(splits: Splits) -> dict[str, dict[str, object]]:
-    """For "validation", "test" and both together ("held_out"): how many rows share something with training.
+    """Count, for "validation", "test" and both together ("held_out"), the rows that share something with training.
 
-    Each is `{"rows": n, <what>: {"rows": those that share it, "of": those that could, "share": the ratio}, ...}` with
-    `question`, `answer`, `question_or_answer`, `topic` (equal by `letters_and_digits`; of the rows that have a topic),
-    `group` (of the rows that have one), and `13_grams`: more than half of the answer's runs of 13 words stand in some
-    training answer (of the rows whose answer has 13 words). The answer alone, because the question has its own line.
-    Words are runs of letters and digits in lower case. "share" is 0.0 where no row could.
+    Each value is `{"rows": n, <what>: {"rows": rows that share it, "of": rows that have it, "share": the ratio}, ...}`
+    with `question`, `answer`, `question_or_answer`, `topic` (equal by `letters_and_digits`; of rows with a topic),
+    `group` (of rows with one), and `13_grams`: more than half of the answer's runs of 13 words are in some training
+    answer (of rows whose answer has 13 words). Only the answer, because the question is counted separately. Words are
+    runs of letters and digits in lower case. "share" is 0.0 if no row has it.
     """
     shared = shared_with_training(splits)
     rows = {"validation": splits.validation, "test": splits.test, "held_out": splits.validation + splits.test}
@@ -219,7 +220,7 @@ def overlap_report(splits: Splits) -> dict[str, dict[str, object]]:
 
 
 def _summary(rows: list[dict[str, bool | None]]) -> dict[str, object]:
-    """Counts of one split, from what each of its rows shares."""
+    """The counts of one split, from what each of its rows shares."""
     report: dict[str, object] = {"rows": len(rows)}
     for what in rows[0]:
         answers = [answer for row in rows if (answer := row[what]) is not None]
@@ -228,7 +229,7 @@ def _summary(rows: list[dict[str, bool | None]]) -> dict[str, object]:
 
 
 def shared_with_training(splits: Splits) -> dict[str, dict[str, bool | None]]:
-    """Held-out row id to what it shares with training; None where it has nothing to share."""
+    """Held-out row id to what it shares with training; None where the row does not have it."""
     questions = {letters_and_digits(row.question) for row in splits.train}
     answers = {letters_and_digits(row.answer) for row in splits.train}
     topics = {letters_and_digits(row.topic) for row in splits.train if row.topic}
@@ -249,10 +250,10 @@ def shared_with_training(splits: Splits) -> dict[str, dict[str, bool | None]]:
 
 
 def _runs_in_training(splits: Splits) -> dict[str, bool | None]:
-    """Held-out row id to whether more than half of its 13-grams stand in training; None if it has none."""
+    """Held-out row id to whether more than half of its 13-grams are in training; None if it has none."""
     training = np.sort(np.concatenate([_ngrams(row.answer) for row in splits.train]))
     held_out = [np.unique(_ngrams(row.answer)) for row in splits.validation + splits.test]
-    wanted = np.concatenate(held_out)  # one search for all rows, three times as fast as np.isin
+    wanted = np.concatenate(held_out)  # one search for all rows is three times as fast as np.isin
     found = np.searchsorted(training, wanted, "right") > np.searchsorted(training, wanted, "left")
     per_row = np.split(found, np.cumsum([len(ngrams) for ngrams in held_out])[:-1])
     rows = zip(splits.validation + splits.test, per_row, strict=True)
@@ -260,9 +261,9 @@ def _runs_in_training(splits: Splits) -> dict[str, bool | None]:
 
 
 def _ngrams(text: str) -> np.ndarray:
-    """A 64-bit hash of each run of 13 words, [runs] uint64: a collision among a few million has odds of 10^-6."""
+    """A 64-bit hash of each run of 13 words, [runs] uint64. A collision among a few million has probability 1e-6."""
     words = _words(text)
     if len(words) < NGRAM:
         return np.empty(0, np.uint64)
     hashes = np.fromiter(map(hash, words), np.int64, len(words)).astype(np.uint64)
-    return np.convolve(hashes, POWERS, mode="valid")  # a polynomial in each window of 13, modulo 2^64
+    return np.convolve(hashes, POWERS, mode="valid")  # a polynomial in each window of 13 words, modulo 2^64

@@ -1,4 +1,4 @@
-"""The training prompt, and the step from rows to token ids.
+"""The training prompt, and the tokenization of rows into examples.
 
 Special tokens are inserted by id, and the first token of an answer is found by its position.
 """
@@ -21,34 +21,34 @@ from medqa.data.splits import SPLITS, Splits
 from medqa.errors import UserError
 
 # ----------------------------------------------------------------------------------------------------
-# The one prompt. Training, evaluation, `medqa ask` and the saved chat template use it.
+# The training prompt, which evaluation, `medqa ask` and the saved chat template use too.
 
 RESPONSE_HEADER = "### Response:\n"
 TEMPLATE_PROBES = ("What is asthma ?", "(a) 5 mg?\nA. one\nB. two")
 
 
 def prompt(question: str) -> str:
-    """What stands before the answer. Outer whitespace of the question does not count."""
+    """The text before the answer. Whitespace around the question is stripped."""
     return f"### Instruction:\n{question.strip()}\n\n{RESPONSE_HEADER}"
 
 
 def prompt_ids(question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that an answer is generated after: exactly those it followed in training, BOS first.
+    """The token ids after which an answer is generated: the same as in training, BOS first.
 
-    A special token spelled in the question stays text.
+    A special token that is spelled out in the question stays text.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + tokenizer(prompt(question), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A Jinja chat template whose prompt for one user message has exactly the ids of `prompt_ids`.
+    """A Jinja chat template that renders a single user message with exactly the ids of `prompt_ids`.
 
-    After a BOS written as text some tokenizers leave out the space that they put before a first word (Llama's, in
-    transformers 5), others do not; which one this is, is found by trying.
+    After a BOS that is written as text, some tokenizers omit the space that they put before a first word (Llama's, in
+    transformers 5), others do not. Both variants are tried.
 
     Raises:
-        UserError: neither way gives those ids.
+        UserError: neither variant gives those ids.
     """
     for space in ("", " "):
         template = _template("{{ bos_token }}" + space if tokenizer.bos_token_id is not None else "")
@@ -61,7 +61,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _template(start: str) -> str:
-    """The template. A system message has no place in the training prompt: refused, not silently sent along."""
+    """The template. It refuses a system message, because the training prompt has none."""
     question, response = prompt("\0").split("\0")
     return (
         start
@@ -90,14 +90,14 @@ def _templated_ids(tokenizer: PreTrainedTokenizerBase, template: str, question: 
 # ----------------------------------------------------------------------------------------------------
 # Token ids.
 
-CHUNK = 1000  # rows that one call of the tokenizer gets
-WORTH_KEEPING = 1000  # rows whose ids are kept on disk
-PROBES = 16  # rows whose ids are compared with those from the disk
+CHUNK = 1000  # rows that are tokenized in one call
+WORTH_KEEPING = 1000  # from so many rows on, the ids are cached on disk
+PROBES = 16  # rows whose cached ids are verified
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as ids (int32): BOS, prompt, answer, EOS. `answer_start` is the index of the answer's first token."""
+    """A tokenized row: ids (int32) of BOS, prompt, answer, EOS. `answer_start`: index of the first answer token."""
 
     row: Row
     input_ids: np.ndarray
@@ -106,19 +106,19 @@ class Example:
 
 
 def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization) -> list[Example]:
-    """Each row as an `Example`, in the order given, but for the rows of whose answer nothing is within `max_length`.
+    """Tokenize the rows in order, without those that have no answer token within `max_length`.
 
-    Those are left out: without a target of its own a row teaches nothing about answers, and an update of such rows
+    Those rows are dropped: a row without a target of its own teaches nothing about answers, and an update of such rows
     would move the weights by the optimizer's momentum alone. So every example has at least one answer token.
 
-    BOS and EOS are put in by id: a special token spelled in the text (`</s>` on a web page) stays text, and EOS is
-    never cut off by accident nor there twice. A row that does not fit with its EOS is cut and has none.
+    BOS and EOS are inserted by id: a special token spelled out in the text (`</s>` on a web page) stays text, and EOS
+    is never cut off by accident or repeated. A row that does not fit with its EOS is truncated and has no EOS.
     """
     texts = [(prompt(row.question), row.answer) for row in rows]
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True  # "</s>" in a text is text
+    backend.encode_special_tokens = True  # a "</s>" in a text stays text
     if len(rows) < WORTH_KEEPING:
         made = _tokenize(texts, backend)
     else:
@@ -142,7 +142,7 @@ def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, tokenizati
 def tokenize_splits(
     splits: Splits, tokenizer: PreTrainedTokenizerBase, tokenization: Tokenization
 ) -> tuple[Splits, dict[str, list[Example]]]:
-    """The splits as examples, and the splits without the rows that `tokenize` leaves out.
+    """Tokenize the splits; returns the splits without the dropped rows, and the examples of each.
 
     Raises:
         UserError: `max_length` leaves a split without rows.
@@ -150,8 +150,8 @@ def tokenize_splits(
     examples = {name: tokenize(getattr(splits, name), tokenizer, tokenization) for name in SPLITS}
     if empty := [name for name in SPLITS if not examples[name]]:
         raise UserError(
-            f"tokenization.max_length cuts off every answer of {' and '.join(empty)}: their questions alone are longer "
-            f"than {tokenization.max_length} ids; raise it, or give data with shorter questions"
+            f"tokenization.max_length = {tokenization.max_length} leaves no row in {' and '.join(empty)}, because the "
+            "questions alone are that long; set a larger value, or give data with shorter questions"
         )
     kept = {example.row.id for found in examples.values() for example in found}
     left_out = {row.id for name in SPLITS for row in getattr(splits, name)} - kept
@@ -159,11 +159,11 @@ def tokenize_splits(
 
 
 def _tokenize(texts: Sequence[tuple[str, str]], backend: Tokenizer) -> dict[str, np.ndarray]:
-    """`ids` of all texts end to end, their `lengths`, and of how many the prompt is made (`in_prompt`); all int32."""
+    """`ids` of all texts concatenated, their `lengths`, and the number of prompt tokens (`in_prompt`); all int32."""
     ids, lengths, in_prompt = [], [], []
     for start in range(0, len(texts), CHUNK):
         chunk = texts[start : start + CHUNK]
-        # Without offsets, which take as long as the ids; a prompt's own ids say where the answer begins.
+        # Without offsets, which take as long as the ids. The ids of the prompt alone tell where the answer begins.
         encoded = [each.ids for each in backend.encode_batch_fast([p + a for p, a in chunk], add_special_tokens=False)]
         prompts = [each.ids for each in backend.encode_batch_fast([p for p, _ in chunk], add_special_tokens=False)]
         for text, whole, head in zip(chunk, encoded, prompts, strict=True):
@@ -178,13 +178,13 @@ def _tokenize(texts: Sequence[tuple[str, str]], backend: Tokenizer) -> dict[str,
 
 
 def _tokens_in_prompt(text: tuple[str, str], backend: Tokenizer) -> int:
-    """How many tokens end within the prompt. One that ends in the answer predicts answer text: it counts as answer."""
+    """The number of tokens that end within the prompt. A token that reaches into the answer counts as answer."""
     offsets = backend.encode("".join(text), add_special_tokens=False).offsets
     return bisect.bisect_right(offsets, len(text[0]), key=itemgetter(1))
 
 
 def _are_ids_of(texts: Sequence[tuple[str, str]], found: Mapping[str, np.ndarray], backend: Tokenizer) -> bool:
-    """Whether arrays from a file can be what `_tokenize` makes of these texts; of some texts, whether they are."""
+    """Whether cached arrays can be the result of `_tokenize` for these texts; a few texts are tokenized to compare."""
     if found.keys() != {"ids", "lengths", "in_prompt"}:
         return False
     if any(array.dtype != np.int32 or array.ndim != 1 for array in found.values()):
@@ -204,7 +204,7 @@ def _are_ids_of(texts: Sequence[tuple[str, str]], found: Mapping[str, np.ndarray
 
 
 def _key(texts: Sequence[tuple[str, str]], backend: Tokenizer) -> str:
-    """sha256 of all that the ids follow from."""
+    """SHA-256 of everything that determines the ids."""
     digest = hashlib.sha256(f"1 {tokenizers.__version__} {backend.to_str()}".encode())
     for text in texts:
         digest.update(repr(text).encode())
@@ -212,7 +212,7 @@ def _key(texts: Sequence[tuple[str, str]], backend: Tokenizer) -> str:
 
 
 def ids_fingerprint(examples: Mapping[str, Sequence[Example]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of all that a tokenizer makes of the data: two tokenizers that give the same ids are the same."""
+    """SHA-256 of the tokenized data: two tokenizers that give the same ids have the same fingerprint."""
     digest = hashlib.sha256(repr((len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)).encode())
     for name, split in sorted(examples.items()):
         for example in split:

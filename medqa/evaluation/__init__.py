@@ -1,1 +1,1 @@
-"""How good is it: the loss of a split, and answers to questions."""
+"""Evaluation: the loss of a split, generated answers, multiple choice, and safety."""

@@ -1,4 +1,4 @@
-"""Answers of the base and of the adapter, greedy, in batches, to the prompt of training or the model's own template."""
+"""Greedy answers of base model and adapter, in batches, with the training prompt or the base's own chat template."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +15,12 @@ from medqa.limited import Failed, limited
 from medqa.limits import MAX_TEMPLATE_CHARACTERS
 from medqa.model.base_files import location
 
-SAMPLE_TOKENS = 128  # where a sample answer is cut
+SAMPLE_TOKENS = 128  # the maximum length of a sample answer
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and whether it ended by itself (with EOS) or at the limit."""
+    """An answer, and whether it ended with EOS or was cut off at the limit."""
 
     text: str
     stopped: bool
@@ -36,17 +36,17 @@ def generate_answers(
     prompts: Callable[[str], list[int]] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """The model's greedy answer to each question, in their order. The model's mode is left as it was.
+    """The model's greedy answer to each question, in order. The model's train or eval mode is restored.
 
-    Prompts of like length go together, the longest first. What an answer is does not depend on what it was batched
-    with (in float32; in less, two ids may be so close that rounding decides): where it is cut follows from its own
-    prompt, and where memory is short a batch is halved.
+    Prompts of similar length are batched, the longest first. An answer does not depend on its batch (in float32; with
+    less precision, rounding may decide between two tokens): its maximum length depends only on its own prompt, and a
+    batch that runs out of memory is halved.
 
     Args:
-        max_new_tokens: where an answer is cut; earlier where the model's context ends. A prompt that leaves no room
-            has an empty answer.
-        prompts: from a question to the ids that it is answered after; None: those of training.
-        progress: is told of how many more questions the answer is there.
+        max_new_tokens: the maximum length of an answer; less where the model's context ends. If a prompt leaves no
+            room, its answer is empty.
+        prompts: from a question to the ids of its prompt; None: the training prompt.
+        progress: called with the number of further questions that are answered.
     """
     asked = [prompts(question) if prompts else prompt_ids(question, tokenizer) for question in questions]
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -71,10 +71,10 @@ def generate_answers(
                 batches[:0] = [batch[:half], batch[half:]]
                 continue
             for i, ids in zip(batch, found, strict=True):
-                end = next((place for place, token in enumerate(ids) if token in ends), None)
+                end = next((index for index, token in enumerate(ids) if token in ends), None)
                 stopped[i] = end is not None
                 written[i] += ids[:end]
-            # The batch's longest prompt may have come to the end of the context; the others go on without it.
+            # The longest prompt may have reached the end of the context; the others are continued without it.
             unfinished = [i for i in batch if not stopped[i] and len(written[i]) < rooms[i]]
             batches[:0] = [unfinished] if unfinished else []
             if progress:
@@ -86,7 +86,7 @@ def generate_answers(
 def sample_answers(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], step: int
 ) -> list[list[str | int | bool]]:
-    """Each row as (step, source, question, reference, base answer, tuned answer, whether that one ended by itself)."""
+    """Rows as (step, source, question, reference, baseline answer, fine-tuned answer, whether that ended by itself)."""
     questions, at_once = [row.question for row in rows], len(rows) or 1
     tuned = generate_answers(model, tokenizer, questions, max_new_tokens=SAMPLE_TOKENS, batch_size=at_once)
     with model.disable_adapter():
@@ -98,17 +98,17 @@ def sample_answers(
 
 
 def end_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that end an answer: the EOS of training, and what else the base ends its turns with."""
+    """The ids that end an answer: the EOS of training, and the base model's other end-of-turn ids."""
     named = model.get_base_model().generation_config.eos_token_id
     return {tokenizer.eos_token_id, *([] if named is None else [named] if isinstance(named, int) else named)}
 
 
 @contextlib.contextmanager
 def plain_greedy(model: torch.nn.Module) -> Iterator[None]:
-    """Generate by the model alone, in evaluation mode.
+    """Generate greedily with default settings, in evaluation mode.
 
-    Many bases come with a generation config of their own, a repetition penalty in it, which `generate` takes up
-    wherever it is not told otherwise.
+    Many base models come with a generation config, for example with a repetition penalty, which `generate` would use
+    for every setting that is not passed.
     """
     base, was_training = model.get_base_model() if isinstance(model, PeftModel) else model, model.training
     own = base.generation_config
@@ -124,11 +124,11 @@ def plain_greedy(model: torch.nn.Module) -> Iterator[None]:
 def _continue(
     model: PeftModel, pad_token_id: int, prompts: Sequence[list[int]], max_new_tokens: int, ends: set[int]
 ) -> list[list[int]]:
-    """The ids that follow each prompt: up to `max_new_tokens`; after one of `ends`, padding."""
+    """The ids after each prompt, up to `max_new_tokens`; after an id in `ends`, padding."""
     width = max(map(len, prompts))
     input_ids = torch.full((len(prompts), width), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):  # on the left: an answer begins right after its prompt
+    for row, ids in enumerate(prompts):  # padding on the left, because an answer follows its prompt directly
         input_ids[row, width - len(ids) :] = torch.tensor(ids)
         attention_mask[row, width - len(ids) :] = 1
     with torch.no_grad():
@@ -145,13 +145,13 @@ def _continue(
 
 
 # ----------------------------------------------------------------------------------------------------
-# The base model's own chat template: what its makers would have a question look like. A baseline of its own.
+# The base model's own chat template, which gives a second baseline.
 #
-# A template is a program by whoever made the base. It may raise any exception, for some questions only, and it need
-# not end. So all questions are rendered in processes of its own, with limits, before anything is measured.
+# A template is a program by whoever made the base model. It may raise any exception, for some questions only, and may
+# not terminate. So all questions are rendered in limited processes before anything is measured.
 
 PROBE = "What is asthma ?"
-TOGETHER = 256  # questions for which the limits are meant
+TOGETHER = 256  # questions that are rendered in one limited process
 
 
 def own_template_prompts(
@@ -160,16 +160,16 @@ def own_template_prompts(
     say: Callable[[str], None] = lambda text: None,
     once: Callable[[Callable[[], list[str] | None]], list[str] | None] = lambda render: render(),
 ) -> Callable[[str], list[int]] | None:
-    """From a question to the ids that the untuned base's own chat template makes of it; None where it has none.
+    """A function from a question to the ids of its prompt in the base's own chat template; None if it has none.
 
-    A template that cannot render every question as a single user message counts as none.
+    A template that cannot render every question as a single user message counts as missing.
 
     Args:
-        base: a directory or a hub id. Its tokenizer is loaded anew: the one of training has training's template.
-        questions: those that will be asked for; there are prompts for no others.
-        say: is told why a template cannot be used.
-        once: has one process render, and gives the result to all. They would wait for each other for ever if one ran
-            into a limit and another did not.
+        base: a directory or a hub id. Its tokenizer is loaded again, because the loaded one has the training template.
+        questions: the only questions that the function accepts.
+        say: called with the reason if a template cannot be used.
+        once: runs a function on one process and gives the result to all. If each process rendered, one could reach a
+            limit and another not, and they would wait for each other for ever.
     """
     tokenizer = AutoTokenizer.from_pretrained(location(base), trust_remote_code=False)
     if not tokenizer.chat_template:
@@ -181,7 +181,7 @@ def own_template_prompts(
             chunks = [asked[start : start + TOGETHER] for start in range(0, len(asked), TOGETHER)]
             return [text for chunk in chunks for text in _rendered(tokenizer, chunk)]
         except Failed as error:
-            say(f"{base}: its own chat template cannot be used: {error}; measured without it")
+            say(f"{base}: its own chat template cannot be used: {error}; the baseline is measured without it")
             return None
 
     found = once(render_all)
@@ -196,10 +196,10 @@ def own_template_prompts(
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> list[str]:
-    """What a tokenizer's chat template makes of each question.
+    """Render each question with a tokenizer's chat template.
 
     Raises:
-        Failed: it raises an exception, takes too long or too much memory, or makes something else than a prompt.
+        Failed: the template raises an exception, takes too much time or memory, or does not render a prompt.
     """
 
     def render() -> list[str]:
@@ -207,7 +207,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> l
         for question in questions:
             message = {"role": "user", "content": question}
             text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-            text.encode()  # raises an exception for halves of characters, which the tokenizer would not take
+            text.encode()  # raises an exception for lone surrogates, which the tokenizer would not accept
             if len(text) > len(question) + MAX_TEMPLATE_CHARACTERS:
                 raise ValueError(f"a prompt of {len(text):,} characters")
             texts.append(text)
@@ -217,7 +217,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> l
 
 
 def with_prompts(examples: Sequence[Example], prompts: Callable[[str], list[int]]) -> list[Example]:
-    """The examples with other prompts before the very same answer tokens."""
+    """The examples with other prompts before the same answer tokens."""
     changed = []
     for example in examples:
         ids = np.array(prompts(example.row.question), dtype=example.input_ids.dtype)

@@ -1,7 +1,7 @@
-"""Token-exact loss and perplexity of a split.
+"""Loss and perplexity of a split, exact per token.
 
-Sums of token losses over sums of target tokens, over all processes, in float64: never a mean of batch means, so the
-result does not depend on batch size, padding or the number of processes.
+The loss is the sum of token losses over the number of target tokens, over all processes, in float64. It is not a mean
+of batch means, so it does not depend on batch size, padding or the number of processes.
 """
 
 import math
@@ -26,7 +26,7 @@ COLUMNS = ("loss", "tokens", "answer_loss", "answer_tokens")
 
 @dataclass(frozen=True)
 class SplitLoss:
-    """Mean losses in nats per target token of a split; `loss` over the experiment's targets, the rest over answers.
+    """Mean losses of a split in nats per target token: `loss` over the experiment's targets, the others over answers.
 
     `sources` has the answer loss by source. A mean over no tokens is None.
     """
@@ -40,15 +40,16 @@ class SplitLoss:
     sources: dict[str, float | None]
 
     def record(self) -> dict[str, Any]:
-        """As in `metrics.jsonl`."""
+        """The values as in `metrics.jsonl`."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Measures splits with one model (a `LossModel`) and one tokenization, at most `most_tokens` places at once.
+    """Measures splits with one model (a `LossModel`) and one tokenization, with at most `most_tokens` tokens at a time.
 
-    Without padding where the model permits (`padding_free`); else padded to the longest of those at once.
+    Examples are concatenated without padding if the model supports it (`padding_free`), otherwise padded to the
+    longest.
     """
 
     model: torch.nn.Module
@@ -59,13 +60,13 @@ class Evaluator:
     padding_free: bool
 
     def measure(self, examples: Sequence[Example]) -> SplitLoss:
-        """The split's figures, now."""
+        """The loss of the split."""
         return summarize(self.row_losses(examples), examples)
 
     def row_losses(self, examples: Sequence[Example]) -> np.ndarray:
-        """Per example: summed loss and count of its target tokens, then of its answer tokens. (examples, 4), float64.
+        """By example: summed loss and number of its target tokens, then of its answer tokens; (examples, 4), float64.
 
-        In nats. Every process gets the whole table. The model's mode is left as it was.
+        In nats. Every process gets the entire table. The model's train or eval mode is restored.
         """
         accelerator = self.accelerator
         table = torch.zeros(len(examples), len(COLUMNS), dtype=torch.float64)
@@ -81,11 +82,11 @@ class Evaluator:
                 try:
                     table[batch] = self._sums([examples[i] for i in batch])
                 except torch.OutOfMemoryError:
-                    if len(batch) == 1 or sharded:  # the others do not know of a batch more
+                    if len(batch) == 1 or sharded:  # if sharded, the others do not expect another batch
                         raise
-                    half = len(batch) // 2  # how rows are batched makes no difference to their losses
+                    half = len(batch) // 2  # batching has no influence on the losses
                     mine[:0] = [batch[:half], batch[half:]]
-            if idle:  # the others have a batch more, and need this process's pieces of the weights
+            if idle:  # others have one more batch, and need this process's shards
                 self._sums([examples[batches[-1][0]]])
             if sharded:
                 put_apart(self.model)
@@ -95,7 +96,7 @@ class Evaluator:
         return table.numpy()
 
     def _batches(self, examples: Sequence[Example]) -> list[list[int]]:
-        """Indices of the examples that go through the model together, the longest first."""
+        """Indices of the examples of each batch, the longest examples first."""
         by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids), reverse=True)
         lengths = [len(examples[i].input_ids) for i in by_length]
         cuts = [0]
@@ -106,16 +107,16 @@ class Evaluator:
         return [by_length[start:end] for start, end in pairwise(cuts)]
 
     def _sums(self, chosen: Sequence[Example]) -> torch.Tensor:
-        """The table's lines of these examples."""
+        """The rows of the table for these examples."""
         if self.padding_free:
             micro_batch = pack(chosen, "all")
         else:
             to_longest = self.tokenization.model_copy(update={"padding": "longest"})
             micro_batch = collate(chosen, to_longest, self.pad_token_id, loss_on="all")
         losses = token_losses(self.model, micro_batch, self.accelerator.device).cpu().double()
-        row, place = (index[:, 1:] for index in micro_batch.places())
+        row, position = (index[:, 1:] for index in micro_batch.token_indices())
         is_token = micro_batch.labels[:, 1:] != IGNORED
-        is_answer = is_token & (place >= torch.tensor([example.answer_start for example in chosen])[row])
+        is_answer = is_token & (position >= torch.tensor([example.answer_start for example in chosen])[row])
         is_target = is_answer if self.tokenization.loss_on == "answer" else is_token
         sums = [losses * is_target, is_target, losses * is_answer, is_answer]
         lines = torch.zeros(len(chosen), len(COLUMNS), dtype=torch.float64)
@@ -123,14 +124,14 @@ class Evaluator:
 
 
 def fixed_subset(examples: Sequence[Any], rows: int | None, seed: int) -> list[int]:
-    """The indices of the rows that stand for the split during training: seeded, in order; all for None."""
+    """Sorted indices of the seeded subset of rows that is used during training; all rows if `rows` is None."""
     if rows is None or rows >= len(examples):
         return list(range(len(examples)))
     return sorted(epoch_permutation(seed, 0, len(examples))[:rows])
 
 
 def summarize(table: np.ndarray, examples: Sequence[Example]) -> SplitLoss:
-    """The split's figures from `Evaluator.row_losses` of the same examples.
+    """The loss of a split from `Evaluator.row_losses` of the same examples.
 
     Raises:
         TrainingStopped: the loss is not finite.
@@ -140,16 +141,16 @@ def summarize(table: np.ndarray, examples: Sequence[Example]) -> SplitLoss:
     if not (math.isfinite(loss_sum) and math.isfinite(answer_sum)):
         bad = [examples[i].row.id for i in np.flatnonzero(~np.isfinite(table).all(axis=1))[:5]]
         raise TrainingStopped(f"the loss of a held-out row is not finite: {', '.join(bad)}")
-    places: dict[str, list[int]] = {}
-    for place, example in enumerate(examples):
-        places.setdefault(example.row.source, []).append(place)
-    sums = {source: table[chosen].sum(axis=0) for source, chosen in sorted(places.items())}
+    indices: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        indices.setdefault(example.row.source, []).append(index)
+    sums = {source: table[chosen].sum(axis=0) for source, chosen in sorted(indices.items())}
     by_source = {source: _mean(answer, tokens_of) for source, (_, _, answer, tokens_of) in sums.items()}
     loss, answer_loss = _mean(loss_sum, tokens), _mean(answer_sum, answer_tokens)
     if loss is None:
         raise UserError(
-            "no held-out row has a target token: tokenization.max_length cuts off every answer; raise it, "
-            "or use --set tokenization.loss_on=all"
+            "no held-out row has a target token: tokenization.max_length cuts off every answer; set a larger "
+            "value, or --set tokenization.loss_on=all"
         )
     return SplitLoss(
         loss=loss,
@@ -163,10 +164,10 @@ def summarize(table: np.ndarray, examples: Sequence[Example]) -> SplitLoss:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), for a loss in nats; capped where a float ends."""
+    """exp(loss), for a loss in nats; at most exp(700), so that it is finite."""
     return math.exp(min(loss, 700.0))
 
 
 def _mean(total: float, count: float) -> float | None:
-    """A mean over `count` tokens, None over none."""
+    """The mean over `count` tokens; None if there are none."""
     return float(total / count) if count else None

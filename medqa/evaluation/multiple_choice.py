@@ -1,7 +1,7 @@
-"""Multiple-choice questions: read from AfriMed-QA and scored by likelihood and by the letter that is generated.
+"""Multiple-choice questions of AfriMed-QA, scored by log-likelihood and by the letter that an answer names.
 
-The numbers are those of EleutherAI's lm-evaluation-harness for the same questions and prompt: its `acc` and
-`acc_bytes`, with an empty target delimiter, since an answer follows the training prompt at once.
+The scores are those of EleutherAI's lm-evaluation-harness for the same questions and prompt: its `acc` and `acc_bytes`,
+with an empty target delimiter, because an answer follows the training prompt directly.
 """
 
 import re
@@ -34,9 +34,9 @@ from medqa.evaluation.loss import Evaluator
 from medqa.evaluation.statistics import difference_figure, mean_figure
 
 # ----------------------------------------------------------------------------------------------------
-# AfriMed-QA's multiple-choice questions, to choose in: those that no training row shares a question with.
+# The multiple-choice questions of AfriMed-QA whose question is in no training row.
 #
-# More than the rows that are trained on: a question needs no rationale to be chosen in.
+# They are more than the rows of the dataset, because a question without a rationale can be used too.
 
 NAME = "afrimedqa"
 SIGNS = "-%/'"
@@ -44,37 +44,37 @@ SIGNS = "-%/'"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One multiple-choice question with one right option."""
+    """A multiple-choice question with one correct option."""
 
-    id: str  # as that of its row, if it has one: "afrimedqa:<zero-based record>"
-    text: str  # as the prompt shows it, the options below it
-    options: dict[str, str]  # by letter, at least two, all different
-    right: str  # a letter
+    id: str  # the id of its row, if there is one: "afrimedqa:<zero-based record>"
+    text: str  # the question with its options, as the prompt shows it
+    options: dict[str, str]  # by letter; at least two, all different
+    right: str  # the letter of the correct option
     specialty: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionSet:
-    """The questions that can be measured, in the source's order, and how many others there are and why."""
+    """The usable questions in the order of the source, and the numbers of dropped records by reason."""
 
     questions: tuple[Question, ...]
     dropped: dict[str, int]
 
 
 def load_questions(location: str, train: Sequence[Row]) -> QuestionSet:
-    """The multiple-choice questions of AfriMed-QA that no training row shares a question with.
+    """Read the multiple-choice questions of AfriMed-QA whose question is in no training row.
 
-    Dropped, and counted by reason: "empty question", "unreadable options", "fewer than two options", "options alike",
-    "no right option", "several right options", "shared with training" (a training row has the same question by
-    `letters_and_digits`, with its options or, whatever the options, without), "duplicate" (an earlier question is the
-    same but for case, white space and punctuation; "blood group A+" and "blood group A-" are two).
+    Records are dropped, and counted by reason: "empty question", "unreadable options", "fewer than two options",
+    "options alike", "no right option", "several right options", "shared with training" (a training row has the same
+    question by `letters_and_digits`, with its options, or without any), "duplicate" (an earlier question is the same
+    except for case, whitespace and punctuation; "blood group A+" and "blood group A-" are different).
 
     Args:
-        location: as of `load_sources`: a path or a hub id.
-        train: all rows that are trained on, of every source.
+        location: a path or a hub id, as for `load_sources`.
+        train: all training rows, of every source.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the source cannot be read.
     """
     trained = {letters_and_digits(row.question) for row in train} | {_without_options(row.question) for row in train}
     questions, seen = [], set()
@@ -99,7 +99,7 @@ def load_questions(location: str, train: Sequence[Row]) -> QuestionSet:
 
 
 def _question(cells: Cells, number: int) -> Question | str | None:
-    """The question of a record, or the reason why there is none; None for other kinds of records."""
+    """The question of a record, or the reason why it is dropped; None for other types of records."""
     kind = cells.text("kind").lower()
     try:
         options = shown_options(cells)
@@ -115,7 +115,7 @@ def _question(cells: Cells, number: int) -> Question | str | None:
         return "options alike"
     try:
         right = sorted(set(right_letters(cells, options)))
-    except UserError:  # no text
+    except UserError:  # not text
         right = []
     if len(right) != 1:
         return "several right options" if right else "no right option"
@@ -124,20 +124,20 @@ def _question(cells: Cells, number: int) -> Question | str | None:
 
 
 def _specialty(cells: Cells) -> str | None:
-    """What a record says of its specialty; None where that is no text: it decides nothing."""
+    """The specialty of a record; None if it is not text, because nothing depends on it."""
     found = cells.raw("specialty")
     return found.strip() or None if isinstance(found, str) and not LONE_SURROGATE.search(found) else None
 
 
 def _without_options(question: str) -> str:
-    """A question as it is compared, the lettered options below it cut off."""
+    """A question for comparisons, without the options below it."""
     return letters_and_digits(re.split(r"\n[A-Z]\. ", question, maxsplit=1)[0])
 
 
 def _with_signs(question: str) -> str:
-    """A question as it is compared with others that are asked: NFKC, lower case, letters, digits and signs alone.
+    """A question for comparisons: NFKC, lower case, only letters, digits and signs.
 
-    Signs are symbols (+, <, =, degrees), and of punctuation what stands in quantities and names of substances.
+    Signs are symbols (+, <, =, degrees), and the punctuation that occurs in quantities and names of substances.
     """
     text = unicodedata.normalize("NFKC", question).casefold()
     return "".join(c for c in text if c.isalnum() or unicodedata.category(c)[0] in "MS" or c in SIGNS)
@@ -145,10 +145,10 @@ def _with_signs(question: str) -> str:
 
 # ----------------------------------------------------------------------------------------------------
 
-AT_ONCE = 64  # questions between two reports of progress
+AT_ONCE = 64  # questions between two progress reports
 LETTER_TOKENS = 16  # enough for "The correct answer is option B."
 METRICS = ("accuracy", "accuracy_per_byte", "letter")
-# A letter by itself names an option only where nothing else can be meant: "A patient with" begins with an article.
+# A single letter names an option only if it cannot be a word: "A patient with" begins with an article.
 LETTER = re.compile(
     r"(?:\b(?:answer|option|choice)\b(?:\s+is)?(?:\s+option)?[\s:*(\"']*|^[\s*(\"']*)"
     r"(?P<letter>[A-Z])(?=[\s*\"']*(?:[.,:;)\n]|$)|\s+(?:is|because)\b)",
@@ -158,12 +158,12 @@ LETTER = re.compile(
 
 @dataclass(frozen=True)
 class Choices:
-    """What one system makes of the questions.
+    """The results of one system for the questions.
 
     Attributes:
-        log_likelihoods: the summed log-likelihood of each option in nats, NaN beyond a question's last; (questions,
-            most options), float64.
-        letters: the letter named in a greedy answer, "" where none is; (questions,), str.
+        log_likelihoods: the summed log-likelihood of each option in nats, NaN where a question has fewer options;
+            (questions, most options), float64.
+        letters: the letter that the greedy answer names, or an empty string; (questions,), str.
     """
 
     log_likelihoods: np.ndarray
@@ -171,16 +171,16 @@ class Choices:
 
 
 def option_examples(question: Question, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Each option as the answer to the question, the ids as lm-evaluation-harness (0.4) has them (`_encode_pair`).
+    """Each option as the answer to the question, with the ids of lm-evaluation-harness 0.4 (`_encode_pair`).
 
-    White space that the prompt ends with belongs to the continuation; prompt and continuation are tokenized in one, and
-    the continuation is what comes after as many tokens as the prompt alone has.
+    Whitespace at the end of the prompt belongs to the continuation. Prompt and continuation are tokenized together, and
+    the continuation begins after as many tokens as the prompt alone has.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     whole = prompt(question.text)
     context, options = whole.rstrip(), list(question.options.values())
     texts = [context, *(whole + option for option in options)]
-    # Not verbose: what is longer than the context is found by `fitting`, and needs no warning of the tokenizer's.
+    # verbose=False: questions longer than the context are found by `fitting`, so the tokenizer need not warn.
     first, *rest = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     return [
         Example(
@@ -194,9 +194,9 @@ def option_examples(question: Question, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def fitting(found: QuestionSet, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> QuestionSet:
-    """The questions that fit the model's context of `longest` tokens with each option and with a letter.
+    """The questions that fit into the model's context of `longest` tokens with each option and with a letter.
 
-    The others are counted as "longer than the context": without their beginning they would measure nothing.
+    The others are counted as "longer than the context", because they would have to be truncated.
     """
     if longest is None:
         return found
@@ -221,13 +221,13 @@ def measure(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> Choices:
-    """What the model makes of the questions.
+    """Measure the model on the questions.
 
     Args:
-        evaluator: measures losses of `model`; how many tokens it takes at once makes no difference.
-        questions: that fit the model's context (`fitting`).
-        batch_size: answers written at once.
-        progress: is told of how many more questions one of the two parts is done: twice as many as there are, in all.
+        evaluator: measures losses of `model`; its batch size has no influence.
+        questions: questions that fit into the model's context (`fitting`).
+        batch_size: the number of answers that are generated at once.
+        progress: called with the number of further questions for which one of the two parts is done.
     """
     width = max((len(question.options) for question in questions), default=0)
     likelihoods = np.full((len(questions), width), np.nan)
@@ -253,20 +253,20 @@ def measure(
 
 
 def named_letter(answer: str, options: Mapping[str, str]) -> str | None:
-    """The first of the options' letters that the answer names: "B.", "(b) Malaria", "The answer is B"; None if none."""
+    """The first letter of an option that the answer names ("B.", "(b) Malaria", "The answer is B"); None if none."""
     found = (match["letter"].upper() for match in LETTER.finditer(answer))
     return next((letter for letter in found if letter in options), None)
 
 
 def score(questions: Sequence[Question], results: Mapping[str, Choices], seed: int) -> dict[str, Any]:
-    """How often the systems choose the right option. Each share is a figure of statistics.py.
+    """How often each system chooses the correct option. Each share is a `Figure` of statistics.py.
 
     Returns:
-        `rows`; `chance`, what guessing is expected to give (the mean of one over the number of options); for each
+        `rows`; `chance`, the expected accuracy of guessing (the mean of one over the number of options); for each
         system `accuracy` (by summed log-likelihood), `accuracy_per_byte` (by log-likelihood over the option's bytes in
-        UTF-8), `letter` (by the letter named, none being wrong) and `no_letter` (share that names none); `difference`:
-        of `tuned - untuned`, where both are there, with `p_value`; `specialties`: of each, where the source names any,
-        `rows`, `chance`, and of each system `accuracy` and `accuracy_per_byte`. Without questions `rows` alone.
+        UTF-8), `letter` (by the named letter; naming none is wrong) and `no_letter` (share that names none);
+        `difference`: `tuned - untuned`, if both are given, with `p_value`; `specialties`: for each, if the source has
+        them, `rows`, `chance`, and of each system `accuracy` and `accuracy_per_byte`. Without questions only `rows`.
     """
     if not questions:
         return {"rows": 0}
@@ -291,7 +291,7 @@ def score(questions: Sequence[Question], results: Mapping[str, Choices], seed: i
 
 
 def _right(questions: Sequence[Question], choices: Choices) -> dict[str, np.ndarray]:
-    """Whether each question was answered rightly, by metric; (questions,) of 0.0 and 1.0 each."""
+    """Whether each question was answered correctly, by metric; (questions,) of 0.0 and 1.0 each."""
     right = {name: np.zeros(len(questions)) for name in METRICS}
     for number, question in enumerate(questions):
         letters = list(question.options)

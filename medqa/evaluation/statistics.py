@@ -1,7 +1,8 @@
-"""Statistics: bootstrap intervals, paired tests, and the loss by part of a split. Everything is seeded.
+"""Bootstrap intervals, paired tests, and the loss by parts of a split. Everything is seeded.
 
-A figure is a dict with `value`, `low` and `high`, of a difference with `p_value` too, and with `rows`, their number,
-as `evaluation.json` has it. With fewer than two rows there is no interval: `low`, `high` and `p_value` are None.
+A `Figure` is a metric as `evaluation.json` has it: a dict with `value`, `low` and `high` (the 95 % interval), `rows`
+(the number of rows), and for a difference `p_value`. With fewer than two rows there is no interval: `low`, `high` and
+`p_value` are None.
 """
 
 import math
@@ -15,23 +16,23 @@ from medqa.data.sources import Row
 from medqa.data.splits import NGRAM
 from medqa.evaluation.loss import perplexity
 
-Values = Sequence[float] | np.ndarray  # one for each row
+Values = Sequence[float] | np.ndarray  # one value for each row
 
 Figure = dict[str, Any]
 RESAMPLES = 2000
-SWAPS = 9999  # of a permutation test: the smallest p-value is 2 / (SWAPS + 1)
-BATCH = 100  # resamples computed at once, so that memory stays small
+SWAPS = 9999  # resamples of a permutation test: the smallest p-value is 2 / (SWAPS + 1)
+BATCH = 100  # resamples that are computed at once, to limit memory
 
 
 def mean_figure(totals: Values, weights: Values | None = None, seed: int = 0) -> Figure | None:
-    """The mean of rows, sum(totals) / sum(weights), with its interval; None without any weight.
+    """The mean over rows, sum(totals) / sum(weights), with its interval; None if the weights are all 0.
 
     Args:
-        totals: per row, the sum over what is counted in it (loss over tokens, say).
-        weights: per row, the count; None: each row counts as one.
+        totals: for each row a sum, for example of the loss over its tokens.
+        weights: for each row the number of summands; None: 1 for each row.
 
-    Percentile bootstrap over rows (Efron and Tibshirani, 1993, chapter 13), by scipy. With under a hundred rows of
-    uneven length it is a little short: it held the mean in 91 of 100 trials.
+    Percentile bootstrap over rows (Efron and Tibshirani, 1993, chapter 13), with scipy. With under a hundred rows of
+    uneven length the interval is slightly too narrow: it contained the mean in 91 of 100 trials.
     """
     sums = np.asarray(totals, dtype=float)
     counts = np.ones_like(sums) if weights is None else np.asarray(weights, dtype=float)
@@ -43,10 +44,11 @@ def mean_figure(totals: Values, weights: Values | None = None, seed: int = 0) ->
 
 
 def difference_figure(ours: Values, theirs: Values, weights: Values | None = None, seed: int = 0) -> Figure | None:
-    """Ours minus theirs, as means over the same rows, with its interval and a p-value; None without any weight.
+    """The difference (ours minus theirs) of means over the same rows, with its interval and a p-value.
 
-    The p-value is two-sided, of a permutation test that swaps the two within rows (Good, 2005, section 3.7), by scipy:
-    it tests this very mean, whatever its distribution.
+    The p-value is two-sided, from a permutation test that swaps the two values within rows (Good, 2005, section 3.7),
+    with
+    scipy: it tests this mean, whatever its distribution. None if the weights are all 0.
     """
     first, second = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     counts = np.ones_like(first) if weights is None else np.asarray(weights, dtype=float)
@@ -70,14 +72,14 @@ def difference_figure(ours: Values, theirs: Values, weights: Values | None = Non
 
 
 def perplexity_figure(loss: Figure | None) -> Figure | None:
-    """The perplexity of a loss in nats, interval and all."""
+    """The perplexity of a loss in nats, with its interval."""
     if loss is None:
         return None
     return {key: value if value is None or key == "rows" else perplexity(value) for key, value in loss.items()}
 
 
 def _ratio(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
-    """Mean over what is counted."""
+    """The ratio of the sums along an axis."""
     return sums.sum(axis=axis) / counts.sum(axis=axis)
 
 
@@ -100,19 +102,20 @@ def _interval(data: tuple[np.ndarray, ...], statistic: Any, seed: int) -> tuple[
 
 
 # ----------------------------------------------------------------------------------------------------
-# The loss of held-out rows, untuned against tuned, with intervals: all rows, by source, and rows apart from training.
+# The loss of held-out rows, baseline against fine-tuned, with intervals: all rows, by source, and for rows that are far
+# from training.
 #
-# A split in which no question or answer of training stands again still asks about the same topics in much the same
-# words: rows of a topic that training has not seen, and rows with few of their 13-grams in training, are told apart.
+# Even a split that shares no question or answer with training asks about the same topics in similar words. So rows of
+# topics that are not in training, and rows with few of their 13-grams in training, are also measured separately.
 
-Tables = Mapping[str, np.ndarray]  # system -> `Evaluator.row_losses` of the same rows
+Tables = Mapping[str, np.ndarray]  # system -> `Evaluator.row_losses`, all of the same rows
 
 
 def loss_report(tables: Tables, rows: Sequence[Row], shared: Mapping[str, Mapping[str, bool | None]], seed: int) -> Any:
-    """The figures of one split, as `evaluation.json` has them.
+    """The metrics of one split, as in `evaluation.json`.
 
     Args:
-        tables: by system; of one whose prompt is another (`own_template`), the answer's columns alone count.
+        tables: by system. `own_template` has another prompt, so only its answer columns are used.
         shared: row id to what it shares with training, from `data.splits.shared_with_training`.
     """
     parts = {
@@ -133,7 +136,7 @@ def loss_report(tables: Tables, rows: Sequence[Row], shared: Mapping[str, Mappin
 
 
 def _figures(tables: Tables, chosen: np.ndarray, seed: int) -> dict[str, Any]:
-    """Of the chosen rows, every system's figures and the difference that tuning made."""
+    """Every system's metrics on the chosen rows, and the differences between fine-tuned model and baseline."""
     found: dict[str, Any] = {"rows": int(chosen.sum())}
     if not found["rows"]:
         return found
@@ -142,7 +145,7 @@ def _figures(tables: Tables, chosen: np.ndarray, seed: int) -> dict[str, Any]:
         if system != "own_template":
             losses = {"loss": mean_figure(table[chosen, 0], table[chosen, 1], seed)} | losses
         for name, figure in losses.items():
-            if figure is not None:  # rows so long that all of the answer is cut off
+            if figure is not None:  # None if all answers are truncated completely
                 found.setdefault(system, {})[name] = figure
                 found[system][name.replace("loss", "perplexity")] = perplexity_figure(figure)
     if {"tuned", "untuned"} <= tables.keys():

@@ -1,6 +1,6 @@
-"""Measures of generated text: ROUGE, repetition, and answers that are copied from training.
+"""Measures of generated text: ROUGE, repetition, and a baseline that copies answers from training.
 
-ROUGE against the reference answer says how alike the words are, not whether an answer is right.
+ROUGE against the reference answer measures how similar the words are, not whether an answer is right.
 """
 
 import contextlib
@@ -15,23 +15,22 @@ from medqa.evaluation.answers import Answer
 from medqa.evaluation.statistics import difference_figure, mean_figure
 
 # ----------------------------------------------------------------------------------------------------
-# ROUGE-1, ROUGE-2 and ROUGE-L F (Lin, 2004), by two packages that differ.
+# F-scores of ROUGE-1, ROUGE-2 and ROUGE-L (Lin, 2004), by two packages that differ.
 #
-# `rouge-score` is Google's reimplementation of the original script and the field's standard: lower case, letters and
-# digits only, no stemmer (its own default, and that of Hugging Face's `evaluate`), ROUGE-L over the whole text.
-# `rouge` is what the authors of AfriMed-QA used: words as they stand between spaces, sets of n-grams in place of
-# counts, ROUGE-L as a union over sentences. Its figures differ by up to 0.16 and must not stand beside the others
-# unlabelled.
+# `rouge-score` is Google's reimplementation of the original script and the most widely used: lower case, only letters
+# and digits, no stemmer (its default, and that of Hugging Face's `evaluate`), ROUGE-L over the entire text. `rouge` is
+# what the authors of AfriMed-QA used: words are split at spaces, sets of n-grams instead of counts, ROUGE-L as a union
+# over sentences. Its values differ by up to 0.16 and must not be shown beside the others without a label.
 
 TYPES = ("rouge1", "rouge2", "rougeL")
-AUTHORS_TYPES = ("rouge-1", "rouge-2", "rouge-l")  # the same three in the package `rouge`
-DEPTH = 1000  # frames that the callers of `rouge` and its own other functions may need
+AUTHORS_TYPES = ("rouge-1", "rouge-2", "rouge-l")  # their names in the package `rouge`
+DEPTH = 1000  # stack frames for the callers of `rouge` and its other functions
 
 
 def rouge_scores(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """F of ROUGE-1, ROUGE-2 and ROUGE-L of each answer against its reference, by `rouge-score`; (answers, 3).
+    """F-scores of ROUGE-1, ROUGE-2 and ROUGE-L of each answer against its reference, by `rouge-score`; (answers, 3).
 
-    For ROUGE-L its words and its F, but not its table of all pairs of words, which takes minutes over a test set.
+    ROUGE-L uses the package's tokenizer and F-score, but not its dynamic program, which takes minutes for a test set.
     """
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.scoring import fmeasure
@@ -50,25 +49,25 @@ def rouge_scores(answers: Sequence[str], references: Sequence[str]) -> np.ndarra
 
 
 def common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    """The length of the longest common subsequence, a whole row of the table at once as the bits of an integer.
+    """The length of the longest common subsequence; each row of the dynamic program is one integer's bits.
 
-    Hyyro, "Bit-parallel LCS-length computation revisited" (2004): a bit that is 0 is a step of the row.
+    Hyyro, "Bit-parallel LCS-length computation revisited" (2004): a bit that is 0 is a step in the row.
     """
-    places: dict[str, int] = {}
-    for place, word in enumerate(first):
-        places[word] = places.get(word, 0) | 1 << place
+    masks: dict[str, int] = {}
+    for index, word in enumerate(first):
+        masks[word] = masks.get(word, 0) | 1 << index
     whole = (1 << len(first)) - 1
     row = whole
     for word in second:
-        matches = row & places.get(word, 0)
+        matches = row & masks.get(word, 0)
         row = (row + matches | row - matches) & whole
     return len(first) - row.bit_count()
 
 
 def authors_rouge_scores(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """The same by `rouge`, as the authors of AfriMed-QA called it: on the texts as they are; (answers, 3).
+    """F-scores by the package `rouge`, called as the authors of AfriMed-QA did, on the unchanged texts; (answers, 3).
 
-    It refuses a text that is empty or dots alone: such an answer has 0.
+    The package refuses a text that is empty or consists of dots; such an answer has 0.
     """
     from rouge import Rouge
 
@@ -84,7 +83,7 @@ def authors_rouge_scores(answers: Sequence[str], references: Sequence[str]) -> n
 
 @contextlib.contextmanager
 def _room_to_recurse(words: int) -> Iterator[None]:
-    """`rouge` walks back through two sentences by recursion, a frame a word; Python's limit would stop long ones."""
+    """Raise the recursion limit: `rouge` traces back through two sentences recursively, with one frame per word."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(max(before, words + DEPTH))
     try:
@@ -103,16 +102,16 @@ LOOP_WORDS, LOOP_TIMES = 4, 3
 
 
 def loops(text: str) -> bool:
-    """Whether some run of four or more words stands three or more times in immediate succession.
+    """Whether a sequence of four or more words occurs three or more times in immediate succession.
 
-    Words are what stands between spaces, in any case. A shorter run that goes on for twelve words or more is such a run
-    as well: one word twelve times is four words three times.
+    Words are split at spaces; case does not count. A shorter sequence that is repeated over twelve words or more counts
+    too: one word twelve times is four words three times.
     """
     numbers: dict[str, int] = {}
     words = np.array([numbers.setdefault(word, len(numbers)) for word in text.casefold().split()])
     for run in range(LOOP_WORDS, len(words) // LOOP_TIMES + 1):
         differs = np.flatnonzero(words[run:] != words[:-run])
-        # A run repeated: as many words as all but the first time has are each what stood `run` words before.
+        # In a repetition, every word after the first period equals the word `run` positions before.
         ends = np.concatenate([[-1], differs, [len(words) - run]])
         if np.diff(ends).max() - 1 >= run * (LOOP_TIMES - 1):
             return True
@@ -120,14 +119,14 @@ def loops(text: str) -> bool:
 
 
 def score_generation(rows: Sequence[Row], answers: Mapping[str, Sequence[Answer]], seed: int) -> dict[str, Any]:
-    """How the systems' answers to `rows` compare with the references. Each mean or share is a figure of statistics.py.
+    """Compare the systems' answers to `rows` with the references. Each mean or share is a `Figure` of statistics.py.
 
     Returns:
-        For each system of `SYSTEMS` that is there `rouge1`, `rouge2`, `rougeL` (F, by rouge-score), where there are
-        rows of AfriMed-QA `authors_rouge1`, ... (by the package `rouge`, on those rows), `stops` (share that ended by
-        itself), `loops` (share, see `loops`), `length_ratio` (words of all answers over words of all references).
-        `difference`: of `tuned - untuned` the same, but for the ratio, with `p_value`, and of `tuned - copied` ROUGE.
-        `sources`: of each source and system `rougeL`. `samples`: the first rows with all their answers.
+        For each given system of `SYSTEMS` `rouge1`, `rouge2`, `rougeL` (F-scores of rouge-score); if there are rows of
+        AfriMed-QA, `authors_rouge1`, ... (of the package `rouge`, on those rows); `stops` (share that ended by itself),
+        `loops` (share, see `loops`), `length_ratio` (words of all answers over words of all references). `difference`:
+        `tuned - untuned` for all except the ratio, with `p_value`, and `tuned - copied` for ROUGE. `sources`: by source
+        and system `rougeL`. `samples`: the first rows with all their answers.
     """
     there = [system for system in SYSTEMS if system in answers]
     columns = {system: _columns(rows, answers[system]) for system in there}
@@ -146,7 +145,7 @@ def score_generation(rows: Sequence[Row], answers: Mapping[str, Sequence[Answer]
             {
                 name: difference_figure(values, columns[theirs][name], _weights(name, is_authors), seed)
                 for name, values in columns[ours].items()
-                if theirs != "copied" or "rouge" in name  # a copy always stops, and seldom loops
+                if theirs != "copied" or "rouge" in name  # a copied answer always stops, and rarely loops
             }
         )
         for ours, theirs in COMPARED
@@ -167,12 +166,12 @@ def score_generation(rows: Sequence[Row], answers: Mapping[str, Sequence[Answer]
 
 
 def present(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Those figures that there are rows for."""
+    """The metrics that are not None."""
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def _columns(rows: Sequence[Row], answers: Sequence[Answer]) -> dict[str, np.ndarray]:
-    """What is measured of each answer, by name; (rows,) each. The authors' ROUGE is 0 where it is not asked for."""
+    """The measures of each answer, by name; (rows,) each. The authors' ROUGE is 0 for rows of other sources."""
     texts, references = [answer.text for answer in answers], [row.answer for row in rows]
     columns = dict(zip(TYPES, rouge_scores(texts, references).T, strict=True))
     chosen = [i for i, row in enumerate(rows) if row.source == AUTHORS_SOURCE]
@@ -185,30 +184,30 @@ def _columns(rows: Sequence[Row], answers: Sequence[Answer]) -> dict[str, np.nda
 
 
 def _weights(name: str, is_authors: np.ndarray) -> np.ndarray | None:
-    """Which rows a column is over."""
+    """The weights of a column: which rows it is over."""
     return is_authors if name.startswith("authors_") else None
 
 
 # ----------------------------------------------------------------------------------------------------
-# The cheapest honest baseline: the answer of the training question that is most similar, copied.
+# A simple baseline: copy the answer of the most similar training question.
 
-CHUNK = 256  # questions compared with all of training at once: 8 bytes for each pair
+CHUNK = 256  # questions that are compared with all training questions at once: 8 bytes for each pair
 
 
 def copied_answers(train: Sequence[Row], questions: Sequence[str]) -> list[Answer]:
-    """For each question the whole answer of the nearest training question.
+    """For each question the answer of the nearest training question.
 
-    Nearest by the cosine of TF-IDF vectors, scikit-learn's defaults: words of two or more letters or digits in lower
-    case, counts times smoothed inverse document frequency. Of equally near ones the first; a question that shares no
-    word with training gets the first row's answer.
+    Nearest by the cosine of TF-IDF vectors with scikit-learn's defaults: words of two or more letters or digits in
+    lower case, counts times smoothed inverse document frequency. Of equally near questions the first counts; a question
+    that shares no word with training gets the answer of the first row.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer()
     asked = [row.question for row in train]
     if not any(map(vectorizer.build_analyzer(), asked)):
-        return [Answer(train[0].answer, True)] * len(questions)  # no word anywhere, which scikit-learn refuses
-    known = vectorizer.fit_transform(asked).T.tocsr()  # rows of unit length: a product is the cosine
+        return [Answer(train[0].answer, True)] * len(questions)  # scikit-learn refuses a vocabulary without words
+    known = vectorizer.fit_transform(asked).T.tocsr()  # rows have unit length, so a product is the cosine
     copied = []
     for start in range(0, len(questions), CHUNK):
         cosines = (vectorizer.transform(questions[start : start + CHUNK]) @ known).toarray()

@@ -1,4 +1,4 @@
-"""The two files of a saved adapter: its weights, and what adapter_config.json says is computed with them."""
+"""Read the two files of a saved adapter: its weights and adapter_config.json, which must describe plain LoRA."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,48 +17,48 @@ from medqa.files import Damaged, read_json
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
-# Of a final adapter's directory: beside those of the adapter a model card and the files of a tokenizer.
+# The files of a final adapter's directory: those of the adapter, a model card, and a tokenizer.
 ADAPTER_DIR_FILES = {*ADAPTER_FILES, "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-# Of adapter_config.json, what this project's adapters are made of; of the rest, nothing may change what they compute.
+# The keys of adapter_config.json that plain LoRA uses. No other key may change what the adapter computes.
 USED = {"r", "lora_alpha", "target_modules", "bias", "lora_dropout"}
 SAYS_NOTHING = {
     "peft_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping",
 }  # fmt: skip
-# Ways to begin that leave the base's weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ, ...) change them.
+# Values of init_lora_weights that leave the base's weights unchanged; others (PiSSA, OLoRA, CorDA, ...) change them.
 BEGINNINGS = (None, True, False, "gaussian", "orthogonal")
 
 
 def read_adapter(directory: Path, what: str) -> dict[str, torch.Tensor]:
-    """A saved adapter's weights, by PEFT's names.
+    """The weights of a saved adapter, by PEFT's names.
 
     Args:
-        what: what the user called it, for the message.
+        what: how the user named the adapter, for the message.
 
     Raises:
-        UserError: no adapter there, or damaged.
+        UserError: there is no adapter, or it is damaged.
     """
     path = directory / ADAPTER_WEIGHTS
     try:
-        if not path.is_file():  # opening a pipe would never end
+        if not path.is_file():  # opening a named pipe would block
             pickled = (directory / "adapter_model.bin").is_file()
-            raise FileNotFoundError("adapter_model.bin can run code when it is read" if pickled else "no such file")
+            raise FileNotFoundError("adapter_model.bin can execute code when it is read" if pickled else "no such file")
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{what}: no readable {ADAPTER_WEIGHTS}: {error}; give a directory with a whole one") from error
+        raise UserError(f"{what}: no readable {ADAPTER_WEIGHTS}: {error}; give a directory with a valid one") from error
 
 
 def plain_lora(where: str, directory: Path) -> tuple[Lora, Mapping[str, Any]]:
-    """What adapter_config.json says, where it is plain LoRA: base(x) + B A x * lora_alpha / r, and nothing else.
+    """The LoRA section that adapter_config.json describes: base(x) + B A x * lora_alpha / r, and nothing else.
 
     Raises:
-        UserError: it cannot be read, or says anything that would be computed otherwise.
+        UserError: the file cannot be read, or describes an adapter that computes something else.
     """
     try:
         said = read_json(directory / ADAPTER_CONFIG)
         if not isinstance(said, dict):
             raise Damaged("not an object")
     except Damaged as error:
-        raise UserError(f"{where}: {ADAPTER_CONFIG} cannot be read: {error}; fetch the adapter again") from error
+        raise UserError(f"{where}: {ADAPTER_CONFIG} cannot be read: {error}; download the adapter again") from error
     defaults = LoraConfig(task_type="CAUSAL_LM").to_dict()
     other = sorted(
         key
@@ -71,7 +71,7 @@ def plain_lora(where: str, directory: Path) -> tuple[Lora, Mapping[str, Any]]:
         why = f"its peft_type is {said.get('peft_type')!r}"
         if other:
             why = "it uses " + ", ".join(f"{key} = {str(said[key])[:60]}" for key in other[:8])
-        raise UserError(f"{where}: not a plain LoRA adapter: {why}; only those that train.py makes can be used here")
+        raise UserError(f"{where}: not a plain LoRA adapter: {why}; only adapters of train.py are supported")
     try:
         return Lora(**{key: said[key] for key in USED if key in said}), said
     except ValidationError as error:
@@ -79,14 +79,14 @@ def plain_lora(where: str, directory: Path) -> tuple[Lora, Mapping[str, Any]]:
 
 
 def _unused(value: Any) -> bool:
-    """Whether a value says that something is not used. 0 does not: it may be the number of a layer."""
+    """Whether a value disables an option. 0 does not: it may be the index of a layer."""
     return value is None or value is False or value in ("", [], {})
 
 
 def not_usable(where: str, error: ValidationError) -> UserError:
-    """What the user is told of a value in adapter_config.json that is not to be used."""
+    """The message about an unsupported value in adapter_config.json."""
     key = ".".join(map(str, error.errors()[0]["loc"]))
     return UserError(
-        f"{where}: {ADAPTER_CONFIG}: {key or 'content'}: {error.errors()[0]['msg']}; only adapters that train.py "
-        "makes can be used here; give the base with --model where it names none"
+        f"{where}: {ADAPTER_CONFIG}: {key or 'content'}: {error.errors()[0]['msg']}; only adapters of train.py "
+        "are supported; give the base with --model if the file does not name it"
     )

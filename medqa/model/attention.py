@@ -1,7 +1,8 @@
-"""Attention inside each example of a row in which examples lie end to end: causal, and never from one into another.
+"""Causal attention for concatenated examples: each token attends only to tokens of its own example.
 
-Registered with transformers under a name of its own, so that a model family's own code calls it. There is never a
-mask of the whole row: it would cost the square of the row's length and most of what leaving padding out gains.
+It is registered with transformers under its own name, so that the code of a model family calls it. It never builds a
+mask for the entire sequence, which would need memory quadratic in its length and most of what padding-free training
+saves.
 """
 
 import inspect
@@ -17,39 +18,39 @@ from transformers.masking_utils import sdpa_mask
 from medqa.config import Experiment
 
 SEGMENTED = "medqa_segmented"
-VARLEN: set[tuple[str, torch.dtype]] = set()  # where one kernel does all segments; see `find_varlen_kernel`
-# Families whose gradients a test compares with padded ones. Others may scale logits, cap them, or mix in other layers.
+VARLEN: set[tuple[str, torch.dtype]] = set()  # devices and types with the variable-length kernel (`find_varlen_kernel`)
+# Families whose padding-free gradients a test compares with padded ones. Others may scale or cap logits, or mix layers.
 TESTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
 CAPPED_SCORES = "attn_logit_softcapping"
 
 
 def attention_in_effect(asked: str, model_config: Any) -> tuple[str, str | None]:
-    """The attention that a model can be computed with, and why where it is not the one asked for."""
+    """The attention implementation that the model supports, and the reason if it is not the requested one."""
     if asked == "sdpa" and getattr(model_config, CAPPED_SCORES, None) is not None:
-        return "eager", f"{model_config.model_type} caps its attention scores ({CAPPED_SCORES}), which sdpa cannot"
+        return "eager", f"{model_config.model_type} caps its attention scores ({CAPPED_SCORES}); sdpa cannot do that"
     return asked, None
 
 
 def padding_needed(experiment: Experiment, model_config: Any) -> str | None:
-    """Why a model must run with padding; None where it need not."""
+    """Why a model must run with padding; None if it need not."""
     family = model_config.model_type
     for what, key in (("attention scores", CAPPED_SCORES), ("logits", "final_logit_softcapping")):
         if getattr(model_config, key, None) is not None:
-            return f"{family} caps its {what} ({key} = {getattr(model_config, key):g}), which is computed padded only"
+            return f"{family} caps its {what} ({key} = {getattr(model_config, key):g}), which needs padding"
     if family not in TESTED:
         return f"{family} models have not been tested without padding, only {', '.join(TESTED)}"
     if experiment.model.attn_implementation == "eager":
-        return "eager attention knows masks only"
+        return "eager attention supports only masks"
     if "lm_head" in experiment.lora.target_modules:
         return "lm_head has an adapter, and without padding its weights must be frozen"
     return None
 
 
 def segments_arguments(segments: Sequence[int], attention: str, device: torch.device) -> dict[str, Any]:
-    """What the model's forward is given so that attention stays inside each segment.
+    """The arguments of the model's forward that keep attention inside each segment.
 
-    Names and types are those of transformers' own kernels for unpadded rows, which flash-attention reads;
-    `segments` is for `segmented_attention`. `position_ids` (1, tokens) restart at each segment.
+    Names and types are those of transformers' kernels for padding-free input, which flash-attention reads. `segments`
+    is for `segmented_attention`. `position_ids` (1, tokens) restart at each segment.
     """
     lengths = torch.tensor(segments)
     ends = lengths.cumsum(0)
@@ -64,8 +65,8 @@ def segments_arguments(segments: Sequence[int], attention: str, device: torch.de
     }
     if attention == SEGMENTED:
         arguments["segments"] = tuple(segments)
-        # Its four dimensions say that it is a finished mask: transformers then makes none, and needs not look, waiting
-        # for the device, whether the positions restart anywhere. Nothing reads it.
+        # Four dimensions mark a finished mask, so that transformers neither builds one nor checks, with a device
+        # synchronization, whether positions restart. Its content is not used.
         arguments["attention_mask"] = torch.empty(1, 1, 1, 0, device=device)
     return arguments
 
@@ -81,15 +82,15 @@ def segmented_attention(
     segments: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each segment; without segments, transformers' own `sdpa`.
+    """Causal attention inside each segment; without segments, transformers' `sdpa`.
 
     Args:
-        query: (1, heads, tokens, width); key and value have as many heads or a divisor of them.
-        segments: each segment's length, in order; they sum to the tokens.
-        sliding_window: in kwargs, how many tokens back each sees, itself included; None: all.
+        query: (1, heads, tokens, width); key and value have as many heads or a divisor of that number.
+        segments: the length of each segment, in order; their sum is the number of tokens.
+        sliding_window: in kwargs, how many tokens each token attends to, itself included; None: all before it.
 
     Returns:
-        (1, tokens, heads, width), and no attention weights.
+        (1, tokens, heads, width), and None instead of attention weights.
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -99,15 +100,15 @@ def segmented_attention(
     if window is None and dropout == 0 and (query.device.type, query.dtype) in VARLEN:
         return _varlen(query, key, value, scaling, kwargs["cu_seq_lens_q"], kwargs["max_length_q"]), None
     grouped = key.shape[1] != query.shape[1]
-    if grouped and query.device.type == "cuda":  # else older GPUs would be left with the kernel that needs most memory
+    if grouped and query.device.type == "cuda":  # otherwise older GPUs would use the kernel that needs most memory
         groups, grouped = query.shape[1] // key.shape[1], False
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
     for q, k, v in zip(*(tensor.split(segments, dim=2) for tensor in (query, key, value)), strict=True):
         mask = None
         if window is not None and q.shape[2] > window:
-            places = torch.arange(q.shape[2], device=q.device)
-            back = places[:, None] - places
+            positions = torch.arange(q.shape[2], device=q.device)
+            back = positions[:, None] - positions
             mask = (back >= 0) & (back < window)
         outputs.append(
             F.scaled_dot_product_attention(
@@ -118,17 +119,17 @@ def segmented_attention(
 
 
 def segmented_mask(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """No mask without one for padding (training lays segments end to end) nor a window; else as `sdpa` makes it."""
+    """No mask if there is neither padding nor a window; otherwise the mask of `sdpa`."""
     if attention_mask is None and kwargs["q_length"] == kwargs["kv_length"] and kwargs.get("local_size") is None:
         return None
     return sdpa_mask(attention_mask=attention_mask, **kwargs)
 
 
 def find_varlen_kernel(device: torch.device) -> None:
-    """See whether torch's kernel for segments of any length works on a device, and use it from then on.
+    """Test whether torch's variable-length attention kernel works on a device, and use it from then on.
 
-    Before the model runs: within a forward the trial would have no gradients under `no_grad`, and would be among what a
-    checkpointed layer thinks it has saved.
+    Call it before the model runs: inside a forward pass the test would have no gradients under `no_grad`, and its
+    tensors would be among those that a checkpointed layer saves.
     """
     if device.type == "cuda":
         VARLEN.update((device.type, dtype) for dtype in (torch.bfloat16, torch.float16) if _varlen_works(device, dtype))
@@ -136,12 +137,12 @@ def find_varlen_kernel(device: torch.device) -> None:
 
 @torch.enable_grad()
 def _varlen_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel gives what plain attention gives, output and gradients, in a small case.
+    """Whether the kernel agrees with plain attention in a small case, in output and gradients.
 
-    It is for 16 bits and compute capability 8.0 and up. Tried, not looked up.
+    The kernel is for 16-bit types and compute capability 8.0 or higher. It is tested, because no list is reliable.
     """
     try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401 (is it there?)
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401 (to find out whether it exists)
     except ImportError:
         return False
     generator = torch.Generator().manual_seed(0)
@@ -151,9 +152,9 @@ def _varlen_works(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         ours = _varlen(query, key, value, 0.125, bounds, 31)
         ours_gradients = torch.autograd.grad(ours.square().sum(), inputs)
-    except torch.OutOfMemoryError:  # a RuntimeError, but no answer
+    except torch.OutOfMemoryError:  # also a RuntimeError, but says nothing about the kernel
         raise
-    except (RuntimeError, ValueError):  # what torch raises where the kernel is not made for this GPU or type
+    except (RuntimeError, ValueError):  # raised if the kernel does not support this GPU or type
         return False
     parts = zip(*(tensor.split((17, 31), dim=2) for tensor in inputs), strict=True)
     plain = [
@@ -174,7 +175,7 @@ def _varlen(
     bounds: torch.Tensor,
     longest: int,
 ) -> torch.Tensor:
-    """As `segmented_attention`, by one kernel."""
+    """The same result as `segmented_attention`, with a single kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
     groups = query.shape[1] // key.shape[1]

@@ -1,4 +1,4 @@
-"""The tokenizer, the frozen base model (plain or 4-bit) and LoRA adapters on it."""
+"""Load the tokenizer and the frozen base model (plain or 4-bit), and add LoRA adapters."""
 
 import contextlib
 import json
@@ -55,19 +55,19 @@ from medqa.model.sharding import BLANK, blank_base, loading_device
 
 
 def expand(model: PreTrainedModel) -> None:
-    """Expand every 4-bit weight, once, to what each forward and backward would expand it to again.
+    """Dequantize every 4-bit weight once, to the values that each forward and backward pass would compute again.
 
-    The numbers stay those of 4-bit; what is saved is the work, what it costs is the memory that 4-bit saves.
+    The values stay those of the 4-bit weights. This saves time, and needs the memory that 4-bit weights save.
     """
     model.dequantize()
-    model.is_loaded_in_4bit = False  # else PEFT would look for bitsandbytes' layers
+    model.is_loaded_in_4bit = False  # otherwise PEFT would look for the layers of bitsandbytes
     model.requires_grad_(False)
 
 
 def keep_unpacked(model: torch.nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on CPUs with AVX512-BF16.
+    """Prevent bitsandbytes from repacking 4-bit weights in the first evaluation on CPUs with AVX512-BF16.
 
-    The packed layer has no backward: gradients after it are silently wrong (cosine 0.29 to the right ones, measured).
+    A repacked layer has no correct backward pass: gradients after it are silently wrong (measured cosine: 0.29).
     """
     import bitsandbytes as bnb
 
@@ -79,11 +79,11 @@ def keep_unpacked(model: torch.nn.Module) -> None:
 # ----------------------------------------------------------------------------------------------------
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# In a tokenizer's configuration, what says where and by what it was loaded, or which code would load it.
+# Keys of a tokenizer's configuration about where and how it was loaded, or which code would load it.
 OF_THIS_MACHINE = ("backend", "is_local", "local_files_only", "auto_map")
 SCRIPTS = "éßñœ “”–… αβγ жщю אבג عربي हिन्दी 中文 日本語 한국어 😀"
 
-# What loading a damaged, hostile or unknown model directory raises, out-of-memory excepted.
+# Exceptions from loading a damaged, hostile or unknown model directory, except out of memory.
 LOAD_ERRORS: tuple[type[Exception], ...] = (
     OSError,
     ValueError,
@@ -99,16 +99,16 @@ LOAD_ERRORS += (AssertionError,)  # torch, of a padding_idx
 
 
 def check_model(model: config.Model, max_length: int) -> Any:
-    """The base model's configuration, read before anything large is fetched.
+    """Read and check the base model's configuration, before anything large is downloaded.
 
     Raises:
-        UserError: not on disk nor reachable, of files that are not to be read (`base_files.py`), no model of a kind
-            that can be a base (`families.py`), or too short for `max_length`.
+        UserError: the model is not available, has files that must not be read (`base_files.py`), is of an unsupported
+            kind (`families.py`), or has a context shorter than `max_length`.
     """
     if not is_directory(model.base):
         if model.base.startswith((".", "/", "~")) or model.base.count("/") > 1:
             raise UserError(f"model.base = {model.base}: no such directory; give another with --model, or use --tiny")
-        hub_reachable()  # where it is not, what follows fails at once instead of after a minute of retries
+        hub_reachable()  # if not, switches to offline mode, so that the next lines fail at once
     try:
         check_files(model.base)
         said, _ = PreTrainedConfig.get_config_dict(location(model.base))
@@ -129,53 +129,52 @@ def check_model(model: config.Model, max_length: int) -> Any:
 
 
 def load_tokenizer(base: str, pad_token: str) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, padding on the right, its chat template the training prompt.
+    """Load the base model's tokenizer, with padding on the right and the training prompt as its chat template.
 
     Args:
         pad_token: `eos`, or the token to add.
 
     Raises:
-        UserError: it cannot be loaded, has no EOS, is not a fast one, cannot express the prompt as a chat template, or
-            makes far more of a text than a tokenizer should.
+        UserError: the tokenizer cannot be loaded, has no EOS token, is not a fast tokenizer, cannot express the prompt
+            as a chat template, or makes far too many tokens.
     """
     _try_tokenizer(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location(base), trust_remote_code=False)
         if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-            raise UserError(
-                f"model.base = {base}: its tokenizer has no EOS or is not a fast one; choose another --model"
-            )
+            why = "the model has no fast tokenizer" if not tokenizer.is_fast else "the tokenizer has no EOS token"
+            raise UserError(f"model.base = {base}: {why}; choose another --model")
         tokenizer.padding_side = "right"
         if pad_token == "eos":
             tokenizer.pad_token = tokenizer.eos_token
         else:
-            # By flag, not "if absent": TinyLlama-Chat's tokenizer comes with a pad token already.
+            # With a flag, not "if missing": TinyLlama-Chat's tokenizer already has a pad token.
             tokenizer.add_special_tokens({"pad_token": pad_token})
-        # The base's own template (TinyLlama's says `<|user|>`) would have servers send a prompt it was not trained on.
+        # With the base's own template (TinyLlama's says `<|user|>`) servers would send a prompt that was not trained.
         tokenizer.chat_template = chat_template(tokenizer)
     except LOAD_ERRORS as error:
         raise cannot_load(base, error) from error
     except Exception as error:
-        if type(error) is not Exception:  # over a damaged tokenizer.json, tokenizers raises the base class itself
+        if type(error) is not Exception:  # for a damaged tokenizer.json, tokenizers raises the base class itself
             raise
         raise cannot_load(base, error) from error
     return tokenizer
 
 
 def tokens_without_weights(tokenizer: PreTrainedTokenizerBase, known: int) -> list[tuple[str, str]]:
-    """What the plan says of tokens that a base's tokenizer has and its weights have not, beside the token for padding.
+    """Lines for the printed plan about tokens of the tokenizer that the weights lack, except the pad token.
 
     Args:
-        known: how many tokens the weights have.
+        known: the number of tokens that the weights have.
 
     Raises:
-        UserError: a text may contain one of them, and the model would have to read or predict what it has not learned.
+        UserError: a text may contain one of them, and the model has no embedding for it.
     """
     beyond = [token for token, number in tokenizer.get_vocab().items() if number >= known]
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     used = [t for t in beyond if t not in special or t in (tokenizer.bos_token, tokenizer.eos_token)]
     beyond = sorted(set(beyond) - {tokenizer.pad_token})
-    what = f"its tokenizer has {len(beyond):,} token(s) that its {known:,} embeddings lack"
+    what = f"its tokenizer has {len(beyond):,} token(s) beyond its {known:,} embeddings"
     if used:
         raise UserError(
             f"model.base = {tokenizer.name_or_path}: {what}, and texts may contain {sorted(used)[0]!r}: give the base "
@@ -184,66 +183,66 @@ def tokens_without_weights(tokenizer: PreTrainedTokenizerBase, known: int) -> li
     if not beyond:
         return []
     return [
-        ("tokenizer", f"{what} ({', '.join(beyond[:3])}, ...): they do not occur in training, but no export is made")
+        ("tokenizer", f"{what} ({', '.join(beyond[:3])}, ...): not used in training, but the model cannot be exported")
     ]
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write a tokenizer's files for any transformers from 4 on: the template inside, and a class that 4 has as well.
+    """Write a tokenizer's files so that transformers 4 and 5 can load them, with the chat template inside.
 
-    No code that the base's own tokenizer configuration names is named in them.
+    They do not name code that the base's own tokenizer configuration names.
 
     Raises:
         OSError: they cannot be written.
     """
-    # Python writes as much first: tokenizers has errors of its own for a full disk.
+    # Written by Python first, because tokenizers has its own errors for a full disk.
     (directory / TOKENIZER).write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     tokenizer.save_pretrained(directory, save_jinja_files=False)
     path = directory / TOKENIZER_CONFIG
     said = json.loads(path.read_text(encoding="utf-8"))
-    if said.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 calls it, and 4 does not know
+    if said.get("tokenizer_class") == "TokenizersBackend":  # the name in transformers 5, unknown to 4
         said["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(said.get("extra_special_tokens"), list):  # what 4 reads under its name of old, as 5 does too
+    if isinstance(said.get("extra_special_tokens"), list):  # transformers 4 and 5 both read its older name
         said["additional_special_tokens"] = said.pop("extra_special_tokens")
     said = {key: value for key, value in said.items() if key not in OF_THIS_MACHINE}
     write_file(path, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
 
 
 def _try_configuration(base: str, said: Mapping[str, Any]) -> None:
-    """See that the model of a configuration can be built within the limits, before it is built in this process.
+    """Check in a limited process that the model of a configuration can be built, before it is built in this process.
 
     Args:
         said: config.json.
 
     Raises:
-        UserError: it cannot: it has far too many layers, or sizes that no machine has room for.
+        UserError: the model cannot be built within the limits, for example because of too many layers or huge sizes.
     """
     where = directory_of(base)
-    with contextlib.suppress(LookupError, TypeError, ImportError):  # imported here, it need not be imported twice
+    with contextlib.suppress(LookupError, TypeError, ImportError):  # imported once here, not in each limited process
         MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[said.get("model_type")]]
 
     def build() -> None:
         torch.set_num_threads(1)
-        with contextlib.suppress(*LOAD_ERRORS):  # what is wrong with it is said when it is built here
+        with contextlib.suppress(*LOAD_ERRORS):  # reported when the model is built in this process
             without_contents(AutoConfig.from_pretrained(where, trust_remote_code=False))
 
     try:
         limited(build)
     except Failed as error:
         raise UserError(
-            f"model.base = {base}: the model that config.json describes cannot be built: {error}; fetch the model "
-            "again, or give another with --model"
+            f"model.base = {base}: the model that config.json describes cannot be built: {error}; download the "
+            "model again, or give another with --model"
         ) from error
 
 
 def _try_tokenizer(base: str) -> None:
-    """See that tokenizer.json can be loaded and used within the limits, before this process does.
+    """Check in a limited process that tokenizer.json can be loaded and used.
 
-    A normalizer may put any text in place of another, and a pattern may take for ever to match. What they do is seen on
-    a probe: printable ASCII, a few other scripts, and every string that tokenizer.json itself looks for.
+    A normalizer may replace any text by another, and matching a pattern may take for ever. They are tested on a text
+    with printable ASCII, a few other scripts, and every string that tokenizer.json itself contains.
 
     Raises:
-        UserError: it takes too long or too much memory, or makes far too many tokens.
+        UserError: it takes too much time or memory, or makes far too many tokens.
     """
     where = directory_of(base)
     path = where / TOKENIZER if where else None
@@ -260,34 +259,35 @@ def _try_tokenizer(base: str) -> None:
         tokens, size = limited(probe)
     except OverLimit as error:
         raise UserError(
-            f"model.base = {base}: its {TOKENIZER} cannot be used: {error} to make tokens of a short text; fetch the "
+            f"model.base = {base}: its {TOKENIZER} cannot be used: {error} to tokenize a short text; download the "
             "model again, or give another with --model"
         ) from error
     except Failed:
-        return  # what is wrong with it is said when it is loaded here
+        return  # reported when the tokenizer is loaded in this process
     if tokens > MAX_TOKENS_PER_BYTE * size:
         raise UserError(
-            f"model.base = {base}: its {TOKENIZER} makes {tokens:,} tokens of {size:,} bytes of text, and at most "
-            f"{MAX_TOKENS_PER_BYTE} for each byte are usable; fetch the model again, or give another with --model"
+            f"model.base = {base}: {TOKENIZER} yields {tokens:,} tokens for {size:,} bytes (limit "
+            f"{MAX_TOKENS_PER_BYTE} per byte); it is probably damaged; download the model again, or give another with "
+            "--model"
         )
 
 
 def load_base(
     model: config.Model, settings: Settings, device: torch.device, vocabulary: int, seed: int
 ) -> PreTrainedModel:
-    """The base model on its device, frozen, quantized as the settings say.
+    """Load the frozen base model onto its device, quantized as the settings say.
 
-    A model that is to be sharded is loaded into the host's memory, by the first process alone; the others get a model
-    without contents.
+    If the model is to be sharded, the first process loads it into host memory, and the others build it on the meta
+    device.
 
     Args:
-        vocabulary: the tokenizer's size; the embeddings grow where it is larger than the model's.
+        vocabulary: the size of the tokenizer; smaller embeddings are resized.
 
     Raises:
-        UserError: it cannot be loaded, or weights are missing or of another shape.
+        UserError: the model cannot be loaded, or weights are missing or have another shape.
     """
     device = loading_device(device, settings.shards)
-    torch.manual_seed(seed)  # for the rows that growing the embeddings adds
+    torch.manual_seed(seed)  # for the new rows of resized embeddings
     if device == BLANK:
         loaded = blank_base(location(model.base), settings, vocabulary)
     else:
@@ -301,7 +301,7 @@ def load_base(
         _add_tokens(loaded, vocabulary)
     loaded.config.use_cache = False
     if settings.gradient_checkpointing:
-        # Its newer name, activation_checkpointing_enable, is not in transformers 5.17 yet.
+        # The newer name, activation_checkpointing_enable, is not in transformers 5.17 yet.
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return loaded
 
@@ -309,10 +309,10 @@ def load_base(
 def load_model(
     experiment: Experiment, settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> PeftModel:
-    """The frozen base with LoRA adapters, as this experiment and these settings want it.
+    """Load the frozen base model and add LoRA adapters, as the experiment and the settings say.
 
     Raises:
-        UserError: the base cannot be loaded, or the adapters do not fit it.
+        UserError: the base model cannot be loaded, or the adapters do not fit it.
     """
     seed = experiment.training.seed
     if settings.return_memory:
@@ -322,13 +322,13 @@ def load_model(
 
 
 def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int, fast: bool = False) -> PeftModel:
-    """The base with LoRA adapters in float32, the only parameters that train.
+    """Add LoRA adapters in float32, which are the only trainable parameters.
 
     Args:
-        fast: compute it on a CPU as `fast_lora.py` does, with other noise.
+        fast: compute the adapters on a CPU with `fast_lora.py`, which draws other dropout masks.
 
     Raises:
-        UserError: a target module that the model does not have, or `init_from` does not fit.
+        UserError: the model does not have a target module, or `init_from` does not fit.
     """
     check_targets(base, lora)
     torch.manual_seed(seed)
@@ -348,45 +348,45 @@ def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int, fast: bool = F
     if lora.init_from is not None:
         directory = Path(os.path.expanduser(lora.init_from))
         load_adapter_weights(model, directory, "lora.init_from")
-        if (directory / ADAPTER_CONFIG).exists():  # the weights alone do not say that they are to be used otherwise
+        if (directory / ADAPTER_CONFIG).exists():  # the weights alone do not show whether the adapter is plain LoRA
             plain_lora(f"lora.init_from = {directory}", directory)
     return model
 
 
 def load_adapter_weights(model: PeftModel, directory: Path, what: str) -> None:
-    """Put a saved adapter's weights into the model's adapter.
+    """Load a saved adapter's weights into the model's adapter.
 
     Raises:
-        UserError: no adapter there, damaged, or of another shape than this one.
+        UserError: there is no adapter, it is damaged, or it has other shapes.
     """
     name = f"{what} = {directory}"
     fit_adapter(model, read_adapter(directory, name), name)
 
 
 def fit_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], what: str) -> None:
-    """Put an adapter's weights into the model's adapter.
+    """Load weights into the model's adapter.
 
     Raises:
-        UserError: they are of another shape.
+        UserError: the weights have other names or shapes.
     """
     expected = {name: tensor.shape for name, tensor in adapter_weights(model).items()}
     if {name: tensor.shape for name, tensor in weights.items()} != expected:
         raise UserError(
-            f"{what}: this adapter does not fit: its names or shapes differ from those that lora.r, "
-            "lora.target_modules and the base model give"
+            f"{what}: this adapter does not fit: its names or shapes differ from those that follow from lora.r, "
+            "lora.target_modules and the base model"
         )
     set_peft_model_state_dict(model, dict(weights))
 
 
 def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's weights by PEFT's names, on the CPU; nothing of the base model, even with a grown vocabulary."""
+    """The adapter's weights by PEFT's names, on the CPU, without weights of the base, even if its embeddings grew."""
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
 def _from_pretrained(base: str, settings: Settings, device: torch.device) -> PreTrainedModel:
-    """The model as transformers loads it, every weight read from the file."""
-    if device.type == "cuda":  # by number, as Accelerate compares it
+    """Load the model with transformers; every weight must be in the files."""
+    if device.type == "cuda":  # with an index, because Accelerate compares devices with one
         device = torch.device("cuda", torch.cuda.current_device())
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -406,16 +406,16 @@ def _from_pretrained(base: str, settings: Settings, device: torch.device) -> Pre
     if info["missing_keys"]:
         raise UserError(
             f"model.base = {base}: weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}, ...; "
-            "fetch the model again, or give another with --model"
+            "download the model again, or give another with --model"
         )
     return loaded
 
 
 def _add_tokens(model: PreTrainedModel, vocabulary: int) -> None:
-    """Grow the embeddings to `vocabulary` tokens; the new ones can be read but are never predicted.
+    """Resize the embeddings to `vocabulary` tokens; new tokens can be input but are never predicted.
 
-    As one more class of the softmax a new token would shift every loss, and the adapter, which is saved without it,
-    would give another loss on the untouched base. A bias of minus infinity takes its class away, at no cost.
+    As another class of the softmax, a new token would change every loss, and the adapter, which is saved without it,
+    would have another loss on the original base. A bias of minus infinity excludes the class, at no cost.
     """
     known = model.get_input_embeddings().num_embeddings
     model.resize_token_embeddings(vocabulary)
@@ -427,15 +427,15 @@ def _add_tokens(model: PreTrainedModel, vocabulary: int) -> None:
 
 
 def cannot_load(base: str, error: Exception) -> UserError:
-    """What the user is told when a base model cannot be loaded."""
+    """The message about a base model that cannot be loaded."""
     if is_directory(base):
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         return UserError(
-            f"model.base = {base}: cannot be loaded from this directory: {reason}; "
-            "fetch the model again (config.json, model.safetensors, tokenizer.json), or give another with --model"
+            f"model.base = {base}: cannot be loaded from this directory: {reason}; download the model again "
+            "(config.json, model.safetensors, tokenizer.json), or give another with --model"
         )
     why = "the Hugging Face Hub does not answer and it is not in the cache" if not hub_reachable() else str(error)
     return UserError(
-        f"model.base = {base}: neither on disk nor to be had from the hub ({why}); "
+        f"model.base = {base}: is not available, neither on disk nor on the hub ({why}); "
         "give a local directory with --model, or try --tiny, which needs no network"
     )

@@ -1,4 +1,4 @@
-"""The files of a base model: where they are, which of them are read, and what they may be before anything reads them.
+"""Find the files of a base model, and check them before anything reads them.
 
 Only safetensors are read, only from the base's own directory, and no code that comes with a model is ever run.
 """
@@ -22,10 +22,10 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
-# The keys that count layers. Others speak of layers too: of Gemma 3n's vocab_size_per_layer_input, 262,144 is usual.
+# Keys with the number of layers. Other keys have "layers" in their names, too; Gemma 3n's may be 262,144.
 LAYERS = re.compile(r"^(num|n|encoder|decoder)_(.*_)?layers?$")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-# What is read whole, with the most bytes that it may have.
+# Files that are read completely, and their maximum sizes in bytes.
 LARGEST = {
     CONFIG: MAX_JSON_BYTES,
     INDEX: MAX_JSON_BYTES,
@@ -41,21 +41,21 @@ LARGEST = {
     "vocab.txt": MAX_TOKENIZER_BYTES,
     "merges.txt": MAX_TOKENIZER_BYTES,
 }
-FETCHED = (CONFIG, ADAPTER_CONFIG, INDEX, TOKENIZER, "tokenizer_config.json")  # of a base on the hub, to be looked at
+FETCHED = (CONFIG, ADAPTER_CONFIG, INDEX, TOKENIZER, "tokenizer_config.json")  # of a base on the hub, to be checked
 
 
 def location(base: str) -> str:
-    """A local directory with `~` resolved, else the hub id as it is."""
+    """A local directory with `~` expanded, or the hub id unchanged."""
     return os.path.expanduser(base) if is_directory(base) else base
 
 
 def is_directory(base: str) -> bool:
-    """Whether it is a local directory. By `os.path`, which, unlike pathlib, does not raise on odd names."""
+    """Whether it is a local directory. Uses `os.path`, which does not raise on invalid names, unlike pathlib."""
     return os.path.isdir(os.path.expanduser(base))
 
 
 def directory_of(base: str) -> Path | None:
-    """Where the files of a base model are on this machine; None where they have not been fetched from the hub."""
+    """The directory of a base model's files on this machine; None if they have not been downloaded from the hub."""
     if is_directory(base):
         return Path(location(base))
     config = _local_or_cached(base, CONFIG)
@@ -63,24 +63,24 @@ def directory_of(base: str) -> Path | None:
 
 
 def check_files(base: str) -> None:
-    """Look at a base model's files before anything else does; those of a hub's, but for the weights, are fetched.
+    """Check a base model's files before anything reads them; those on the hub, except the weights, are downloaded.
 
     Raises:
-        UserError: weights that are not safetensors or lie elsewhere, an adapter that transformers would load along with
-            the base, or a file that is larger than `medqa/limits.py` allows.
-        OSError: it is no repository of the hub.
+        UserError: weights that are not safetensors or are in another directory, an adapter that transformers would load
+            together with the base, or a file that is larger than `medqa/limits.py` allows.
+        OSError: the hub has no such repository.
     """
     there = {name: path for name in (LARGEST if is_directory(base) else FETCHED) if (path := _fetched(base, name))}
     for name, path in there.items():
         if name in LARGEST and path.stat().st_size > LARGEST[name]:
             raise UserError(
-                f"model.base = {base}: {name} has {path.stat().st_size:,} bytes, and at most {LARGEST[name]:,} are "
-                "read; no such file of a usable model is as large: fetch the model again, or give another with --model"
+                f"model.base = {base}: {name} has {path.stat().st_size:,} bytes (limit {LARGEST[name]:,}); no usable "
+                "model has such a large file: download the model again, or give another with --model"
             )
     if _fetched(base, ADAPTER_CONFIG):
-        what = "an adapter beside the model, which transformers would load along with it: move it out"
+        what = "an adapter beside the model, which transformers would load with it: move it out"
         if CONFIG not in there:
-            what = "an adapter, and no base model: to start from it, use lora.init_from; give its base with --model"
+            what = "an adapter, not a base model: to start from it, use lora.init_from; give its base with --model"
         elif not is_directory(base):
             what += f" of a copy (`hf download {base} --local-dir DIR`) and give the copy with --model"
         raise UserError(f"model.base = {base}: {ADAPTER_CONFIG} is there: {what}")
@@ -93,39 +93,39 @@ def check_files(base: str) -> None:
 
 
 def check_configuration(base: str, said: Mapping[str, Any]) -> None:
-    """Refuse a configuration that has transformers read other weights, or build more layers than any model has.
+    """Refuse a configuration that makes transformers read other weights, or has more layers than any real model.
 
     Args:
         said: config.json.
 
     Raises:
-        UserError: it does.
+        UserError: the configuration is refused.
     """
     if said.get("transformers_weights") is not None:
         raise UserError(
             f"model.base = {base}: {CONFIG} names its weights, transformers_weights = "
-            f"{str(said['transformers_weights'])[:80]!r}: only {WEIGHTS}, and what {INDEX} lists, are read; save it "
-            "anew with transformers' save_pretrained where you trust it, or give another with --model"
+            f"{str(said['transformers_weights'])[:80]!r}: only {WEIGHTS} and what {INDEX} lists are read; if you trust "
+            "it, save it again with transformers' save_pretrained, or give another with --model"
         )
     for key, value in said.items():
         if LAYERS.search(key) and isinstance(value, int) and value > MAX_LAYERS:
             raise UserError(
-                f"model.base = {base}: {CONFIG}: {key} = {str(value)[:40]}: more than {MAX_LAYERS:,} layers; fetch the "
-                "model again, or give another with --model"
+                f"model.base = {base}: {CONFIG}: {key} = {str(value)[:40]}: more than {MAX_LAYERS:,} layers; download "
+                "the model again, or give another with --model"
             )
 
 
 def weight_bytes(base: str) -> int | None:
-    """The size of the weights of a base model in a local directory; None of others, or where there are none."""
+    """The size of the weights of a base model in a local directory; None otherwise."""
     names = _weight_names(base, _local_or_cached) if is_directory(base) else None
     paths = [_local_or_cached(base, name) for name in names or ()]
     return sum(path.stat().st_size for path in paths if path) or None
 
 
 def base_fingerprint(base: str) -> str:
-    """sha256 over the configuration and the weights of a base model that is on this machine, file by file.
+    """SHA-256 over the configuration and the weights of a base model on this machine, file by file.
 
-    What its directory or its id is called does not count.
+    The name of its directory or its id has no influence.
     """
     digest = hashlib.sha256()
     for name in (CONFIG, *(_weight_names(base, _local_or_cached) or ())):
@@ -137,10 +137,10 @@ def base_fingerprint(base: str) -> str:
 
 
 def _weight_names(base: str, find: Callable[[str, str], Path | None]) -> list[str] | None:
-    """The names of the files that transformers reads the weights from; None where there are none.
+    """The names of the files from which transformers reads the weights; None if there are none.
 
     Raises:
-        UserError: the index is damaged, or lists something else than safetensors of the same directory.
+        UserError: the index is damaged, or lists a file that is not safetensors or is in another directory.
     """
     if find(base, WEIGHTS):
         return [WEIGHTS]
@@ -151,7 +151,8 @@ def _weight_names(base: str, find: Callable[[str, str], Path | None]) -> list[st
         names = sorted(set(read_json(index)["weight_map"].values()))
     except (Damaged, LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f"model.base = {base}: {INDEX} cannot be read: {error}; fetch the model again, or give another with --model"
+            f"model.base = {base}: {INDEX} cannot be read: {error}; download the model again, or give another with "
+            "--model"
         ) from error
     for name in names:
         path = PurePosixPath(name) if isinstance(name, str) else None
@@ -159,17 +160,17 @@ def _weight_names(base: str, find: Callable[[str, str], Path | None]) -> list[st
             raise _not_safetensors(base, f"{INDEX} lists {str(name)[:80]!r}")
         if path.is_absolute() or ".." in path.parts or "\\" in name:
             raise UserError(
-                f"model.base = {base}: {INDEX} lists {name[:80]!r}, which is not in the same directory; fetch the "
-                "model again, or give another with --model"
+                f"model.base = {base}: {INDEX} lists {name[:80]!r}, which is not in the same directory; download "
+                "the model again, or give another with --model"
             )
     return names
 
 
 def _fetched(base: str, name: str) -> Path | None:
-    """A file of a base model, from its directory or from the hub; None where it has no such file, or none can be had.
+    """A file of a base model, from its directory or downloaded from the hub; None if it does not exist.
 
     Raises:
-        OSError: there is no such repository on the hub, or its name cannot be one.
+        OSError: the hub has no such repository, or the name is invalid.
     """
     if is_directory(base):
         return _local_or_cached(base, name)
@@ -184,7 +185,7 @@ def _fetched(base: str, name: str) -> Path | None:
 
 
 def _local_or_cached(base: str, name: str) -> Path | None:
-    """A file of a base model, from its directory or from the hub's cache; None where it has no such file."""
+    """A file of a base model, from its directory or from the hub's cache; None if it is not there."""
     if is_directory(base):
         path = Path(location(base), name)
         return path if path.is_file() else None
@@ -193,8 +194,8 @@ def _local_or_cached(base: str, name: str) -> Path | None:
 
 
 def _not_safetensors(base: str, what: str) -> UserError:
-    """What the user is told of weights that are in a pickle, or in who knows what."""
+    """The message about weights that are pickled, or of an unknown format."""
     return UserError(
-        f"model.base = {base}: {what}, which can run code when it is read: only safetensors are read; save it with "
-        "transformers' save_pretrained where you trust it, or give another with --model"
+        f"model.base = {base}: {what}, which can execute code when it is read: only safetensors are read; if you trust "
+        "it, save it again with transformers' save_pretrained, or give another with --model"
     )

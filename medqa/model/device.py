@@ -10,23 +10,23 @@ import psutil
 import torch
 
 CGROUP = Path("/sys/fs/cgroup")
-SPARE = 0.9  # of what is free, what may be planned with: allocators round up, and others need some too
+SPARE = 0.9  # of the free memory, the share that may be planned: allocators round up, and others need some
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
-RETURNED = 2**20  # bytes; on a model of 40M parameters 128 KiB saved as much and was slower by a third
+RETURNED = 2**20  # bytes; for a model with 40M parameters, 128 KiB saved as much and was slower by a third
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes since the last reset. `reserved` is what the GPU's allocator holds, None on a CPU."""
+    """Peak bytes since the last reset. `reserved` is what the GPU's caching allocator holds, None on a CPU."""
 
     allocated: int
     reserved: int | None
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start the peak anew. Where the system offers no way (no Linux), a CPU's peak stays that of the whole process."""
+    """Reset the peak. Without a way to do so (not Linux), a CPU's peak stays that of the process since its start."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR_REFS.exists():
@@ -37,10 +37,10 @@ def reset_peak(device: torch.device) -> None:
 
 
 def available_memory(device: torch.device, sharing: int = 1) -> int:
-    """Bytes that a run may plan with: of what is free on the GPU, or, on a CPU, on the machine and in its container.
+    """The bytes that a run may plan with: of the free memory of the GPU, or, on a CPU, of machine and container.
 
     Args:
-        sharing: how many processes share a CPU's.
+        sharing: the number of processes that share a CPU's memory.
     """
     if device.type == "cuda":
         return int(SPARE * torch.cuda.mem_get_info(device)[0])
@@ -48,23 +48,23 @@ def available_memory(device: torch.device, sharing: int = 1) -> int:
     try:
         limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
         counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    except OSError:  # no container, or of the older kind
+    except OSError:  # not in a container, or cgroups version 1
         return int(SPARE * free / sharing)
     if limit != "max":
-        cached = int(counts.get("inactive_file", 0))  # of files read; given up as soon as it is needed
+        cached = int(counts.get("inactive_file", 0))  # page cache, which the kernel frees when memory is needed
         free = min(free, max(0, int(limit) - int(used) + cached))
     return int(SPARE * free / sharing)
 
 
 def return_freed_memory() -> bool:
-    """Have the C library return freed blocks of `RETURNED` bytes and more to the system at once.
+    """Make the C library return freed blocks of `RETURNED` bytes and more to the system at once.
 
-    glibc keeps what is freed: by default its threshold grows to 32 MiB with the blocks that are freed, and what lies
-    below it is returned only from the top of the heap. Returning it makes each large tensor's pages anew: the update
-    takes 1.4 to 1.8 times as long, and the same values.
+    glibc keeps freed memory: by default its threshold grows to 32 MiB with the freed blocks, and smaller blocks are
+    returned only from the top of the heap. Returning them means new pages for each large tensor: the update takes 1.4
+    to 1.8 times as long, with the same values.
 
     Returns:
-        False where another C library serves, or where the user has decided (MALLOC_MMAP_THRESHOLD_, GLIBC_TUNABLES).
+        False with another C library, or if the user has decided (MALLOC_MMAP_THRESHOLD_, GLIBC_TUNABLES).
     """
     if "MALLOC_MMAP_THRESHOLD_" in os.environ or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
@@ -72,12 +72,12 @@ def return_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
         return False
-    # Either option also ends the growth of both thresholds.
+    # Either option also keeps both thresholds from growing.
     return bool(mallopt(M_MMAP_THRESHOLD, RETURNED)) and bool(mallopt(M_TRIM_THRESHOLD, RETURNED))
 
 
 def release(device: torch.device) -> None:
-    """Give a GPU's cached memory back, so that pieces of another size find room."""
+    """Free a GPU's cached memory, so that blocks of other sizes can be allocated."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -97,5 +97,5 @@ def peak_memory(device: torch.device) -> Memory:
 
 
 def gibibytes(size: float) -> str:
-    """Bytes as GiB for a message."""
+    """A number of bytes in GiB, for a message."""
     return f"{size / 2**30:.1f}" if size >= 0.95 * 2**30 else f"{size / 2**30:.2f}"

@@ -1,9 +1,9 @@
-"""LoRA on a CPU, in fewer passes over memory than PEFT's own: y + s B A dropout(x), with the same gradients.
+"""LoRA on a CPU with fewer passes over memory than PEFT: y + s B A dropout(x), with the same gradients.
 
-What is as long as the layer's output is touched once, in place, and the scale goes into the r numbers between A and B.
-The noise has dropout's law, but is drawn faster: torch draws 53 bits for each number, on one thread, and 16 are enough.
-So p is taken to the nearest of 65,536 steps (0.05 becomes 0.0500031). It follows from torch's generator, as any noise,
-but is not that of `torch.nn.Dropout` from the same seed.
+Tensors of the output's size are updated once, in place, and the scale is applied to the r values between A and B. The
+dropout masks have the distribution of dropout but are drawn faster: torch draws 53 bits for each number, on one thread,
+and 16 are enough. So p is rounded to the nearest of 65,536 steps (0.05 becomes 0.0500031). The masks follow from
+torch's generator, but differ from those of `torch.nn.Dropout` with the same seed.
 """
 
 from typing import Any
@@ -11,24 +11,24 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 
-STEPS = 2**16  # a 16-bit number is below one of them with a probability known exactly
+STEPS = 2**16  # a 16-bit number is below one of them with an exactly known probability
 
 
 def use_fast_lora(model: torch.nn.Module) -> None:
-    """Have every LoRA layer of a model on a CPU computed so; in other types than float32 PEFT's own formula holds."""
+    """Use this computation in every LoRA layer of a model on a CPU; types other than float32 keep PEFT's own."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.lora_variant.update(dict.fromkeys(module.active_adapters, FastLora()))
 
 
 class FastLora(LoraVariant):
-    """PEFT's way to compute a layer differently. Names, saving and loading are those of any LoRA layer."""
+    """PEFT's interface for another computation of a layer. Names, saving and loading stay those of any LoRA layer."""
 
     @staticmethod
     def forward(
         module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: object
     ) -> torch.Tensor:
-        """The layer's output, from its input and the frozen layer's output, which is written over."""
+        """The layer's output, from its input and the frozen layer's output, which is overwritten."""
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
         if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or {x.dtype, result.dtype} != {torch.float32}:
@@ -38,7 +38,7 @@ class FastLora(LoraVariant):
 
 
 class _AddLora(torch.autograd.Function):
-    """Keeps the layer's input, which others keep too, and the 16 bits that were drawn for each of its numbers."""
+    """Saves for backward the layer's input, which others save too, and the 16 random bits for each of its values."""
 
     @staticmethod
     def forward(
@@ -50,7 +50,7 @@ class _AddLora(torch.autograd.Function):
         scaling: float,
         dropped: int,
     ) -> torch.Tensor:
-        """Shapes: result (..., out), x (..., in), a (r, in), b (out, r). A number is dropped in `dropped` of STEPS."""
+        """Shapes: result (..., out), x (..., in), a (r, in), b (out, r). The dropout probability is dropped / STEPS."""
         flat, bits = x.flatten(0, -2), None
         if dropped:
             bits = draw_bits(flat)
@@ -64,7 +64,7 @@ class _AddLora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Of the frozen layer's output, the input, A and B."""
+        """Gradients of the frozen layer's output, the input, A and B."""
         x, a, b, inner, bits = ctx.saved_tensors
         flat, d_result = x.flatten(0, -2), gradient.flatten(0, -2)
         d_inner = (d_result @ b).mul_(ctx.scale)
@@ -79,11 +79,11 @@ class _AddLora(torch.autograd.Function):
 
 
 def draw_bits(x: torch.Tensor) -> torch.Tensor:
-    """16 random bits for each number, int16, of torch's generator. Shape as x."""
+    """16 random bits (int16) for each value, from torch's generator, in the shape of x."""
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits of each
     return draws.view(torch.int16)[: x.numel()].view(x.shape)
 
 
 def kept(bits: torch.Tensor, dropped: int) -> torch.Tensor:
-    """1 where a number is kept, 0 where not. In float32, which holds 16 bits exactly, comparing is fastest."""
+    """1 where a value is kept, 0 where it is dropped. Comparing in float32, which is exact for 16 bits, is fastest."""
     return bits.to(torch.float32).ge_(dropped - STEPS // 2)

@@ -1,11 +1,12 @@
-"""How much memory training takes, estimated before a weight is loaded, and what fits.
+"""Estimate the memory of training before a weight is loaded, and decide which settings fit.
 
-The run's own code is run: forward, loss and backward of one micro-batch, on a model of one and of two layers whose
-tensors have shapes and no contents, while every storage that comes and goes is counted. Two layers tell what each
-further one adds; a few sizes of micro-batch tell what each further token adds. A CPU's kernels are asked also for a
-GPU, where no figure is measured. Counted are tensors: not a GPU's context and kernels (about 0.5 GiB), not the memory
-of Python and torch (about 0.5 GiB), and not what an allocator loses to fragments. A CPU's allocator loses much:
-`Footprint.resident` and `memory.return_freed_memory`.
+The estimate runs the code of training (forward, loss and backward of one micro-batch) on models with one and two
+layers, whose tensors have shapes but no contents, and counts every storage that is created and freed. Two models show
+what each further layer adds; a few micro-batch sizes show what each further token adds. The kernels of a CPU are used
+also to estimate a GPU, for which nothing has been measured. Only tensors are counted: not the context and kernels of a
+GPU (about 0.5 GiB), not the memory of Python and torch (about 0.5 GiB), and not fragmentation, which is large with a
+CPU's
+allocator: see `Footprint.resident` and `device.return_freed_memory`.
 """
 
 import bisect
@@ -32,18 +33,18 @@ from medqa.model.loss import CHUNK_BYTES, LossModel, summed_loss
 from medqa.model.settings import KEPT, SavedSettings, Settings
 
 # ----------------------------------------------------------------------------------------------------
-# What a computation holds in memory at its peak, counted by the storages that come and go while it runs.
+# The peak memory of a computation, counted by the storages that are created and freed while it runs.
 
 
 class Storages(TorchDispatchMode):
-    """Counts the bytes of storages made under it, and their peak in each stretch of the run.
+    """Counts the bytes of storages that are created while it is active, and their peak in each stretch of the run.
 
-    A storage that its own finalizer reports gone is gone for autograd too, which may outlive every Python tensor.
+    A storage counts as freed when its finalizer runs, because autograd may keep it longer than any Python tensor.
     """
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()
-        self._known = {_storage(tensor)._cdata for tensor in known}  # there before, so not made here
+        self._known = {_storage(tensor)._cdata for tensor in known}  # existed before, so they are not counted
         self.live = 0
         self.stretch = "layers"
         self.peak: dict[str, int] = {"layers": 0, "head": 0}
@@ -51,7 +52,7 @@ class Storages(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def enter(self, stretch: str) -> None:
-        """From here on it is this stretch."""
+        """Begin the stretch with this name."""
         self.stretch = stretch
         self.on_entry[stretch] = self.live
         self._note(0)
@@ -63,7 +64,7 @@ class Storages(TorchDispatchMode):
         args: tuple = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run one operation and count what it made."""
+        """Run one operation and count the storages that it created."""
         result = func(*args, **(kwargs or {}))
         each_tensor(self._count, result)
         self._note(_inside(func, args))
@@ -85,12 +86,12 @@ class Storages(TorchDispatchMode):
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    """Where a tensor's contents would be."""
+    """The storage of a tensor's contents."""
     return tensor.untyped_storage()
 
 
 def _inside(operation: torch._ops.OpOverload, args: tuple) -> int:
-    """What an operation takes while it runs and does not show: a 4-bit layer is expanded inside its product."""
+    """Temporary memory that an operation hides: a 4-bit layer is dequantized inside its matrix product."""
     if operation.name() != "bitsandbytes::gemm_4bit":
         return 0
     inputs, shape = args[0], args[2]
@@ -101,11 +102,11 @@ def _inside(operation: torch._ops.OpOverload, args: tuple) -> int:
 # ----------------------------------------------------------------------------------------------------
 
 # ----------------------------------------------------------------------------------------------------
-# The run's model with shapes and no contents: what it will hold and do, known before a weight is read.
+# The model with shapes but without contents.
 #
-# Made by the same calls as the model that trains, of tensors that have a type and a device but no memory.
+# It is built by the same calls as the model that is trained, of tensors that have a type and a device but no memory.
 
-BLOCK, NESTED_BLOCK = 64, 256  # weights with one scale, and scales with one scale, in 4-bit weights
+BLOCK, NESTED_BLOCK = 64, 256  # values with one scale: weights, and the scales themselves, in 4-bit weights
 
 
 def shape_model(
@@ -115,23 +116,23 @@ def shape_model(
     vocabulary: int | None,
     layers: int,
 ) -> LossModel:
-    """The model of this experiment with so many layers, adapters and gradients included, ready to train.
+    """The model of this experiment with so many layers, with adapters and gradients, ready to train.
 
     Args:
-        model_config: as `check_model` returns it.
-        vocabulary: the tokenizer's size, where it may be larger than the model's.
+        model_config: the result of `check_model`.
+        vocabulary: the size of the tokenizer, if it may be larger than the model's.
     """
     shallow, known = copy.deepcopy(model_config), model_config.vocab_size
     shallow.num_hidden_layers, shallow.vocab_size = layers, max(known, vocabulary or 0)
     if getattr(shallow, "layer_types", None):
         shallow.layer_types = shallow.layer_types[:layers]
     attention = settings.attn_implementation
-    if attention not in ("sdpa", "eager", SEGMENTED):  # flash-attention, which is for GPUs: as lean as sdpa
+    if attention not in ("sdpa", "eager", SEGMENTED):  # flash-attention, which is for GPUs and needs as little as sdpa
         attention = SEGMENTED if settings.padding_free else "sdpa"
     four_bit = settings.quantization == "4bit" and not settings.dequantize
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(shallow, dtype=settings.dtype, attn_implementation=attention)
-        if shallow.vocab_size > known:  # as growing the embeddings leaves it
+        if shallow.vocab_size > known:  # as after resizing the embeddings
             bias = torch.zeros(shallow.vocab_size, dtype=settings.dtype)
             base.get_output_embeddings().bias = torch.nn.Parameter(bias)
         if four_bit:
@@ -150,13 +151,13 @@ def shape_model(
     return model.train()
 
 
-# Tensors with shape, type and device, and no contents. What is computed of them is such a tensor too; real tensors, as
-# token ids, may come in. What depends on values (which places are targets) is computed of real tensors alone.
+# Tensors with shape, type and device but no contents; operations on them give such tensors too. Real tensors, such as
+# token ids, may be inputs. What depends on values (which positions are targets) is computed with real tensors only.
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def each_tensor(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
-    """`value`, an operation's argument or result, with each tensor in it replaced; quicker than torch's tree_map."""
+    """`value`, an operation's argument or result, with `function` applied to each tensor; faster than tree_map."""
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, list | tuple):
@@ -165,7 +166,7 @@ def each_tensor(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
 
 
 def _empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A tensor on a CPU that has no contents."""
+    """A CPU tensor without contents."""
     with FAKE:
         return torch.empty(size, dtype=dtype)
 
@@ -181,7 +182,7 @@ def tensors_of(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _materialize(model: torch.nn.Module) -> None:
-    """Give every weight and buffer the form of a CPU's tensor without contents. What is shared stays shared."""
+    """Convert every weight and buffer into a CPU tensor without contents. Shared tensors stay shared."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -199,7 +200,7 @@ def _materialize(model: torch.nn.Module) -> None:
 
 
 def _to_four_bit(base: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Linear layers other than the head become bitsandbytes', as transformers does it; their weights are not yet."""
+    """Replace linear layers except the head by bitsandbytes', as transformers does; weights are not quantized yet."""
     import bitsandbytes as bnb
 
     head = base.get_output_embeddings()
@@ -216,7 +217,7 @@ def _to_four_bit(base: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Weights of 4-bit layers with the tensors that NF4 with double quantization has (https://arxiv.org/abs/2305.14314)."""
+    """Give 4-bit layers the tensors of NF4 with double quantization (https://arxiv.org/abs/2305.14314)."""
     import bitsandbytes as bnb
     from bitsandbytes.functional import QuantState
 
@@ -246,7 +247,7 @@ def _quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def _fuse_dropout(model: torch.nn.Module) -> None:
-    """Dropout as a GPU has it, with a mask of one byte; a CPU keeps one as wide as the input."""
+    """Use dropout as on a GPU, with a mask of one byte; a CPU keeps a mask as wide as the input."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout) and module.p > 0:
             module.forward = functools.partial(_fused_dropout, module.p)  # type: ignore[method-assign]
@@ -259,27 +260,27 @@ def _fused_dropout(p: float, x: torch.Tensor) -> torch.Tensor:
 
 # ----------------------------------------------------------------------------------------------------
 
-DEPTH = 2  # layers of the larger model that is run
-ESTIMATES: dict[str, "Footprint"] = {}  # those of this process, by what was asked
-MOST = 2**24  # tokens of a micro-batch that are thought of
-SMALL = 4096  # below so many elements bitsandbytes keeps 32-bit state
-OPTIMIZER_BLOCK = 256  # elements with one scale, in 8-bit state
-# glibc keeps freed blocks of up to 32 MiB and cannot always use them again. Left alone, the resident set beyond the
-# weights grew to 1.6 to 1.85 times the tensors' own peak: models of 40M and 135M parameters, with and without padding.
-# With gradient checkpointing it grew to nearly 9 times, since little is held and as much is made and freed.
+DEPTH = 2  # layers of the larger of the two models
+ESTIMATES: dict[str, "Footprint"] = {}  # the estimates of this process, by their arguments
+MOST = 2**24  # the largest micro-batch in tokens that is considered
+SMALL = 4096  # with fewer elements, bitsandbytes keeps 32-bit optimizer states
+OPTIMIZER_BLOCK = 256  # elements with one scale in 8-bit optimizer states
+# glibc keeps freed blocks of up to 32 MiB and cannot always reuse them. By default, the resident set beyond the weights
+# grew to 1.6 to 1.85 times the peak of the tensors, for models with 40M and 135M parameters, with and without padding.
+# With gradient checkpointing it grew to nearly 9 times, because little is kept and as much is allocated and freed.
 CPU_RESIDENT = 1.85
-TOKENS = (128, 256)  # of micro-batches without padding that are run, beside those of whole chunks of the head
+TOKENS = (128, 256)  # sizes of micro-batches without padding that are run, in addition to multiples of the head's chunk
 
 
 @dataclass(frozen=True)
 class Line:
-    """Bytes by tokens: exact at the tokens that were tried, straight between them and beyond the outer ones."""
+    """Bytes as a function of tokens: exact at the measured sizes, linear between and beyond them."""
 
     tokens: tuple[int, ...]
     bytes: tuple[int, ...]
 
     def at(self, tokens: int) -> int:
-        """Bytes at so many tokens."""
+        """The bytes for this number of tokens."""
         i = min(max(bisect.bisect_left(self.tokens, tokens), 1), len(self.tokens) - 1)
         slope = (self.bytes[i] - self.bytes[i - 1]) / (self.tokens[i] - self.tokens[i - 1])
         return max(0, round(self.bytes[i] + slope * (tokens - self.tokens[i])))
@@ -287,15 +288,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that training holds, by part.
+    """The bytes that training needs, by part.
 
     Attributes:
-        base: the frozen weights, with their scales where they are in 4 bits.
-        adapter, optimizer, gradients: of what trains.
-        activations: what the layers keep for backward once forward has gone through them, by tokens.
-        logits_and_loss: the most that the head and the loss take beside these.
-        layers: the most that is held while forward or backward is inside a layer, activations included; with
-            gradient checkpointing this has the activations that are made again.
+        base: the frozen weights, with the scales of 4-bit weights.
+        adapter, optimizer, gradients: of the trainable parameters.
+        activations: what the layers keep for the backward pass after the forward pass, by tokens.
+        logits_and_loss: the maximum that head and loss need in addition.
+        layers: the maximum while forward or backward is inside a layer, including activations; with gradient
+            checkpointing including recomputed activations.
     """
 
     base: int
@@ -308,33 +309,33 @@ class Footprint:
 
     @property
     def fixed(self) -> int:
-        """What does not depend on the micro-batch."""
+        """The part that does not depend on the micro-batch."""
         return self.base + self.adapter + self.optimizer + self.gradients
 
     def peak(self, tokens: int) -> int:
-        """Bytes at the peak of an update whose largest micro-batch has so many places, padding included.
+        """The peak bytes of an update whose largest micro-batch has this number of tokens, padding included.
 
-        The optimizer's step makes nothing new, so the peak is in forward or backward.
+        The optimizer step allocates nothing new, so the peak is in forward or backward.
         """
         return self.fixed + self._made_and_freed(tokens)
 
     def resident(self, tokens: int) -> int:
-        """The same, of a CPU's resident set, if glibc keeps freed blocks and there is no gradient checkpointing."""
+        """The same for a CPU's resident set, if glibc keeps freed blocks and there is no gradient checkpointing."""
         return self.fixed + round(CPU_RESIDENT * self._made_and_freed(tokens))
 
     def _made_and_freed(self, tokens: int) -> int:
-        """Bytes of what a micro-batch makes and frees, at their most."""
+        """The maximum bytes of what a micro-batch allocates and frees."""
         in_head = self.activations.at(tokens) + self.logits_and_loss.at(tokens)
         return max(in_head, self.layers.at(tokens))
 
     def most_tokens(self, memory: int) -> int:
-        """The most places of a micro-batch whose peak fits into so many bytes; 0 if none."""
+        """The largest micro-batch in tokens whose peak is within `memory` bytes; 0 if none is."""
         return bisect.bisect_right(range(1, MOST), memory, key=self.peak)
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """What one micro-batch took beyond weights and gradients; named as in `Footprint`."""
+    """The bytes of one micro-batch beyond weights and gradients, with the names of `Footprint`."""
 
     activations: int
     logits_and_loss: int
@@ -347,13 +348,13 @@ def footprint(
     settings: Settings,
     vocabulary: int | None = None,
 ) -> Footprint:
-    """The memory of this experiment's training. No weight is read, and no device is used.
+    """Estimate the memory of this experiment's training, without reading a weight or using a device.
 
-    An estimate takes one to two seconds and is kept for the same question: `medqa plan` asks several times.
+    An estimate takes one to two seconds and is cached by its arguments, because `medqa plan` needs it several times.
 
     Args:
-        model_config: as `check_model` returns it.
-        vocabulary: the tokenizer's size, where it may be larger than the model's.
+        model_config: the result of `check_model`.
+        vocabulary: the size of the tokenizer, if it may be larger than the model's.
     """
     asked = (model_config.to_json_string(use_diff=False), replace(settings, changes={}), vocabulary, DEPTH)
     key = "\n".join((experiment.model_dump_json(), *map(repr, asked)))
@@ -363,7 +364,7 @@ def footprint(
 
 
 def _footprint(experiment: Experiment, model_config: Any, settings: Settings, vocabulary: int | None) -> Footprint:
-    """As `footprint`, computed."""
+    """`footprint` without the cache."""
     layers = model_config.num_hidden_layers
     depth = min(DEPTH, layers)
     arguments = (experiment, model_config, settings, vocabulary)
@@ -371,7 +372,7 @@ def _footprint(experiment: Experiment, model_config: Any, settings: Settings, vo
     shallow = shape_model(*arguments, 1) if layers > depth else None
 
     def extend(deeper: int, shallower: int) -> int:
-        """From `depth` layers, and one, to all."""
+        """Extrapolate from the models with `depth` layers and with one to all layers."""
         return deeper + (layers - depth) * (deeper - shallower)
 
     def whole(measure: Callable[[LossModel], int]) -> int:
@@ -387,23 +388,23 @@ def _footprint(experiment: Experiment, model_config: Any, settings: Settings, vo
         fixed["base"] = _sharded(fixed["base"], _frozen_bytes(_layers(deep)[0]), layers, settings.shards)
     batches = _micro_batches(experiment, settings, max(model_config.vocab_size, vocabulary or 0))
     samples = [_run(deep, batch, settings) for batch in batches[:2]]
-    # What a layer takes while it is at work comes on top of what all layers keep, so both grow alike with the layers.
+    # A layer's temporary memory is on top of what all layers keep, so both grow alike with the number of layers.
     kept = [_run(shallow, batch, settings).activations for batch in batches[:2]] if shallow else [0, 0]
     grown = [extend(sample.activations, one) - sample.activations for sample, one in zip(samples, kept, strict=True)]
     heads = [_run(_without_layers(deep), batch, settings) for batch in batches[2:]]
-    places = tuple(batch.input_ids.numel() for batch in batches)
+    sizes = tuple(batch.input_ids.numel() for batch in batches)
     return Footprint(
         **fixed,
-        activations=Line(places[:2], tuple(s.activations + g for s, g in zip(samples, grown, strict=True))),
-        logits_and_loss=Line(places, tuple(sample.logits_and_loss for sample in (*samples, *heads))),
-        layers=Line(places[:2], tuple(s.layers + g for s, g in zip(samples, grown, strict=True))),
+        activations=Line(sizes[:2], tuple(s.activations + g for s, g in zip(samples, grown, strict=True))),
+        logits_and_loss=Line(sizes, tuple(sample.logits_and_loss for sample in (*samples, *heads))),
+        layers=Line(sizes[:2], tuple(s.layers + g for s, g in zip(samples, grown, strict=True))),
     )
 
 
 def optimizer_bytes(parameters: Sequence[torch.Tensor], optimizer: Optimizer) -> int:
-    """Bytes of AdamW's two moments and step counts.
+    """The bytes of AdamW's two moments and step counts.
 
-    In 8 bits both moments have one byte and, for each block, one float32; small tensors stay in 32 bits.
+    In 8 bits, both moments have one byte and, for each block, one float32; small tensors stay in 32 bits.
     """
     total = 0
     for parameter in parameters:
@@ -418,15 +419,15 @@ def optimizer_bytes(parameters: Sequence[torch.Tensor], optimizer: Optimizer) ->
 
 
 def _sharded(base: int, layer: int, layers: int, shards: int) -> int:
-    """Bytes of sharded frozen weights at their most: a piece of all, what is no layer whole, and three layers.
+    """The maximum bytes of sharded frozen weights: a shard of all, everything outside of layers, and three layers.
 
-    One layer is at work, the next one has arrived, and stands twice while it is put in place.
+    One layer is in use, and the next one exists twice while it is copied into place.
     """
     return -(-base // shards) + base - layers * layer + min(3, layers) * layer
 
 
 def _frozen_bytes(model: torch.nn.Module) -> int:
-    """What does not train takes."""
+    """The bytes of frozen weights."""
     return _bytes(tensor for tensor in tensors_of(model) if not tensor.requires_grad)
 
 
@@ -436,20 +437,20 @@ def _layers(model: LossModel) -> torch.nn.ModuleList:
 
 
 def _trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters that train."""
+    """The trainable parameters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """What these tensors take."""
+    """The bytes of these tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _micro_batches(experiment: Experiment, settings: Settings, vocabulary: int) -> list[MicroBatch]:
-    """Micro-batches of rising size, in which everything is a target.
+    """Micro-batches of increasing size, in which every token is a target.
 
-    The first two are for the layers. Without padding the head works in chunks, so its memory grows otherwise from two
-    chunks on, where one chunk's logits still stand when the next one's are made.
+    The first two are for the layers. Without padding the head works in chunks, so its memory grows differently from two
+    chunks on, where the logits of one chunk still exist when those of the next are computed.
     """
     if not settings.padding_free:
         length = experiment.tokenization.max_length
@@ -460,7 +461,7 @@ def _micro_batches(experiment: Experiment, settings: Settings, vocabulary: int) 
 
 
 def _micro_batch(shape: tuple[int, int], segments: tuple[int, ...] | None) -> MicroBatch:
-    """One of this shape; padded, its last place is padding, since without any there would be no mask."""
+    """A micro-batch of this shape. With padding, its last token is padding, as otherwise there would be no mask."""
     input_ids = torch.zeros(shape, dtype=torch.long)
     mask = None
     if segments is None:
@@ -470,13 +471,13 @@ def _micro_batch(shape: tuple[int, int], segments: tuple[int, ...] | None) -> Mi
 
 
 def _without_layers(model: LossModel) -> LossModel:
-    """The same model, head and loss alone."""
+    """The same model without layers: only head and loss."""
     model.model.get_base_model().get_decoder().layers = torch.nn.ModuleList()
     return model
 
 
 def _run(model: LossModel, micro_batch: MicroBatch, settings: Settings) -> _Sample:
-    """What a micro-batch takes."""
+    """Measure a micro-batch."""
     decoder = model.model.get_base_model().get_decoder()
     device, dtype = torch.device("cpu"), settings.dtype
     mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.mixed_precision)
@@ -502,14 +503,13 @@ def _run(model: LossModel, micro_batch: MicroBatch, settings: Settings) -> _Samp
 
 
 # ----------------------------------------------------------------------------------------------------
-# How a run's updates are computed on this machine: with or without padding, checkpointing, expanded 4-bit weights.
+# How the updates are computed on this machine: with or without padding, checkpointing and dequantized 4-bit weights.
 #
-# What is decided here changes time and memory, never the update. With `training.padding_free: false` nothing is
-# decided: the recipe is computed as it is written, and what it costs is what it shows. Settings of a checkpoint are
-# kept.
+# These decisions change time and memory, but not the update. With `training.padding_free: false` nothing is decided:
+# the recipe is computed as it is written, to show what it costs. The settings of a checkpoint are kept.
 
-# A micro-batch of so many tokens keeps the processor busy; larger ones gain little. What is not needed for one of them
-# to fit (checkpointing, compressed weights) is left out.
+# A micro-batch of so many tokens keeps the processor busy; a larger one is hardly faster. Checkpointing and 4-bit
+# weights in compressed form are used only if such a micro-batch would not fit otherwise.
 ENOUGH_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 
@@ -521,25 +521,25 @@ def fit_to_memory(
     memory: int,
     saved: SavedSettings | None = None,
 ) -> Settings:
-    """The settings of a run in full, before the model is loaded.
+    """Complete the settings of a run, before the model is loaded.
 
-    What is decided here (padding, the attention kernel, gradient checkpointing, expanded 4-bit weights) changes time
-    and memory, never the update. With `training.padding_free: false` the recipe is computed as it is written.
+    The decisions (padding, the attention implementation, gradient checkpointing, dequantized 4-bit weights) change time
+    and memory, but not the update. With `training.padding_free: false` the recipe is computed as it is written.
 
     Args:
-        settings: as `resolve_settings` returns them.
-        model_config: the base model's, as transformers reads it.
-        vocabulary: the tokenizer's size.
-        memory: bytes that the run may use.
-        saved: the settings of the checkpoint that the run resumes from. They are kept where the machine can.
+        settings: the result of `resolve_settings`.
+        model_config: the base model's configuration, as transformers reads it.
+        vocabulary: the size of the tokenizer.
+        memory: the bytes that the run may use.
+        saved: the settings of the checkpoint that the run resumes from, which are kept if the machine can.
 
     Raises:
-        UserError: a target module that the model does not have.
+        UserError: the model does not have a target module.
     """
     check_targets(without_contents(model_config), experiment.lora)
     model, changes = experiment.model, dict(settings.changes)
 
-    # Attention, and whether examples can lie end to end without padding
+    # Attention, and whether examples can be concatenated without padding
     why_padded = padding_needed(experiment, model_config)
     attention, why_attention = attention_in_effect(model.attn_implementation, model_config)
     if why_padded is None and attention == "sdpa":
@@ -549,7 +549,7 @@ def fit_to_memory(
     if why_attention is not None:
         changes["model.attn_implementation"] = (model.attn_implementation, attention, why_attention)
     if settings.shards > 1 and experiment.evaluation.samples:
-        why_none = "the base is sharded, and all processes would have to write each answer"
+        why_none = "the base is sharded, and generating needs all processes"
         changes["evaluation.samples"] = (str(experiment.evaluation.samples), "0", why_none)
     if padding_free != asked:
         changes["training.padding_free"] = ("true", "false", why_padded or KEPT)
@@ -561,7 +561,7 @@ def fit_to_memory(
         gradient_checkpointing=model.gradient_checkpointing,
     )
 
-    # Gradient checkpointing, and packed or expanded 4-bit weights
+    # Gradient checkpointing, and 4-bit or dequantized weights
     planned, tokens = None, enough_tokens(experiment, settings.device_type)
     why = {"dequantize": "only without padding"}
     if padding_free and saved is not None:
@@ -572,7 +572,7 @@ def fit_to_memory(
         settings, why, planned = _fastest_that_fits(settings, experiment, model_config, vocabulary, memory)
         settings = replace(settings, planned_tokens=planned.most_tokens(memory))
     elif settings.device_type == "cpu":
-        with contextlib.suppress(*LOAD_ERRORS):  # what is wrong with the model is said when it is loaded
+        with contextlib.suppress(*LOAD_ERRORS):  # reported when the model is loaded
             planned = footprint(experiment, model_config, settings, vocabulary)
         tokens = experiment.training.per_device_batch_size * experiment.tokenization.max_length
     if settings.gradient_checkpointing != model.gradient_checkpointing:
@@ -582,26 +582,26 @@ def fit_to_memory(
         used = "once, and kept so" if settings.dequantize else "never"
         changes["model.dequantize"] = ("auto", used, why["dequantize"])
 
-    # Whether a CPU's allocator has to return what is freed
+    # Whether freed memory must be returned to the system on a CPU
     short = settings.gradient_checkpointing or (planned is not None and planned.resident(tokens) > memory)
     return replace(settings, return_memory=settings.device_type == "cpu" and short, changes=changes)
 
 
 def enough_tokens(experiment: Experiment, device_type: str) -> int:
-    """Tokens of a micro-batch beyond which larger ones gain little, or of the longest example where that is more."""
+    """The micro-batch size in tokens beyond which a larger one is hardly faster, but at least the longest example."""
     return max(ENOUGH_TOKENS[device_type], experiment.tokenization.max_length)
 
 
 def _fastest_that_fits(
     settings: Settings, experiment: Experiment, model_config: Any, vocabulary: int, memory: int
 ) -> tuple[Settings, dict[str, str], Footprint]:
-    """Checkpointing and expanded weights or not, whatever is the fastest that fits; the reasons; and its footprint."""
+    """Choose the fastest combination of checkpointing and dequantized weights that fits; with reasons and footprint."""
     tokens = enough_tokens(experiment, settings.device_type)
     ways = [(False, False), (True, False)]  # (gradient checkpointing, expanded weights), the fastest first
     if settings.quantization == "4bit" and experiment.model.dequantize == "auto":
         ways.insert(0, (False, True))
     peaks = {}
-    for way in ways:  # the last one, if none fits: the probe will say
+    for way in ways:  # if none fits, the last one remains, and the trial before the first update reports it
         settings = replace(settings, gradient_checkpointing=way[0], dequantize=way[1])
         planned = footprint(experiment, model_config, settings, vocabulary)
         peaks[way] = gibibytes(planned.peak(tokens))
@@ -609,7 +609,7 @@ def _fastest_that_fits(
             break
     of = f"of {gibibytes(memory)} GiB for micro-batches of {tokens:,} tokens"
     why = {
-        "checkpointing": f"the plan without it is {peaks.get((False, False)) or peaks[way]} GiB {of}",
-        "dequantize": f"the plan with weights expanded is {peaks.get((False, True))} GiB {of}",
+        "checkpointing": f"the estimate without it is {peaks.get((False, False)) or peaks[way]} GiB {of}",
+        "dequantize": f"the estimate with dequantized weights is {peaks.get((False, True))} GiB {of}",
     }
     return settings, why, planned

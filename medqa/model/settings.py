@@ -1,10 +1,10 @@
 """How this machine computes an experiment: one object, `Settings`, from which everything else is built.
 
-What the hardware decides comes first (`resolve_settings`): the device, and the precision that it really has. Mixed
-precision, the type of the frozen weights and the compute type of 4-bit weights move together: float32 on a CPU,
-bfloat16 on a GPU of compute capability 8.0 or more, float16 with a gradient scaler on an older one. What depends on the
-model and on the memory comes second (`medqa/model/memory.py`, `fit_to_memory`). A checkpoint keeps the settings that
-its numbers depend on (`SavedSettings`), and a resumed run keeps them where the machine can.
+First, `resolve_settings` decides what depends on the hardware: the device, and the precision that it supports. Mixed
+precision, the type of the frozen weights and the compute type of 4-bit weights change together: float32 on a CPU,
+bfloat16 on a GPU with compute capability 8.0 or higher, float16 with a gradient scaler on an older one. Then,
+`fit_to_memory` (`medqa/model/memory.py`) decides what depends on model and memory. A checkpoint stores the settings
+that its values depend on (`SavedSettings`), and a resumed run keeps them if the machine can.
 """
 
 import os
@@ -25,19 +25,19 @@ from medqa.variables import is_on
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KEPT = "as in the checkpoint that the run resumes from"
 DEVICES = Path("/dev")
-BF16_CAPABILITY = (8, 0)  # a T4 (7.5) only emulates bfloat16, slowly, though torch says that it is supported
+BF16_CAPABILITY = (8, 0)  # a T4 (7.5) only emulates bfloat16, slowly, although torch reports support for it
 
-Change = tuple[str, str, str]  # asked, in effect, why
+Change = tuple[str, str, str]  # requested, in effect, reason
 
 
 class Part(BaseModel):
-    """A part of a checkpoint's manifest: exactly of this form, or written by another version."""
+    """A part of a checkpoint's manifest. A part with other keys was written by another version."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class SavedSettings(Part):
-    """The settings that a checkpoint keeps. Those with a default are not in the checkpoints of the first versions."""
+    """The settings that a checkpoint stores. Those with a default are not in checkpoints of the first versions."""
 
     mixed_precision: Literal["bf16", "fp16", "no"]
     dtype: Literal["bfloat16", "float16", "float32"]
@@ -50,23 +50,23 @@ class SavedSettings(Part):
 
 @dataclass(frozen=True)
 class Settings:
-    """How this machine computes an experiment. Other settings give the same update, except for its last digits.
+    """How this machine computes an experiment. Other settings give the same update, except for the last digits.
 
     Attributes:
         device_type: `cpu` or `cuda`.
-        mixed_precision: `bf16`, `fp16` or `no`, as Accelerate knows them.
+        mixed_precision: `bf16`, `fp16` or `no`, as in Accelerate.
         dtype: the type of the frozen weights, and the compute type of 4-bit weights.
         quantization: `none` or `4bit`.
-        attn_implementation: by the name that transformers knows it under.
+        attn_implementation: the name of the attention implementation in transformers.
         padding_free: training concatenates examples without padding (`data.batches.pack`).
         evaluation_padding_free: evaluation does, whatever training does.
-        gradient_checkpointing: activations are computed again in the backward pass instead of being kept.
-        dequantize: 4-bit weights are expanded once, when they are loaded, and stay expanded.
-        planned_tokens: the most tokens of a micro-batch without padding that the memory estimate has room for; None
-            where nothing was estimated.
-        shards: over how many processes the frozen weights are sharded; 1 where every process has all of them.
-        return_memory: freed memory goes back to the system at once (`medqa/model/device.py`), which is slower.
-        changes: `section.key` to (asked, in effect, reason), where the two differ.
+        gradient_checkpointing: activations are recomputed in the backward pass instead of being kept.
+        dequantize: 4-bit weights are dequantized once, when they are loaded.
+        planned_tokens: the maximum size in tokens of a micro-batch without padding, by the memory estimate; None if
+            there is no estimate.
+        shards: the number of processes over which the frozen weights are sharded; 1 if every process has all of them.
+        return_memory: freed memory is returned to the system at once (`medqa/model/device.py`), which is slower.
+        changes: `section.key` to (requested, in effect, reason), where the two differ.
     """
 
     device_type: str
@@ -85,24 +85,24 @@ class Settings:
 
     @property
     def fast_lora(self) -> bool:
-        """Whether LoRA is computed by `medqa/model/fast_lora.py`."""
+        """Whether `medqa/model/fast_lora.py` computes LoRA."""
         return self.padding_free and self.device_type == "cpu"
 
     @property
     def dtype_name(self) -> str:
-        """The type of the frozen weights as experiment files name it."""
+        """The type of the frozen weights, as in experiment files."""
         return str(self.dtype).removeprefix("torch.")
 
 
 def resolve_settings(
     experiment: Experiment, *, cpu: bool, saved: SavedSettings | None = None, shards: int = 1
 ) -> Settings:
-    """Device, precision and quantization on this machine; the rest as `fit_to_memory` decides it.
+    """Decide device, precision and quantization on this machine; `fit_to_memory` decides the rest.
 
     Args:
-        cpu: use the CPU even where there is a GPU.
-        saved: the settings of the checkpoint that the run resumes from. They are kept where the machine can.
-        shards: over how many processes the frozen weights are sharded.
+        cpu: use the CPU even if there is a GPU.
+        saved: the settings of the checkpoint that the run resumes from, which are kept if the machine can.
+        shards: the number of processes over which the frozen weights are sharded.
 
     Raises:
         UserError: a GPU is present but the installed torch cannot use it, and `cpu` is not set.
@@ -116,7 +116,7 @@ def resolve_settings(
 
 
 def _precision(experiment: Experiment, cpu: bool, saved: SavedSettings | None) -> Settings:
-    """The device and the precision that it has."""
+    """Decide the device and its precision."""
     if cpu or not usable_gpu():
         return _with_precision(experiment, "cpu", "no", "float32", "on a CPU everything is float32")
     capability = torch.cuda.get_device_capability()
@@ -134,7 +134,7 @@ def _precision(experiment: Experiment, cpu: bool, saved: SavedSettings | None) -
 def _with_precision(
     experiment: Experiment, device_type: str, mixed_precision: str, dtype: str, reason: str
 ) -> Settings:
-    """The given precision, with what was asked differently and why."""
+    """Settings with the given precision, and the changes from the requested one."""
     asked = {"training.mixed_precision": experiment.training.mixed_precision, "model.dtype": experiment.model.dtype}
     used = {"training.mixed_precision": mixed_precision, "model.dtype": dtype}
     changes = {key: (asked[key], used[key], reason) for key in asked if asked[key] != used[key]}
@@ -142,7 +142,7 @@ def _with_precision(
 
 
 def _quantization(model: config.Model, settings: Settings, saved: SavedSettings | None) -> tuple[str, str | None]:
-    """The quantization that this machine has, and the reason where it is not the one asked for."""
+    """The quantization on this machine, and the reason if it is not the requested one."""
     reason = None
     if model.quantization == "4bit":
         reason = four_bit_unavailable(torch.device(settings.device_type), settings.dtype)
@@ -152,7 +152,7 @@ def _quantization(model: config.Model, settings: Settings, saved: SavedSettings 
 
 
 def four_bit_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why 4-bit cannot be had on a device; None where it can. A small layer is quantized and used, before 2 GB are."""
+    """Why 4-bit is not available on a device, or None. Try a small layer first, before loading the model."""
     try:
         import bitsandbytes as bnb
         from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -161,10 +161,10 @@ def four_bit_unavailable(device: torch.device, dtype: torch.dtype) -> str | None
         layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=dtype, quant_type="nf4").to(device)
         layer.support_avx512bf16_for_cpu = False
         layer(torch.ones(1, 64, device=device, dtype=dtype))
-    except torch.OutOfMemoryError:  # a RuntimeError, but no reason to fall back
+    except torch.OutOfMemoryError:  # also a RuntimeError, but not a reason to fall back
         raise
     except (ImportError, RuntimeError, ValueError) as error:
-        return f"4-bit cannot be had here: {type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"4-bit is not available: {type(error).__name__}: {str(error).splitlines()[0]}"
     return None
 
 
@@ -179,16 +179,16 @@ def four_bit_config(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def usable_gpu() -> bool:
-    """Whether there is a GPU that the installed torch can use; False where there is none or it is hidden on purpose.
+    """Whether the installed torch can use a GPU; False if there is none or it is hidden on purpose.
 
-    `accelerate launch --cpu`, or its configuration file's `use_cpu`, is as our own `--cpu`.
+    `accelerate launch --cpu`, or `use_cpu` in its configuration file, has the effect of `--cpu`.
 
     Raises:
-        UserError: there is one but torch cannot use it; says what to install.
+        UserError: there is a GPU but torch cannot use it; the message says what to install.
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or is_on("ACCELERATE_USE_CPU"):
         return False
-    advice = "install a torch that fits the driver and the GPU (https://pytorch.org/get-started), or insist with --cpu"
+    advice = "install a torch that fits the driver and the GPU (https://pytorch.org/get-started), or use --cpu"
     if not torch.cuda.is_available():
         if not _nvidia_device_present():
             return False
@@ -196,18 +196,18 @@ def usable_gpu() -> bool:
         raise UserError(f"an NVIDIA GPU is present, but torch {torch.__version__}, {build}, cannot use it: {advice}")
     try:
         (torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")).sum().item()
-    except torch.OutOfMemoryError:  # usable, only full: said where memory is really asked for
+    except torch.OutOfMemoryError:  # usable but full, which is reported when memory is needed
         return True
-    except RuntimeError as error:  # "no kernel image is available": a wheel without code for this GPU
+    except RuntimeError as error:  # "no kernel image is available": the wheel has no code for this GPU
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{torch.cuda.get_device_name()} cannot be used by torch {torch.__version__}: {reason}; {advice}"
+            f"torch {torch.__version__} cannot use {torch.cuda.get_device_name()}: {reason}; {advice}"
         ) from error
     return True
 
 
 def _nvidia_device_present() -> bool:
-    """Whether the kernel shows an NVIDIA GPU, whatever torch says (WSL shows /dev/dxg and the driver's library)."""
-    # Any number: a container may be given the machine's third GPU alone, as /dev/nvidia2.
+    """Whether the kernel has an NVIDIA GPU, whatever torch reports (in WSL: /dev/dxg and the driver's library)."""
+    # Any number, because a container may have only the machine's third GPU, as /dev/nvidia2.
     in_wsl = Path("/dev/dxg").exists() and Path("/usr/lib/wsl/lib/libcuda.so").exists()
     return in_wsl or any(DEVICES.glob("nvidia[0-9]*"))

@@ -1,11 +1,11 @@
-"""Rebuilds the embedded base model: a Llama with 0.75 million parameters that has read `text.txt` and nothing else.
+"""Rebuild the embedded base model: a Llama with 0.75 million parameters, trained only on `text.txt`.
 
     python -m medqa.tiny.build [--output DIR] [--steps N]
 
-The tokenizer is trained on that text and on the words of the sample data, so that no medical word falls into bytes.
-The model never sees the sample data, nor the prompt: those are for the fine-tuning to learn. What is stored resembles
-TinyLlama-1.1B-Chat in everything that a fine-tuning loop can stumble over: BOS but no EOS added, `</s>` as the padding
-token, padding on the right, untied embeddings, and a chat template that belongs to another prompt.
+The tokenizer is trained on that text and on the words of the sample data, so that no medical word is split into bytes.
+The model never sees the sample data or the prompt: fine-tuning has to learn those. It resembles TinyLlama-1.1B-Chat in
+the details that matter to a fine-tuning loop: BOS but no EOS is added, `</s>` is the padding token, padding is on the
+right, embeddings are untied, and the chat template belongs to another prompt.
 
 One thread, one seed: two builds on one machine are bit-identical. Other kinds of CPU round differently.
 """
@@ -30,13 +30,13 @@ MAX_POSITIONS = 512
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"  # ids 0, 1, 2, as in Llama 2
 
 SEED = 0
-STEPS = 120  # from 150 on it learns the text by heart, and its perplexity on the sample data rises again
+STEPS = 120  # from 150 on it memorizes the text, and its perplexity on the sample data rises again
 LEARNING_RATE = 4e-3
 WARMUP_STEPS = 20
 BATCH_SIZE = 16
 WINDOW = 192  # tokens; no row of the sample data is longer, prompt and answer together
 
-# Deliberately not this project's prompt: a saved adapter must replace it, and tests see to it that it does.
+# Deliberately not this project's prompt: a saved adapter must replace it, which tests check.
 FOREIGN_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + eos_token + '\n' }}"
@@ -59,7 +59,7 @@ def sample_words() -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """A byte-level BPE tokenizer that puts BOS in front and nothing behind, like Llama 2's."""
+    """A byte-level BPE tokenizer that adds BOS but not EOS, like Llama 2's."""
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,17 +79,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Token
 
 
 def token_stream(tokenizer: Tokenizer, text: str) -> torch.Tensor:
-    """Ids of all documents (two empty lines between them) in a row, each inside BOS and EOS; shape (tokens,), int64."""
+    """The ids of all documents (separated by two empty lines), each between BOS and EOS; shape (tokens,), int64."""
     eos = tokenizer.token_to_id(EOS)
     documents = [document.strip() for document in text.split("\n\n\n")]
     return torch.tensor([i for document in documents for i in (*tokenizer.encode(document).ids, eos)])
 
 
 def base_config() -> LlamaConfig:
-    """TinyLlama in small.
+    """A small TinyLlama.
 
-    At rank 8 the intermediate size gives some LoRA matrices 4,096 elements, below which bitsandbytes keeps its
-    optimizer state in float32; sizes are multiples of 32, as the blocks of quantized exports ask.
+    At rank 8 the intermediate size gives some LoRA matrices 4,096 elements, below which bitsandbytes keeps optimizer
+    states in float32. Sizes are multiples of 32, the block size of quantized exports.
     """
     return LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -107,7 +107,7 @@ def base_config() -> LlamaConfig:
 
 @contextmanager
 def reproducible(seed: int) -> Iterator[None]:
-    """One thread, deterministic kernels and a seeded generator; gives the caller's state back afterwards."""
+    """One thread, deterministic kernels and a seeded generator; the previous state is restored afterwards."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -121,7 +121,7 @@ def reproducible(seed: int) -> Iterator[None]:
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warmup, then half a cosine down to 0 after `steps` updates; `step` counts from 0."""
+    """Linear warmup, then a cosine decay to 0 after `steps` updates; `step` counts from 0."""
     return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
@@ -155,7 +155,7 @@ def pretrain(tokenizer: Tokenizer, text: str, steps: int = STEPS, seed: int = SE
 
 
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, output: Path) -> None:
-    """Writes model and tokenizer so that `from_pretrained` finds them. The model itself becomes bfloat16."""
+    """Write model and tokenizer for `from_pretrained`. The model itself is converted to bfloat16."""
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2)
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save(str(output / "tokenizer.json"))
@@ -174,7 +174,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, output: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains tokenizer and model, and saves both."""
+    """Train tokenizer and model, and save both."""
     parser = argparse.ArgumentParser(description="Rebuild the embedded base model.")
     parser.add_argument("--output", type=Path, default=BASE_DIR, help="directory to write to (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="pre-training updates (default: %(default)s)")

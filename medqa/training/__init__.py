@@ -1,1 +1,1 @@
-"""The loop and what drives it."""
+"""The training loop, and the parts of a run: checkpoints, output directory, mirror, metrics, processes."""

@@ -1,4 +1,4 @@
-"""The end of a run: final evaluation, sample answers, adapter, model card, summary."""
+"""What comes before and after training: baseline, final evaluation, sample answers, adapter, model card, summary."""
 
 import os
 import re
@@ -40,8 +40,14 @@ from medqa.training.wandb import EVAL_NAMES, log_adapter, log_samples, sampled_r
 
 
 @dataclass(frozen=True)
-class Ending:
-    """What a run ends with: the figures of the adapter that it leaves, and the update that the adapter is from."""
+class FinalMetrics:
+    """The metrics of the final adapter.
+
+    Attributes:
+        final: on the validation split.
+        test: on the test split.
+        adapter_step: the update that the adapter comes from.
+    """
 
     final: SplitLoss
     test: SplitLoss
@@ -49,9 +55,9 @@ class Ending:
 
 
 class HeldOut:
-    """The held-out rows of a run, measured before, during and after training.
+    """Evaluates the held-out rows of a run before, during and after training.
 
-    Training is followed on a fixed subset of the validation rows; before and after it all of them are measured.
+    During training only a fixed subset of the validation rows is evaluated; before and after it all of them are.
 
     Attributes:
         validation: the examples of the validation split.
@@ -72,18 +78,18 @@ class HeldOut:
             batches.accelerator,
             experiment.tokenization,
             batches.pad_token_id,
-            batches.most_tokens,  # about as many at once as training has
+            batches.most_tokens,  # about as many as in a micro-batch of training
             settings.evaluation_padding_free,
         )
         self._subset = fixed_subset(self.validation, experiment.evaluation.rows, experiment.training.seed)
         self._fixed_rows = [self.validation[i] for i in self._subset]
 
     def fixed_loss(self) -> SplitLoss:
-        """The loss of the fixed validation rows with the current weights."""
+        """The loss of the fixed validation rows for the current weights."""
         return self._evaluator.measure(self._fixed_rows)
 
     def measure_baseline(self, progress: Progress, recorder: Recorder) -> None:
-        """Measure the validation split before the first update, unless a session before has done so."""
+        """Evaluate the validation split before the first update, unless an earlier session has done so."""
         if progress.baseline is None:
             began = recorder.clock()
             losses = self._evaluator.row_losses(self.validation)
@@ -91,24 +97,24 @@ class HeldOut:
             progress.baseline = summarize(losses, self.validation)
             progress.best_loss = self._of_fixed_rows(losses).loss
             recorder.log_split(0, "eval", progress.baseline)
-        reset_peak(self._evaluator.accelerator.device)  # from here on the peak is that of training
-        recorder.phases.done("evaluation")
+        reset_peak(self._evaluator.accelerator.device)  # from here on the peak memory is that of training
+        recorder.startup.record("evaluation")
 
     def final_seconds(self, progress: Progress) -> float:
-        """About how long the final evaluation takes: that of validation, once or twice, of test, and a margin."""
+        """An estimate of the seconds for the final evaluation: validation once or twice, test once, and a margin."""
         return (4 if self._experiment.training.keep == "best" else 3) * progress.evaluation_s
 
-    def measure_final(self, state: TrainState, places: Sequence[Path], recorder: Recorder) -> Ending:
+    def measure_final(self, state: TrainState, directories: Sequence[Path], recorder: Recorder) -> FinalMetrics:
         """The final evaluation, on all rows. With `training.keep: best` the model has the best adapter afterwards.
 
-        The validation split is recorded as it is after the last update. The test split is measured once, with the
-        adapter that stays.
+        The validation split is logged with the adapter of the last update. The test split is evaluated once, with the
+        adapter that the run keeps.
 
         Args:
-            places: the directories that may have the best checkpoint.
+            directories: where to look for the checkpoint with the best adapter.
 
         Raises:
-            UserError: the best checkpoint has gone, or is damaged.
+            UserError: that checkpoint is missing or damaged.
         """
         progress, keep = state.progress, self._experiment.training.keep
         losses = self._evaluator.row_losses(self.validation)
@@ -117,33 +123,35 @@ class HeldOut:
         recorder.log_split(progress.step, "eval", final)
         if keep == "best" and progress.best_step == 0:
             recorder.message(
-                "the baseline was best on the fixed validation rows: the adapter kept is that of the last update"
+                "training.keep=best: the baseline has the lowest loss on the fixed validation rows, so the adapter of "
+                "the last update is kept"
             )
         elif keep == "best" and progress.best_step != progress.step:
             adapter_step = progress.best_step
-            _take_best(state.adapted, self._evaluator.accelerator, places, adapter_step)
+            _load_best(state.adapted, self._evaluator.accelerator, directories, adapter_step)
             recorder.message(
-                f"the adapter kept is that of update {adapter_step}, the best on the fixed validation rows"
+                f"training.keep=best: the adapter of update {adapter_step} is kept; it has the lowest loss on the "
+                "fixed validation rows"
             )
             final = self._evaluator.measure(self.validation)
         test = self._evaluator.measure(self._test)
         recorder.log_split(progress.step, "test", test)
-        return Ending(final, test, adapter_step)
+        return FinalMetrics(final, test, adapter_step)
 
     def _of_fixed_rows(self, losses: np.ndarray) -> SplitLoss:
-        """The fixed rows' part of the losses of all validation rows."""
+        """The loss of the fixed rows, from the losses of all validation rows."""
         return summarize(losses[self._subset], self._fixed_rows)
 
 
-def _take_best(model: PeftModel, accelerator: Accelerator, places: Sequence[Path], step: int) -> None:
-    """The best adapter on every process. The first one reads it and hands it on: only it need see the directories.
+def _load_best(model: PeftModel, accelerator: Accelerator, directories: Sequence[Path], step: int) -> None:
+    """Load the best adapter on every process. Only the main process reads files; it broadcasts the weights.
 
     Raises:
         UserError: as `_best_checkpoint`, on every process.
     """
 
     def read() -> None:
-        load_adapter_weights(model, _best_checkpoint(places, step), "checkpoint")
+        load_adapter_weights(model, _best_checkpoint(directories, step), "checkpoint")
 
     on_main(accelerator, read)
     for parameter in model.parameters():
@@ -151,27 +159,27 @@ def _take_best(model: PeftModel, accelerator: Accelerator, places: Sequence[Path
             parameter.data.copy_(broadcast(parameter.data))
 
 
-def _best_checkpoint(places: Sequence[Path], step: int) -> Path:
-    """The whole checkpoint of an update, in the first of these directories that has it.
+def _best_checkpoint(directories: Sequence[Path], step: int) -> Path:
+    """The valid checkpoint of update `step` in the first of these directories that has it.
 
     Raises:
-        UserError: none has.
+        UserError: none has it.
     """
     problems = []
-    for path in (place / f"checkpoint-{step}" for place in places):
+    for path in (directory / f"checkpoint-{step}" for directory in directories):
         try:
             verify_checkpoint(path)
             return path
         except Damaged as error:
             problems.append(f"{path}: {error}")
     raise UserError(
-        f"training.keep = best, and of update {step}, the best, no whole checkpoint is left: {'; '.join(problems)}; "
-        "put it back and start again, or take the newest as it is: medqa export DIR --checkpoint STEP"
+        f"training.keep=best: the checkpoint of update {step} is missing or damaged ({'; '.join(problems)}). Restore "
+        "it and start again, or export another: `medqa export DIR --checkpoint STEP`"
     )
 
 
 # ----------------------------------------------------------------------------------------------------
-# What a finished run leaves: the adapter with tokenizer and model card, and `summary.json`.
+# The results of a run: the adapter with tokenizer and model card, and `summary.json`.
 
 LICENCES = {
     "medquad": "MedQuAD (Ben Abacha and Demner-Fushman, 2019): CC BY 4.0",
@@ -181,12 +189,12 @@ LICENCES = {
 NON_COMMERCIAL = "cc-by-nc-sa-4.0"
 UNKNOWN = "other"
 HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
-NOT_IN_CODE = str.maketrans("`|", "' ")  # a table's cells end at "|" in a code span too
-PERMISSIVE = (Model().base, str(BASE_DIR))  # Apache 2.0 and our own: they add nothing to the data's terms
+NOT_IN_CODE = str.maketrans("`|", "' ")  # "|" ends the cell of a table even inside a code span
+PERMISSIVE = (Model().base, str(BASE_DIR))  # Apache 2.0 and the embedded model: no terms beyond those of the data
 
 
 def licence(data: Data, base: str) -> tuple[str, str]:
-    """The licence of what was trained on these data from this base, as the hub names it and as a sentence."""
+    """The licence of an adapter trained on these data from this base: the hub's name for it, and a sentence."""
     own = f"; the licences of {', '.join(f'`{name}`' for name in sorted(data.files))}, data of one's own, apply too"
     if data.afrimedqa != "none":
         why = "non-commercial use only, because AfriMed-QA v2 is CC BY-NC-SA 4.0"
@@ -199,7 +207,7 @@ def licence(data: Data, base: str) -> tuple[str, str]:
 
 
 def data_lines(data: Data) -> str:
-    """What was trained on, a line each; data of one's own by name, because a path says who one is."""
+    """The training data, one line for each source. The user's own data appear by name: a path may identify the user."""
     used = [text for name, text in LICENCES.items() if getattr(data, name) != "none"]
     return "\n".join(f"- {text}" for text in [*used, *(f"`{name}`: data of one's own" for name in sorted(data.files))])
 
@@ -210,32 +218,32 @@ def front_matter(values: Mapping[str, Any]) -> str:
 
 
 def plain(text: Any) -> str:
-    """Text that Markdown and HTML show as it stands, on one line; for names that anyone may have chosen."""
+    """Text on one line, escaped so that Markdown and HTML show it literally; for names that others chose."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return re.sub(r"([\\`*\[\]<>&|#~])", r"\\\1", line)
 
 
 def code(text: Any) -> str:
-    """Text as a Markdown code span on one line, in which nothing else is markup."""
+    """Text on one line as a Markdown code span, without other markup in it."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return f"`{line.translate(NOT_IN_CODE)}`"
 
 
 def public_name(where: str) -> str | None:
-    """What a model or an adapter is called on the Hugging Face Hub, None where that is not known.
+    """The name of a model or an adapter on the Hugging Face Hub; None if unknown.
 
-    A path is no name: it says who the user is, and nobody else has anything there. Of a path into the hub's own cache
+    A local path is not a name: it may identify the user, and means nothing to others. For a path in the hub's own cache
     the name is known.
     """
-    place = os.path.expanduser(where)
-    cached = re.search(r"models--([\w.-]+?)/snapshots/[0-9a-f]{40}/?$", os.path.realpath(place))
+    path = os.path.expanduser(where)
+    cached = re.search(r"models--([\w.-]+?)/snapshots/[0-9a-f]{40}/?$", os.path.realpath(path))
     if cached is not None:
         return cached[1].replace("--", "/", 1)
-    return where if HUB_NAME.fullmatch(where) and not os.path.lexists(place) else None
+    return where if HUB_NAME.fullmatch(where) and not os.path.lexists(path) else None
 
 
 def base_words(base: str) -> str:
-    """A base model in a sentence of a card: its name on the hub, or that it has none."""
+    """A base model in a sentence of a model card: its name on the hub, or a description."""
     if (name := public_name(base)) is not None:
         return code(name)
     return "the embedded base model" if base == str(BASE_DIR) else "a base model in a local directory"
@@ -244,51 +252,53 @@ def base_words(base: str) -> str:
 def save_results(
     run: Run,
     state: TrainState,
-    ending: Ending,
+    ending: FinalMetrics,
     tokenizer: PreTrainedTokenizerBase,
     validation: Sequence[Example],
     experiment: Experiment,
     recorder: Recorder,
 ) -> None:
-    """Save the adapter and `summary.json`, give W&B sample answers and the adapter, and show the result.
+    """Save the adapter and `summary.json`, log sample answers and the adapter to W&B, and print the result.
 
-    The main process does it; the others have nothing to do.
+    Only the main process does this.
 
     Args:
-        validation: the rows from which the sample answers are taken.
+        validation: the rows that sample answers are generated for.
 
     Raises:
-        UserError: something that no run made has the name of the adapter's directory.
+        UserError: the name of the adapter's directory is taken by a file or a link that no run created.
     """
-    accelerator, feed = recorder.accelerator, recorder.feed
+    accelerator, wandb_logger = recorder.accelerator, recorder.wandb_logger
     if not accelerator.is_main_process:
-        return feed.finish()
+        return wandb_logger.finish()
     summary = make_summary(experiment, state, ending, run, recorder)
     directory = save_final_adapter(run.output_dir, state.adapted, tokenizer, summary, experiment)
     summary |= adapter_sha256(directory)
     samples = sampled_rows(validation, experiment)
     if accelerator.trackers and not run.identity.environment.sharded and samples:
         answers = sample_answers(state.adapted, tokenizer, samples, ending.adapter_step)
-        feed.attempt(lambda: log_samples(accelerator, answers, feed.first), asks=True)
-    feed.attempt(lambda: log_adapter(accelerator, experiment.tracking, directory, run.session.run_id), asks=True)
+        wandb_logger.attempt(lambda: log_samples(accelerator, answers, wandb_logger.first), online=True)
+    wandb_logger.attempt(
+        lambda: log_adapter(accelerator, experiment.tracking, directory, run.session.run_id), online=True
+    )
     write_json(summary, run.output_dir / SUMMARY)
     recorder.show_result(summary, directory)
-    feed.finish()
+    wandb_logger.finish()
 
 
 def make_summary(
-    experiment: Experiment, state: TrainState, ending: Ending, run: Run, recorder: Recorder
+    experiment: Experiment, state: TrainState, ending: FinalMetrics, run: Run, recorder: Recorder
 ) -> dict[str, Any]:
-    """The content of `summary.json`, but for the checksum of the adapter."""
+    """The content of `summary.json`, except the checksum of the adapter."""
     progress, accelerator, identity = state.progress, recorder.accelerator, run.identity
     assert progress.baseline is not None  # it was measured before the first update
     trainable, total = parameter_counts(state.adapted)
     device = accelerator.device
     return {
         "experiment": run.name,
-        "baseline": _figures(progress.baseline.record()),
-        "final": _figures(ending.final.record()),
-        "test": _figures(ending.test.record()),
+        "baseline": _split_metrics(progress.baseline.record()),
+        "final": _split_metrics(ending.final.record()),
+        "test": _split_metrics(ending.test.record()),
         "best_step": progress.best_step,
         "wall_clock_s": recorder.clock(),
         "peak_memory_bytes": progress.peak_memory,
@@ -309,8 +319,8 @@ def make_summary(
         "scaler_overflows": progress.overflows,
         "micro_batch_rows": progress.micro_batch_rows or experiment.training.per_device_batch_size,
         "micro_batch_tokens": progress.micro_batch_tokens,
-        "start_s": dict(recorder.phases.seconds),
-        "not_bitwise": [asdict(moved) for moved in progress.not_bitwise],
+        "start_s": dict(recorder.startup.seconds),
+        "not_bitwise": [asdict(change) for change in progress.not_bitwise],
         "data_fingerprint": identity.fingerprints.data,
         "base_fingerprint": identity.fingerprints.base,
         "git_commit": git_commit(),
@@ -318,8 +328,8 @@ def make_summary(
     }
 
 
-def _figures(record: Mapping[str, Any]) -> dict[str, float | None]:
-    """A split's four figures."""
+def _split_metrics(record: Mapping[str, Any]) -> dict[str, float | None]:
+    """The four metrics of a split."""
     return {key: record[key] for key in EVAL_NAMES}
 
 
@@ -330,24 +340,25 @@ def save_final_adapter(
     summary: Mapping[str, Any],
     experiment: Experiment,
 ) -> Path:
-    """Adapter, tokenizer and model card in a directory of their own; its path.
+    """Write adapter, tokenizer and model card to `lora_adapters/`, and return that directory.
 
     Raises:
-        UserError: something that no run made has its name.
+        UserError: the name of the directory is taken by a file or a link that no run created.
     """
     directory = output_dir / ADAPTER_DIR
-    # Written beside it first, so that each file is replaced whole; on the same disk, because /tmp may be small.
+    # Written to a temporary directory first, so that each file is replaced atomically; on the same disk, because /tmp
+    # may be small.
     beside = output_dir / (ADAPTER_DIR + UNFINISHED)
     shutil.rmtree(beside, ignore_errors=True)  # left by a killed process
     try:
         beside.mkdir()
         save_adapter(model, beside)
         save_tokenizer(tokenizer, beside)
-        (beside / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")  # where servers look
+        (beside / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")  # for servers
         (beside / "README.md").write_text(model_card(summary, experiment), encoding="utf-8")
         if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
             raise UserError(
-                f"{directory}: not a directory that a run made, and nothing is written through a link: move it away, "
+                f"{directory}: a file or a link that no run created, where the adapter must be saved; move it away, "
                 "then start again"
             )
         directory.mkdir(exist_ok=True)
@@ -359,19 +370,19 @@ def save_final_adapter(
 
 
 def adapter_sha256(directory: Path) -> dict[str, str]:
-    """What the summary records of the adapter's weights, so that they can be told from others afterwards."""
+    """The entry of `summary.json` that identifies the weights of the adapter: their sha256."""
     return {"adapter_sha256": measure(directory / ADAPTER_FILES[0])["sha256"]}
 
 
 def model_card(summary: Mapping[str, Any], experiment: Experiment) -> str:
-    """The adapter's README: data and licences, figures, intended use."""
+    """The adapter's README: data and licences, metrics, intended use."""
     short, sentence = licence(experiment.data, experiment.model.base)
     base = public_name(experiment.model.base)
     header: dict[str, Any] = {"base_model": base} if base else {}
     header |= {"library_name": "peft", "license": short, "tags": ["lora", "medical", "question-answering"]}
-    figures = "\n".join(
-        f"| {label} | {part['loss']:.4f} | {part['perplexity']:.3f} | {_figure(part['answer_loss'], 4)} | "
-        f"{_figure(part['answer_perplexity'], 3)} |"
+    table = "\n".join(
+        f"| {label} | {part['loss']:.4f} | {part['perplexity']:.3f} | {_number(part['answer_loss'], 4)} | "
+        f"{_number(part['answer_perplexity'], 3)} |"
         for label, part in (
             ("validation, baseline", summary["baseline"]),
             ("validation, fine-tuned", summary["final"]),
@@ -393,22 +404,22 @@ A LoRA adapter for {base_words(experiment.model.base)}, trained on medical quest
 **Not medical advice.** The answers can be wrong, outdated or dangerous. For research on question answering; not for
 diagnosis, treatment or any decision about a person's health.
 
-## Figures
+## Metrics
 
-Mean loss per token in nats and its exponential, on held-out rows (no question or answer of theirs stands in training
-when the split is `grouped` or `topic`; here it is `{experiment.data.split}`). They measure likeness to the reference
-answers, not whether an answer is right.
+Mean loss per token in nats and its exponential, on held-out rows. With a `grouped` or `topic` split no question or
+answer of these rows is in the training data; here the split is `{experiment.data.split}`. The metrics measure
+similarity to the reference answers, not whether an answer is right.
 
 | | loss | perplexity | answer loss | answer perplexity |
 |---|---|---|---|---|
-{figures}
+{table}
 
 ## Prompt
 
 ```
 {prompt("{question}")}```
 
-The tokenizer beside the adapter carries it as its chat template. Each question stands alone, as in training.
+The tokenizer in this directory has it as its chat template. Each question stands alone, as in training.
 
 ## Data
 
@@ -418,6 +429,6 @@ Licence: {sentence}.
 """
 
 
-def _figure(value: float | None, digits: int) -> str:
+def _number(value: float | None, digits: int) -> str:
     """A number for a table, or a dash."""
     return "-" if value is None else f"{value:.{digits}f}"

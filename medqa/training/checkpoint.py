@@ -1,8 +1,8 @@
-"""Checkpoints: all that an exact resume needs, without the base. A checkpoint is complete or ignored.
+"""Checkpoints: everything that an exact resume needs, without the base model. A checkpoint is valid or ignored.
 
-A checkpoint is written beside its place, flushed to disk, renamed into it and read back. Its manifest decides whether
-it is whole, and says of which experiment, data, tokenizer and base model it is. No random state is kept: order and
-noise follow from the step.
+A checkpoint is written to a temporary directory, flushed to disk, renamed, and read back. Its manifest decides whether
+it is valid, and identifies its experiment, data, token ids and base model. No random state is saved: the order of the
+data and the dropout masks follow from the step.
 """
 
 import contextlib
@@ -46,19 +46,22 @@ from medqa.training.state import PROGRESS, Progress, TrainState
 from medqa.variables import recorded_variables
 
 # ----------------------------------------------------------------------------------------------------
-# What a run's numbers depend on besides experiment and data: the settings in effect, the machine, the libraries.
+# The environment: what the numbers of a run depend on besides experiment and data. These are the settings after the
+# changes for this machine, the machine, and the libraries.
 #
-# A checkpoint keeps it. A run that goes on keeps the settings; where it cannot, or where the machine is of another
-# kind, it says so, and is marked as not bit for bit the same from there on.
+# A checkpoint records it. A resumed run keeps the settings. If it cannot, or if the machine or a library is another,
+# the run prints this, and records that later results may differ in the last digits.
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "datasets")
-COMPUTING = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")  # of them, those that move numbers
+COMPUTING = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")  # those that can change results
 
 
 class Environment(Part):
-    """The settings and the machine. `cpu_threads` is None on a GPU; those with a default are not in older checkpoints.
+    """The settings, the machine and the libraries. Fields with a default are missing in older checkpoints.
 
-    `variables` are those of the environment that choose among kernels (`medqa/variables.py`); None: not recorded.
+    Attributes:
+        cpu_threads: None on a GPU.
+        variables: the environment variables that choose kernels (`medqa/variables.py`); None: not recorded.
     """
 
     settings: SavedSettings
@@ -71,7 +74,7 @@ class Environment(Part):
 
 
 def environment(accelerator: Accelerator, settings: Settings, model: PeftModel) -> Environment:
-    """What is in effect in this process."""
+    """The environment of this process."""
     device = accelerator.device
     on_gpu = device.type == "cuda"
     return Environment(
@@ -96,12 +99,12 @@ def environment(accelerator: Accelerator, settings: Settings, model: PeftModel) 
 
 
 def _attention(implementation: str) -> str:
-    """The attention kernel. Without padding a GPU may have one that does all segments, to other last digits."""
+    """The attention kernel. Padding-free on a GPU it may be a varlen kernel, which differs in the last digits."""
     return f"{implementation}, varlen" if implementation == SEGMENTED and VARLEN else implementation
 
 
 def changes(before: Environment, now: Environment) -> list[str]:
-    """What differs between two environments so that results may differ in their last digits."""
+    """The differences between two environments that may change the last digits of results."""
     compared = None not in (before.variables, now.variables)
     names = sorted({*(before.variables or {}), *(now.variables or {})}) if compared else []
     was, is_now = (
@@ -120,7 +123,7 @@ def changes(before: Environment, now: Environment) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of what computes; a package that is not installed is left out."""
+    """The versions of Python and of `PACKAGES`, without packages that are not installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -131,7 +134,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of this code (`-dirty` with changes), None where it is not a git checkout."""
+    """The commit of this code, with `-dirty` if files were changed; None if it is not a git checkout."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
@@ -146,14 +149,14 @@ def git_commit() -> str | None:
 
 
 # ----------------------------------------------------------------------------------------------------
-# A directory's manifest: what must be in it for it to be whole, with a checksum of its own.
+# The manifest of a directory: the size and sha256 of each file, and a checksum of the manifest itself.
 #
-# Whatever wrote a directory (this process, a copy to a network share, a download), the manifest alone decides whether
-# it is whole. It is JSON, and the files that it names are fixed by the reader, never by the file.
+# Only the manifest decides whether a directory is valid, whatever wrote it (this process, a copy to a network share, a
+# download). It is JSON. The reader knows which files must be listed, and does not take their names from the manifest.
 
 
 def write_manifest(directory: Path, about: Mapping[str, Any]) -> None:
-    """Write the manifest over all files in `directory`, with what it says `about` them.
+    """Write the manifest of all files in `directory`, with the keys of `about`.
 
     Raises:
         OSError: a file cannot be read or written.
@@ -164,27 +167,27 @@ def write_manifest(directory: Path, about: Mapping[str, Any]) -> None:
 
 
 def verify(directory: Path, expected: Iterable[str]) -> dict[str, Any]:
-    """The manifest of a directory whose files are all as it says.
+    """Verify all files of a directory against its manifest, and return the manifest.
 
     Args:
-        expected: the names that the manifest must list, no more and no fewer.
+        expected: exactly the file names that the manifest must list.
 
     Raises:
-        Damaged: with the reason.
+        Damaged: the directory is not valid; with the reason.
     """
     body = read_manifest(directory)
     files = body["files"]
     if not isinstance(files, dict) or files.keys() != set(expected):
         raise Damaged(f"{MANIFEST} is of another version: it lists other files")
-    for name, said in files.items():
+    for name, entry in files.items():
         try:
             with open_regular(directory / name) as file:
                 size = os.fstat(file.fileno()).st_size
-                if not isinstance(said, dict) or size != said.get("size"):
-                    raise Damaged(f"{name} has {size:,} bytes, not those of {MANIFEST}")
-                if size > MAX_CHECKPOINT_FILE_BYTES:  # a file with holes can seem to be of any size
-                    raise Damaged(f"{name} has {size:,} bytes, more than any checkpoint's")
-                if hashlib.file_digest(file, "sha256").hexdigest() != said.get("sha256"):
+                if not isinstance(entry, dict) or size != entry.get("size"):
+                    raise Damaged(f"{name} has {size:,} bytes, another size than in {MANIFEST}")
+                if size > MAX_CHECKPOINT_FILE_BYTES:  # a sparse file can have any size
+                    raise Damaged(f"{name} has {size:,} bytes, more than a file of a checkpoint can have")
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry.get("sha256"):
                     raise Damaged(f"{name}: its sha256 is not that of {MANIFEST}")
         except OSError as error:
             raise Damaged(f"{name}: {error.strerror}") from error
@@ -195,7 +198,7 @@ def measure(path: Path) -> dict[str, Any]:
     """Size in bytes and sha256 of a file.
 
     Raises:
-        OSError: it cannot be read, or is no regular file (opening a pipe would never end).
+        OSError: it cannot be read, or is not a regular file (opening a pipe could block forever).
     """
     with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -203,13 +206,13 @@ def measure(path: Path) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------
-# The directories of checkpoints: which there are, which may go, and how one comes into its place.
+# The directories of checkpoints: finding, removing, copying and renaming them.
 #
-# Nothing here removes or writes through a link, or removes what a run did not write.
+# No function here removes or writes through a link, or removes files that a run did not write.
 
-# A checkpoint that is being written, or what is left of one that was being removed.
+# The name of a checkpoint that is being written, or that was being removed.
 LEFTOVER = re.compile(rf"{NAME.pattern}(\.[0-9a-f]{{8}})?{re.escape(UNFINISHED)}")
-# What a network file system calls a removed file that a process still has open. It removes the file later by itself.
+# The prefix that a network file system gives to a removed file that a process still has open. The file goes later.
 STILL_OPEN = ".nfs"
 TRAINING_FILE = "training_state.pt"
 STATE_FILE = "state.json"
@@ -218,58 +221,56 @@ CHECKPOINT_FILES = {*CONTENT, MANIFEST}
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint that is whole and under its own name.
+    """Verify a checkpoint, its name included, and return its manifest.
 
     Raises:
-        Damaged: with the reason.
+        Damaged: the checkpoint is not valid; with the reason.
     """
     body = verify(path, CONTENT)
     if _is_renamed(path, body):
-        raise Damaged(
-            f"{MANIFEST} says that it is of another update than its name: the directory was renamed or copied"
-        )
+        raise Damaged(f"{MANIFEST} has another update than the name of the directory, which was renamed or copied")
     return body
 
 
 def prune(output_dir: Path, keep: int, needed: set[int]) -> list[str]:
-    """Remove all but the newest `keep` whole checkpoints and those at the steps `needed`.
+    """Remove all checkpoints except the newest `keep` valid ones and those of the steps `needed`.
 
-    Damaged ones older than the newest go too. Only directories that hold nothing but a checkpoint's own files are
-    removed: never a link, never one that somebody put something into, and never one that somebody has renamed.
+    Damaged checkpoints older than the newest valid one are removed as well. A directory is removed only if it contains
+    nothing but the files of a checkpoint: never a link, a directory with other files, or a renamed checkpoint.
 
     Returns:
-        Why any could not be removed, as sentences: for each reason the oldest of which it holds, so that what is not
-        new is the same sentence again.
+        A message for each reason why checkpoints could not be removed. It names the oldest of them, so that the message
+        for the same problem is the same after the next save.
     """
     found = checkpoints(output_dir)
-    whole = [path for path in found if seems_whole(path)]
-    kept = {*whole[-keep:], *(path for path in found if step_of(path) in needed)}
-    old = [path for path in found[: found.index(whole[-1])] if path not in kept] if whole else []
+    valid = [path for path in found if seems_valid(path)]
+    kept = {*valid[-keep:], *(path for path in found if step_of(path) in needed)}
+    old = [path for path in found[: found.index(valid[-1])] if path not in kept] if valid else []
     old = [*unfinished(output_dir), *(path for path in old if is_ours(path) and not _is_renamed(path))]
-    stay: dict[str, str] = {}
+    problems: dict[str, str] = {}
     for path in sorted(old, key=lambda path: int(path.name.removeprefix("checkpoint-").split(".")[0])):
         try:
             remove(path)
         except OSError as error:
-            stay.setdefault(str(error.strerror), _why_it_stays(output_dir, error))
-    return list(stay.values())
+            problems.setdefault(str(error.strerror), _removal_problem(output_dir, error))
+    return list(problems.values())
 
 
-def _why_it_stays(output_dir: Path, error: OSError) -> str:
-    """What is told of an old checkpoint that could not be removed, by the error that `remove` raised."""
+def _removal_problem(output_dir: Path, error: OSError) -> str:
+    """The message for an old checkpoint that could not be removed, from the error that `remove` raised."""
     file = Path(str(error.filename))
-    place = file if file.parent == output_dir else file.parent
-    name = f"checkpoint-{int(found[1])}" if (found := LEFTOVER.fullmatch(place.name)) else place.name
-    what = "" if file == place else f"{file.name}: "
-    stays = "it stays" if name == place.name else f"what is left of it stays, as {place.name}"
+    directory = file if file.parent == output_dir else file.parent
+    name = f"checkpoint-{int(found[1])}" if (found := LEFTOVER.fullmatch(directory.name)) else directory.name
+    what = "" if file == directory else f"{file.name}: "
+    stays = "it stays" if name == directory.name else f"the rest of it stays, as {directory.name}"
     return (
-        f"{output_dir}: the old {name} cannot be removed ({what}{error.strerror}); {stays}; the same is not said again "
-        "of others"
+        f"{output_dir}: the old {name} cannot be removed ({what}{error.strerror}); {stays}. This message is not "
+        "repeated for other checkpoints"
     )
 
 
 def is_ours(path: Path) -> bool:
-    """Whether it is a directory, not a link to one, that holds regular files of a checkpoint's names alone."""
+    """Whether `path` is a directory, not a link, that contains only regular files with the names of a checkpoint's."""
     try:
         return (
             path.is_dir()
@@ -280,19 +281,19 @@ def is_ours(path: Path) -> bool:
                 for entry in os.scandir(path)
             )
         )
-    except OSError:  # it cannot be listed, or has just gone
+    except OSError:  # it cannot be listed, or was just removed
         return False
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint's directory, one for which `is_ours` holds.
+    """Remove the directory of a checkpoint, for which `is_ours` must be true.
 
-    The manifest goes first. What a kill, or an error after that, leaves is a leftover by its name: it is never taken
-    for a checkpoint, and `unfinished` finds it.
+    The manifest is removed first, and then the directory is renamed. So what remains after a kill or an error does not
+    have the name of a checkpoint, and `unfinished` finds it.
 
     Raises:
-        OSError: it cannot be removed, or not entirely: of the first file that could not be. Where that is the manifest,
-            all of it is still there.
+        OSError: the directory could not be removed entirely. The error is that of the first file; if that is the
+            manifest, nothing was removed.
     """
     (path / MANIFEST).unlink(missing_ok=True)
     if NAME.fullmatch(path.name):
@@ -313,55 +314,55 @@ def remove(path: Path) -> None:
 
 
 def unfinished(output_dir: Path) -> Iterator[Path]:
-    """What a killed save or removal has left behind."""
+    """The directories that a killed save or removal has left."""
     for path in output_dir.glob(f"checkpoint-*{UNFINISHED}"):
         if LEFTOVER.fullmatch(path.name) and is_ours(path):
             yield path
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Remove what killed saves and removals have left behind. What cannot be removed is in nobody's way, and stays."""
+    """Remove the directories that killed saves and removals have left, as far as possible."""
     for path in unfinished(output_dir):
         with contextlib.suppress(OSError):
             remove(path)
 
 
-def put_in_place(beside: Path, place: Path) -> None:
-    """Rename a checkpoint that is whole into its place.
+def put_in_place(written: Path, path: Path) -> None:
+    """Rename a checkpoint from the temporary directory `written` to `path`, its final name.
 
     Raises:
-        OSError: it cannot be, or the place is a link.
+        OSError: it cannot be renamed, or `path` is a link.
     """
-    make_way(place)
-    beside.rename(place)
-    flush(place.parent)
+    make_way(path)
+    written.rename(path)
+    flush(path.parent)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy a whole checkpoint, verify what is read back, and put it in place.
+    """Copy a valid checkpoint, verify the copy by reading it back, and rename it to `target`.
 
     Raises:
-        OSError: it cannot be read or written; what was there stays.
+        OSError: it cannot be read or written. An existing `target` stays.
         Damaged: the copy reads back differently.
     """
-    beside = target.with_name(target.name + UNFINISHED)
-    make_way(beside)
-    beside.mkdir()
+    copy_dir = target.with_name(target.name + UNFINISHED)
+    make_way(copy_dir)
+    copy_dir.mkdir()
     try:
         for name in (*CONTENT, MANIFEST):
-            copy_file(source / name, beside / name)
-            forget_cached(beside / name)
-        if verify(beside, CONTENT) != read_manifest(source):
+            copy_file(source / name, copy_dir / name)
+            drop_page_cache(copy_dir / name)
+        if verify(copy_dir, CONTENT) != read_manifest(source):
             raise Damaged(f"{target.name} reads back differently from what was written")
-        put_in_place(beside, target)
+        put_in_place(copy_dir, target)
     except (OSError, Damaged):
         with contextlib.suppress(OSError):
-            remove(beside)  # half a checkpoint is of no use, and there may be no space
+            remove(copy_dir)  # it is useless, and the disk may be full
         raise
 
 
-def forget_cached(path: Path) -> None:
-    """Have the next read come from where the file lies, not from this machine's memory, where the system can."""
+def drop_page_cache(path: Path) -> None:
+    """Drop a file from the page cache if the system can, so that the next read comes from the disk or the server."""
     if hasattr(os, "posix_fadvise"):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -370,47 +371,47 @@ def forget_cached(path: Path) -> None:
             os.close(descriptor)
 
 
-def make_way(place: Path) -> None:
-    """Remove a damaged or unfinished checkpoint; where that is impossible, or others' files are in it, move it aside.
+def make_way(path: Path) -> None:
+    """Free the name `path`: remove a damaged or unfinished checkpoint there, or rename it if it has other files.
 
     Raises:
-        OSError: it cannot be, or the place is a link.
+        OSError: it cannot be removed or renamed, or `path` is a link.
     """
-    if place.is_symlink():
-        raise OSError(errno.EEXIST, "a link that no run made is in the way; remove it", str(place))
-    if is_ours(place):
+    if path.is_symlink():
+        raise OSError(errno.EEXIST, "a link that no run created is in the way; remove it", str(path))
+    if is_ours(path):
         with contextlib.suppress(OSError):
-            remove(place)
-    if place.exists():
-        place.rename(place.with_name(f"{place.name}.aside-{secrets.token_hex(4)}"))
+            remove(path)
+    if path.exists():
+        path.rename(path.with_name(f"{path.name}.aside-{secrets.token_hex(4)}"))
 
 
-def seems_whole(place: Path) -> bool:
-    """Whether manifest, name and sizes are right; file contents are not read."""
+def seems_valid(path: Path) -> bool:
+    """Whether manifest, name and file sizes are right. The files are not read."""
     try:
-        body = read_manifest(place)
+        body = read_manifest(path)
         files = body["files"]
-        return not _is_renamed(place, body) and all(
-            (place / name).stat().st_size == files[name]["size"] for name in CONTENT
+        return not _is_renamed(path, body) and all(
+            (path / name).stat().st_size == files[name]["size"] for name in CONTENT
         )
     except (Damaged, OSError, KeyError, TypeError):
         return False
 
 
-def _is_renamed(place: Path, body: Mapping[str, Any] | None = None) -> bool:
-    """Whether a checkpoint's manifest, of which `body` is the content, names another update than its directory."""
+def _is_renamed(path: Path, body: Mapping[str, Any] | None = None) -> bool:
+    """Whether the manifest of a checkpoint (`body` is its content) has another step than the name of the directory."""
     try:
-        return (read_manifest(place) if body is None else body).get("step") != step_of(place)
+        return (read_manifest(path) if body is None else body).get("step") != step_of(path)
     except Damaged:
         return False
 
 
 # ----------------------------------------------------------------------------------------------------
-# Whose a checkpoint is; saving and loading one.
+# The identity of a checkpoint; saving and loading.
 
 
 class Fingerprints(Part):
-    """sha256 of what a run is made of: the rows and their split, their token ids, the base model's files."""
+    """The sha256 of what a run is made of: the rows and their split, their token ids, the files of the base model."""
 
     data: str
     tokenizer: str
@@ -418,7 +419,7 @@ class Fingerprints(Part):
 
 
 class Identity(Part):
-    """Whose checkpoints these are, as their manifests say it. The experiment is by `section.key`."""
+    """What a checkpoint belongs to, as in its manifest. The experiment is a mapping by `section.key`."""
 
     experiment: dict[str, Any]
     fingerprints: Fingerprints
@@ -427,11 +428,11 @@ class Identity(Part):
 
 @dataclass(frozen=True)
 class Found:
-    """A whole checkpoint, whose it is, and why newer ones were passed over."""
+    """A valid checkpoint, its identity, and the reasons why newer ones were skipped."""
 
     path: Path
     identity: Identity
-    passed_over: Sequence[str]
+    skipped: Sequence[str]
 
 
 def save_checkpoint(
@@ -440,62 +441,62 @@ def save_checkpoint(
     identity: Identity,
     accelerator: Accelerator,
     keep: int,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> None:
-    """Write `checkpoint-<step>` from the main process and read it back; then remove what is older than needed.
+    """Write `checkpoint-<step>` from the main process and read it back; then remove checkpoints that are not needed.
 
     Args:
-        say: told of old checkpoints that cannot be removed. The save has succeeded nevertheless.
+        keep: how many checkpoints to keep.
+        report: called with a message if old checkpoints cannot be removed. The save has succeeded nevertheless.
 
     Raises:
-        UserError: it cannot be written (no space, no permission). Checkpoints that are there stay.
+        UserError: the checkpoint cannot be written (no space, no permission). Existing checkpoints stay.
     """
-    place = output_dir / f"checkpoint-{state.progress.step}"
-    for problem in on_main(accelerator, lambda: _save(place, state, identity, keep)):
-        say(problem)
+    path = output_dir / f"checkpoint-{state.progress.step}"
+    for problem in on_main(accelerator, lambda: _save(path, state, identity, keep)):
+        report(problem)
 
 
-def _save(place: Path, state: TrainState, identity: Identity, keep: int) -> list[str]:
+def _save(path: Path, state: TrainState, identity: Identity, keep: int) -> list[str]:
     """As `save_checkpoint`, on the main process."""
     try:
-        remove_unfinished(place.parent)  # what could not be removed before
-        if not _is_whole(place):
-            _write(place, state, identity)
-            verify_checkpoint(place)
+        remove_unfinished(path.parent)  # those that could not be removed before
+        if not _is_valid(path):
+            _write(path, state, identity)
+            verify_checkpoint(path)
     except OSError as error:
-        raise NotWritten(f"{place}: cannot be written: {error}; free space and start again") from error
+        raise NotWritten(f"{path}: cannot be written: {error}; free space and start again") from error
     except Damaged as error:
-        if not os.path.isdir(place.parent):
-            raise UserError(f"{place.parent}: has been removed, and the checkpoints in it; start again") from error
-        raise UserError(f"{place}: reads back differently from what was written: {error}; check the disk") from error
-    return prune(place.parent, keep, {state.progress.step, state.progress.best_step})
+        if not os.path.isdir(path.parent):
+            raise UserError(f"{path.parent}: has been removed with its checkpoints; start again") from error
+        raise UserError(f"{path}: reads back differently from what was written: {error}; check the disk") from error
+    return prune(path.parent, keep, {state.progress.step, state.progress.best_step})
 
 
-def newest_whole(places: Sequence[Path]) -> Found | None:
-    """The newest whole checkpoint of the first of these directories that has one; None where there is none at all.
+def newest_valid(directories: Sequence[Path]) -> Found | None:
+    """The newest valid checkpoint in the first of these directories that has one; None if there are no checkpoints.
 
     Raises:
-        UserError: there are some, and all are damaged; says of each why.
+        UserError: there are checkpoints, and all are damaged. The message gives the reason for each.
     """
-    passed_over: list[str] = []
-    for path in (path for place in places for path in reversed(checkpoints(place))):
+    skipped: list[str] = []
+    for path in (path for directory in directories for path in reversed(checkpoints(directory))):
         try:
-            return Found(path, read_identity(path), passed_over)
+            return Found(path, read_identity(path), skipped)
         except Damaged as error:
-            passed_over.append(f"{path} is damaged: {error}")
-    if passed_over:
+            skipped.append(f"{path} is damaged: {error}")
+    if skipped:
         raise UserError(
-            f"no whole checkpoint is left: {'; '.join(passed_over)}; "
-            "put back one that is whole, or start over with --fresh"
+            f"no valid checkpoint is left: {'; '.join(skipped)}; restore a valid one, or start over with --fresh"
         )
     return None
 
 
 def read_identity(path: Path) -> Identity:
-    """Whose a checkpoint is, once all of it is verified.
+    """Verify a checkpoint, and return its identity.
 
     Raises:
-        Damaged: it is not whole, or of another version.
+        Damaged: it is not valid, or was written by another version.
     """
     body = verify_checkpoint(path)
     try:
@@ -506,17 +507,17 @@ def read_identity(path: Path) -> Identity:
 
 
 def load_checkpoint(found: Found, state: TrainState) -> None:
-    """Put a checkpoint's content into the state: adapter, optimizer, scheduler, scaler and progress.
+    """Load a checkpoint into the state: adapter, optimizer, scheduler, scaler and progress.
 
     Raises:
-        UserError: its content does not fit, though it is whole.
+        UserError: its content does not fit this run or this version, although the checkpoint is valid.
     """
     try:
         progress = read_progress(found.path)
         saved = read_training_state(found.path / TRAINING_FILE, state, progress.step, progress.tokens_seen > 0)
     except Damaged as error:
         raise UserError(
-            f"{found.path}: whole, but its content does not fit this version ({error}); resume with the version that "
+            f"{found.path}: valid, but its content does not fit this version ({error}); resume with the version that "
             "wrote it, or move this checkpoint away to resume from an older one, or start over with --fresh"
         ) from error
     load_adapter_weights(state.adapted, found.path, "checkpoint")
@@ -532,14 +533,14 @@ def load_checkpoint(found: Found, state: TrainState) -> None:
 
 
 def read_progress(path: Path) -> Progress:
-    """How far the run was when a checkpoint was saved.
+    """The progress of the run in a checkpoint.
 
     Raises:
-        Damaged: the file cannot be read, is of another version, or is not of the update in the checkpoint's name.
+        Damaged: the file cannot be read, is of another version, or has another step than the name of the checkpoint.
     """
     content = read_file(path / STATE_FILE, MAX_JSON_BYTES)
     try:
-        parse_json(content)  # stricter than what follows: no NaN, no number beyond 64 bits
+        parse_json(content)  # stricter than the validation below: no NaN, no number beyond 64 bits
         progress = PROGRESS.validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
@@ -547,35 +548,35 @@ def read_progress(path: Path) -> Progress:
     except ValueError as error:
         raise Damaged(f"{STATE_FILE}: {error}") from error
     if progress.step != step_of(path) or max(progress.best_step, progress.evaluated_step) > progress.step:
-        raise Damaged(f"{STATE_FILE} is of another update than {path.name}")
+        raise Damaged(f"{STATE_FILE} has another step than {path.name}")
     return progress
 
 
 def save_adapter(model: PeftModel, directory: Path) -> None:
-    """The adapter in PEFT's format: LoRA weights alone, even where the vocabulary grew by `[PAD]`."""
-    # Python writes the files: where there is no space, that is an OSError, and not one of each library's own errors.
+    """Write the adapter in PEFT's format: only LoRA weights, even if the vocabulary was extended by `[PAD]`."""
+    # Python writes the files, so that a full disk raises an OSError and not an exception class of some library.
     (directory / ADAPTER_FILES[0]).write_bytes(save(adapter_weights(model), metadata={"format": "pt"}))
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     config.save_pretrained(directory)
 
 
-def _write(place: Path, state: TrainState, identity: Identity) -> None:
-    """A checkpoint in full beside its place, then renamed into it; or nothing, if it cannot be written."""
-    beside = place.with_name(place.name + UNFINISHED)
-    make_way(beside)
-    beside.mkdir()
+def _write(path: Path, state: TrainState, identity: Identity) -> None:
+    """Write a checkpoint to a temporary directory, and rename it to `path`. After an error nothing remains."""
+    unfinished_dir = path.with_name(path.name + UNFINISHED)
+    make_way(unfinished_dir)
+    unfinished_dir.mkdir()
     try:
-        _fill(beside, state, identity)
+        _fill(unfinished_dir, state, identity)
     except OSError:
         with contextlib.suppress(OSError):
-            remove(beside)  # half a checkpoint is of no use, and there may be no space
+            remove(unfinished_dir)  # it is useless, and the disk may be full
         raise
-    put_in_place(beside, place)
+    put_in_place(unfinished_dir, path)
 
 
 def _fill(directory: Path, state: TrainState, identity: Identity) -> None:
-    """All files of a checkpoint, flushed."""
+    """Write all files of a checkpoint, and flush them to disk."""
     save_adapter(state.adapted, directory)
     (directory / TRAINING_FILE).write_bytes(training_state(state))
     (directory / STATE_FILE).write_text(json.dumps(asdict(state.progress)), encoding="utf-8")
@@ -584,26 +585,26 @@ def _fill(directory: Path, state: TrainState, identity: Identity) -> None:
         flush(path)
 
 
-def _is_whole(place: Path) -> bool:
-    """Whether a whole checkpoint is there."""
+def _is_valid(path: Path) -> bool:
+    """Whether `path` is a valid checkpoint; all files are read."""
     try:
-        verify_checkpoint(place)
+        verify_checkpoint(path)
     except Damaged:
         return False
     return True
 
 
 # ----------------------------------------------------------------------------------------------------
-# `training_state.pt`: the state of optimizer, learning rate schedule and gradient scaler, written and read.
+# `training_state.pt`: writing and reading the states of optimizer, learning rate scheduler and gradient scaler.
 
-# bitsandbytes keeps the quantized tensors of a parameter's state below this key, older versions beside the others.
+# bitsandbytes stores the quantized tensors of a parameter's state under this key. Older versions had no such level.
 QUANTIZED = "__bnb_optimizer_quant_state__"
-# Options that decide how the optimizer computes its step and not which: a run may go on with others.
+# Options that choose the implementation of the optimizer step and not its result; they may change on resume.
 HOW = ("foreach", "fused", "capturable", "differentiable")
 NOT_NEGATIVE = ("exp_avg_sq", "state2", "absmax1", "absmax2", "qmap2")
 KNOWN_OF_SCHEDULE = {"base_lrs", "last_epoch", "_step_count", "_last_lr"}
-# What loading a file that somebody made up may raise, from zipfile and from torch's own reader of pickles.
-MADE_UP = (
+# The exceptions of zipfile and torch.load for a manipulated file.
+LOAD_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -620,7 +621,7 @@ MADE_UP = (
 
 
 def training_state(state: TrainState) -> memoryview:
-    """The content of the file."""
+    """The content of the file as bytes."""
     content = io.BytesIO()
     torch.save(
         {
@@ -633,15 +634,14 @@ def training_state(state: TrainState) -> memoryview:
     return content.getbuffer()
 
 
-def read_training_state(path: Path, state: TrainState, step: int, moved: bool) -> dict[str, Any]:
-    """The states of `optimizer`, `scheduler` and `scaler` after update `step`, to be loaded into those of `state`.
+def read_training_state(path: Path, state: TrainState, step: int, stepped: bool) -> dict[str, Any]:
+    """Read and validate the states of `optimizer`, `scheduler` and `scaler` after update `step`. Nothing is loaded.
 
     Args:
-        moved: whether any of those updates had a target, so that the optimizer made a step.
+        stepped: whether any of those updates had a target token, so that the optimizer made a step.
 
     Raises:
-        Damaged: the file's content is not the state that this run's optimizer, schedule and scaler have after `step`
-            updates. Nothing is loaded.
+        Damaged: the content cannot be the state of this run's optimizer, scheduler and scaler after `step` updates.
     """
     try:
         saved = _unpickled(path, state)
@@ -652,7 +652,7 @@ def read_training_state(path: Path, state: TrainState, step: int, moved: bool) -
             float(rate * factor(step)) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
         ]
         return {
-            "optimizer": _optimizer_state(saved["optimizer"], state.optimizer, rates, step, moved),
+            "optimizer": _optimizer_state(saved["optimizer"], state.optimizer, rates, step, stepped),
             "scheduler": _scheduler_state(saved["scheduler"], state.scheduler, rates, step),
             "scaler": _scaler_state(saved["scaler"], state.scaler),
         }
@@ -663,7 +663,7 @@ def read_training_state(path: Path, state: TrainState, step: int, moved: bool) -
 
 
 def _unpickled(path: Path, state: TrainState) -> Any:
-    """What the file holds. A file much longer than such states, or one that unpacks to more than it holds, is refused.
+    """The object in the file. A file that is too large for these states, or compressed, is refused.
 
     Raises:
         Damaged, OSError: it cannot be read.
@@ -673,25 +673,25 @@ def _unpickled(path: Path, state: TrainState) -> Any:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
-            raise Damaged(f"has {size:,} bytes, more than this run's states can take")
+            raise Damaged(f"has {size:,} bytes, more than the states of this run can have")
         try:
             with zipfile.ZipFile(file) as archive:
                 entries = archive.infolist()
             if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
-                raise Damaged("is packed, which torch.save does not do")
+                raise Damaged("is compressed, which torch.save never does")
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
-        except MADE_UP as error:
+        except LOAD_ERRORS as error:
             raise Damaged(f"cannot be read ({type(error).__name__}: {str(error)[:MAX_SHOWN]})") from error
 
 
 def _optimizer_state(
-    saved: Any, optimizer: torch.optim.Optimizer, rates: list[float], step: int, moved: bool
+    saved: Any, optimizer: torch.optim.Optimizer, rates: list[float], step: int, stepped: bool
 ) -> dict[str, Any]:
-    """The saved tensors with this run's own options.
+    """The saved tensors with the options of this run.
 
     Raises:
-        Damaged: an option is another than in this run, or a tensor is not as this run's optimizer has it.
+        Damaged: an option is another than in this run, or a tensor is not one that this run's optimizer can have.
     """
     own = optimizer.state_dict()["param_groups"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -700,12 +700,12 @@ def _optimizer_state(
         raise Damaged("optimizer: not the state of an optimizer")
     groups = saved["param_groups"]
     if not isinstance(groups, list) or len(groups) != len(own):
-        raise Damaged(f"optimizer: has not the {len(own)} groups of parameters of this run")
+        raise Damaged(f"optimizer: does not have the {len(own)} parameter groups of this run")
     groups_now = [group | {"lr": rate} for group, rate in zip(own, rates, strict=True)]
     for group, now in zip(groups, groups_now, strict=True):
         _require_options("optimizer", group, now, {"params", "lr"}, ignored=HOW)
     state = saved["state"]
-    if state.keys() != (set(ids) if moved else set()):
+    if state.keys() != (set(ids) if stepped else set()):
         raise Damaged(f"optimizer: the state is not that of the {len(ids)} parameters of this run")
     flat = {number: _flat(of_one) for number, of_one in state.items()}
     for number, parameter in zip(ids, parameters, strict=True):
@@ -715,23 +715,23 @@ def _optimizer_state(
 
 
 def _flat(of_one: Any) -> dict[str, Any]:
-    """A parameter's state on one level, as all versions of bitsandbytes read it."""
+    """The state of a parameter on one level, which all versions of bitsandbytes can load."""
     if not isinstance(of_one, dict):
-        raise Damaged("optimizer: the state of a parameter is no table")
+        raise Damaged("optimizer: the state of a parameter is not a dict")
     quantized = of_one.get(QUANTIZED, {})
     if not isinstance(quantized, dict):
-        raise Damaged("optimizer: the quantized state of a parameter is no table")
+        raise Damaged("optimizer: the quantized state of a parameter is not a dict")
     return {key: value for key, value in of_one.items() if key != QUANTIZED} | quantized
 
 
 def _layout(optimizer: Any, parameter: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:
-    """Shapes and types of the tensors that an optimizer keeps for a parameter. None stands for a plain integer."""
-    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's is a wrapper
+    """Shape and dtype of the tensors that an optimizer keeps for a parameter. None stands for a Python integer."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # unwrap Accelerate's optimizer
     shape, count = tuple(parameter.shape), parameter.numel()
     if isinstance(inner, torch.optim.AdamW):
         same = (shape, parameter.dtype)
         return {"step": ((), torch.float32), "exp_avg": same, "exp_avg_sq": same}
-    if count < inner.args.min_8bit_size:  # bitsandbytes keeps the state of small parameters in 32 bits
+    if count < inner.args.min_8bit_size:  # bitsandbytes keeps small parameters' state in 32 bits
         return {"step": None, "state1": (shape, torch.float32), "state2": (shape, torch.float32)}
     quantized, levels, blocks = (shape, torch.uint8), ((256,), torch.float32), ((-(-count // 256),), torch.float32)
     return {
@@ -744,9 +744,9 @@ def _layout(optimizer: Any, parameter: torch.Tensor) -> dict[str, tuple[tuple[in
 def _require_tensors(
     what: str, found: Mapping[str, Any], layout: Mapping[str, tuple[tuple[int, ...], torch.dtype] | None], step: int
 ) -> None:
-    """See that a parameter's state has these tensors, and that they hold what an optimizer can have put into them."""
+    """Check that the state of a parameter has exactly these tensors, with values that an optimizer can produce."""
     if found.keys() != layout.keys():
-        raise Damaged(f"{what}: its state has not the entries {', '.join(layout)}")
+        raise Damaged(f"{what}: its state does not have exactly the entries {', '.join(layout)}")
     for name, expected in layout.items():
         value = found[name]
         if expected is None:
@@ -773,39 +773,39 @@ def _require_tensors(
 def _scheduler_state(
     saved: Any, scheduler: torch.optim.lr_scheduler.LambdaLR, rates: list[float], step: int
 ) -> dict[str, Any]:
-    """The state of this run's schedule after update `step`, which follows from the step.
+    """The state of this run's scheduler after update `step`, which follows from the step.
 
     Raises:
-        Damaged: the saved one is another.
+        Damaged: the saved state is another.
     """
     now = scheduler.state_dict() | {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
     _require_options("scheduler", saved, now, KNOWN_OF_SCHEDULE)
     if unfit := [key for key in saved if key not in now and hasattr(scheduler, key)]:
-        raise Damaged(f"scheduler: {unfit[0]} is not a part of its state")
+        raise Damaged(f"scheduler: {unfit[0]} is not part of its state")
     return now
 
 
 def _scaler_state(saved: Any, scaler: torch.amp.GradScaler | None) -> dict[str, Any] | None:
-    """This run's scaler with the saved scale, and the count of updates since it changed; None where there is none.
+    """The state of this run's scaler with the saved scale and growth tracker; None if there is no scaler.
 
     Raises:
-        Damaged: an option is another than in this run, or the scale is none.
+        Damaged: an option is another than in this run, or the scale or the growth tracker is invalid.
     """
     if scaler is None or saved is None or not (now := scaler.state_dict()):
         return None
     _require_options("scaler", saved, now, set(now), ignored=("scale", "_growth_tracker"))
     scale, tracker = saved["scale"], saved["_growth_tracker"]
     if type(scale) is not float or not 0 < scale < math.inf or type(tracker) is not int or tracker < 0:
-        raise Damaged("scaler: its scale is not a positive number, or its count is none")
+        raise Damaged("scaler: its scale is not a positive number, or its growth tracker is invalid")
     return now | {"scale": scale, "_growth_tracker": tracker}
 
 
 def _require_options(
     what: str, saved: Any, now: Mapping[str, Any], needed: set[str], ignored: tuple[str, ...] = ()
 ) -> None:
-    """See that saved options are those of this run.
+    """Check that saved options equal those of this run.
 
-    An option that only one of two versions of a library knows is not compared. It has to be a plain number or None.
+    An option that only one version of a library knows is not compared; it must be a number, a bool or None.
     """
     if not isinstance(saved, dict) or not needed <= saved.keys() or not all(isinstance(key, str) for key in saved):
         raise Damaged(f"{what}: its options are not complete")
@@ -819,7 +819,7 @@ def _require_options(
 
 
 def _same(saved: Any, now: Any) -> bool:
-    """Whether a saved option is that of this run. Learning rates may differ by their rounding in another version."""
+    """Whether a saved option equals that of this run, up to the rounding of floats in another version."""
     if isinstance(now, list | tuple):
         return type(saved) is type(now) and len(saved) == len(now) and all(map(_same, saved, now))
     if isinstance(now, float):

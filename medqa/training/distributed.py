@@ -1,4 +1,4 @@
-"""The processes of a run: the Accelerator, what it shares out, and what processes decide together."""
+"""The processes of a run: the Accelerator, sharding, and what the main process decides for all of them."""
 
 import importlib.util
 import os
@@ -29,24 +29,24 @@ from medqa.variables import SEVERAL, is_on, read_by_accelerate, settle_variables
 Result = TypeVar("Result")
 DETERMINISTIC_CUBLAS = (":4096:8", ":16:8")  # torch's documentation of use_deterministic_algorithms
 
-# How `accelerate launch` hands over an fsdp_config, the values that say what we do, and what to say of others.
-# What is not here has no meaning in version 2, or only for sharded checkpoints, and ours have nothing sharded in them.
+# The variables by which `accelerate launch` passes an fsdp_config: the supported values, and the message for others.
+# Other variables have no effect in version 2, or only on sharded checkpoints, and checkpoints here are not sharded.
 FSDP_VALUES = {
-    "FSDP_VERSION": (("2",), "only version 2 is supported: fsdp_version: 2"),
-    "FSDP_RESHARD_AFTER_FORWARD": (("true",), "a base that may be whole after forward needs no sharding"),
-    "FSDP_OFFLOAD_PARAMS": (("false",), "pieces are not kept in the host's memory"),
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": (("true",), "the base is always loaded once, by the first process"),
-    "FSDP_AUTO_WRAP_POLICY": (("TRANSFORMER_BASED_WRAP",), "each decoder layer is a group, and the rest is one"),
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": ((), "leave it out: each decoder layer is a group, and the rest is one"),
-    "FSDP_IGNORED_MODULES": ((), "leave it out: all frozen weights are sharded, and no others"),
-    "FSDP_SHARDING_STRATEGY": (("FULL_SHARD", "1"), "weights are shared out among all processes"),
-    "FSDP_ACTIVATION_CHECKPOINTING": (("false",), "the experiment says it: model.gradient_checkpointing"),
-    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (("false",), "activations are not kept in the host's memory"),
+    "FSDP_VERSION": (("2",), "only version 2 is supported; set fsdp_version: 2"),
+    "FSDP_RESHARD_AFTER_FORWARD": (("true",), "must be true"),
+    "FSDP_OFFLOAD_PARAMS": (("false",), "must be false: shards are not offloaded to the CPU"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": (("true",), "must be true: only the main process loads the base model"),
+    "FSDP_AUTO_WRAP_POLICY": (("TRANSFORMER_BASED_WRAP",), "must be TRANSFORMER_BASED_WRAP, a unit per decoder layer"),
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": ((), "leave it out: each decoder layer is a unit, and the rest is one"),
+    "FSDP_IGNORED_MODULES": ((), "leave it out: exactly the frozen weights are sharded"),
+    "FSDP_SHARDING_STRATEGY": (("FULL_SHARD", "1"), "must be FULL_SHARD: weights are sharded over all processes"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (("false",), "must be false: set model.gradient_checkpointing instead"),
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (("false",), "must be false: activations are not offloaded to the CPU"),
 }
 
 
 def build_accelerator(experiment: Experiment, settings: Settings) -> Accelerator:
-    """The accelerator for this experiment: precision is the experiment's, processes and devices the launcher's.
+    """The accelerator for this experiment. The settings decide precision and device type, the launcher the processes.
 
     Raises:
         UserError: as `make_accelerator`.
@@ -57,17 +57,17 @@ def build_accelerator(experiment: Experiment, settings: Settings) -> Accelerator
 
 
 def make_accelerator(on_cpu: bool, mixed_precision: str, tracked: bool, timeout_s: float) -> Accelerator:
-    """An accelerator that is what is asked, whatever the environment says; the only place where one is made.
+    """An accelerator with exactly these settings, whatever the environment says. No other function creates one.
 
-    Accumulation and schedule are the loop's own business, so Accelerate is told of neither: it would divide the loss
-    by the accumulation steps and step a prepared scheduler once per process.
+    The loop accumulates gradients and steps the scheduler itself. Accelerate gets neither: it would divide the loss by
+    the accumulation steps, and step a prepared scheduler once per process.
 
     Args:
-        tracked: whether W&B is told, through the accelerator's tracker.
+        tracked: whether W&B is used, through the accelerator's tracker.
 
     Raises:
-        UserError: several processes were launched that do not know of each other, or a variable asks for what is not
-            done here.
+        UserError: several processes were launched that are not connected, or an environment variable requests an
+            unsupported setting.
     """
     settle_variables(devices=("cpu" if on_cpu else "cuda",))
     given = read_by_accelerate()
@@ -85,32 +85,32 @@ def make_accelerator(on_cpu: bool, mixed_precision: str, tracked: bool, timeout_
         )
     except (ImportError, ValueError, torch.distributed.DistError) as error:
         if not given or (_launched() > 1 and isinstance(error, torch.distributed.DistError)):
-            raise  # the latter: another process has not come
+            raise  # a DistError: another process did not start
         why = " ".join(str(error).split()) or type(error).__name__
         set_here = ", ".join(f"{name}={os.environ[name]}" for name in given if name in os.environ)
         raise UserError(
-            f"the processes cannot be set up: {why[:300]}; the environment has {set_here}: mend what is wrong, or "
+            f"the processes cannot be set up: {why[:300]}; the environment has {set_here}: correct these variables, or "
             f"`unset {' '.join(given)}`"
         ) from error
     if accelerator.num_processes != _launched():
         raise UserError(
-            f"{_launched()} processes were launched, but this one knows of {accelerator.num_processes}: each would "
-            f"train alone in the same directory; launch with {SEVERAL}"
+            f"{_launched()} processes were launched, but this one is connected to {accelerator.num_processes} in all: "
+            f"each would train alone in the same directory; launch with {SEVERAL}"
         )
     _require(accelerator, "cpu" if on_cpu else "cuda", mixed_precision)
     return accelerator
 
 
 def _launched() -> int:
-    """How many processes there are, by the launcher; of MPI's Accelerate notes it on CPUs."""
+    """The number of processes according to the launcher. With MPI on CPUs Accelerate sets this variable."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _require(accelerator: Accelerator, device_type: str, mixed_precision: str) -> None:
-    """See that Accelerate does what it was asked: all accelerators of a process share the first one's state.
+    """Check that Accelerate has the requested settings. All accelerators of a process share the state of the first.
 
     Raises:
-        UserError: something else decided.
+        UserError: it has others.
     """
     plain = (DistributedType.NO, DistributedType.MULTI_CPU if device_type == "cpu" else DistributedType.MULTI_GPU)
     found = {
@@ -123,19 +123,20 @@ def _require(accelerator: Accelerator, device_type: str, mixed_precision: str) -
     wrong = [f"{what} is {value}" for what, (value, right) in found.items() if value not in right]
     if wrong:
         raise UserError(
-            f"Accelerate is not set up as the experiment says: {', '.join(wrong)}; if something else in this process "
-            "made an accelerator before, start a new process (in a notebook: restart the runtime)"
+            f"Accelerate has other settings than the experiment: {', '.join(wrong)}; if this process created an "
+            "Accelerator before, start a new process (in a notebook: restart the runtime)"
         )
 
 
-def take_shards(experiment: Experiment) -> int:
-    """In how many pieces the frozen weights are held: one for each process where FSDP was launched, else 1 (whole).
+def shards_from_launcher(experiment: Experiment) -> int:
+    """Read from the launcher's variables over how many processes the frozen weights are sharded; 1: they are not.
 
-    The launcher's variables are taken out of the environment: Accelerate, which would itself shard on GPUs and, without
-    a word, not on CPUs, is to see processes for DDP, and transformers is to load as it always does.
+    The launcher's FSDP variables are then removed from the environment. Otherwise Accelerate would shard the model
+    itself on GPUs (and silently not on CPUs) instead of preparing it for DDP, and transformers would load it
+    differently.
 
     Raises:
-        UserError: something is asked of FSDP that is not done here.
+        UserError: the launcher requests an unsupported FSDP setting.
     """
     asked = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("FSDP_")}
     sharded = is_on("ACCELERATE_USE_FSDP")
@@ -162,10 +163,10 @@ def take_shards(experiment: Experiment) -> int:
 def prepare(
     accelerator: Accelerator, model: LossModel, optimizer: torch.optim.Optimizer, shards: int
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """Model and optimizer as Accelerate prepares them for these processes; the frozen weights in pieces if so asked.
+    """Prepare model and optimizer with Accelerate, and shard the frozen weights if `shards` is more than 1.
 
     Args:
-        shards: as `take_shards` gives it.
+        shards: the result of `shards_from_launcher`.
     """
     if shards == 1:
         return accelerator.prepare(model, optimizer)
@@ -173,22 +174,23 @@ def prepare(
         if parameter.requires_grad:
             parameter.data = parameter.data.to(accelerator.device)
     keep_from_ddp(model)
-    # Sharded under DDP, not before: Accelerate refuses to make DDP of a sharded model on GPUs, and moves others whole.
-    model_of_all, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])
+    # The model is sharded after DDP wraps it: Accelerate refuses to wrap a sharded model on GPUs. It must not move the
+    # model to the device before, because the unsharded model may not fit there.
+    prepared, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])
     shard(model, accelerator.device)
-    return model_of_all, optimizer
+    return prepared, optimizer
 
 
 def is_first_process() -> bool:
-    """Whether the launcher counts this as the first process; known before there is an accelerator."""
+    """Whether this is the process of rank 0. Unlike `is_main_process` it needs no accelerator."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def on_main(accelerator: Accelerator, step: Callable[[], Result]) -> Result:
-    """The result of a step that the main process does; the others wait for it.
+    """Run `step` on the main process only, and return its result on every process. A collective call.
 
     Raises:
-        UserError: the step's, on every process: else the others would wait for one that has given up.
+        UserError: the error of `step`, on every process. Otherwise the others would wait for the main process forever.
     """
     outcome: list = [None, None]
     if accelerator.is_main_process:
@@ -203,23 +205,23 @@ def on_main(accelerator: Accelerator, step: Callable[[], Result]) -> Result:
 
 
 def choose_kernels(deterministic: bool) -> None:
-    """On a GPU, deterministic kernels or the fastest; a CPU's are deterministic anyway.
+    """Choose deterministic or the fastest kernels on a GPU. On a CPU all kernels are deterministic.
 
-    Only warned about, not refused, is an operation that has no deterministic kernel: the run goes on.
+    An operation without a deterministic kernel causes a warning, and the run continues.
     """
     if torch.cuda.is_available():
         given = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
         if not given or (deterministic and given not in DETERMINISTIC_CUBLAS):
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read once, before anything is computed there
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read once, before the first computation on the GPU
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
 def shut_down(accelerator: Accelerator) -> None:
-    """Finish the trackers and leave the process group.
+    """Finish the trackers and destroy the process group.
 
-    A group that is freed under Python's global lock joins its threads, and one of gloo's may still be waiting for that
-    very lock, to let go of the last collective's tensors: a deadlock at the end of a finished run, seen on a busy
-    machine with torch 2.13. The pause gives the lock up for once.
+    Destroying the group joins its threads while this thread holds Python's global lock (GIL). A thread of gloo may
+    still be waiting for the GIL to free the tensors of the last collective: a deadlock at the end of a finished run,
+    seen on a busy machine with torch 2.13. The pause releases the GIL so that the thread can finish.
     """
     if accelerator.num_processes > 1:
         time.sleep(0.5)

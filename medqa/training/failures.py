@@ -1,4 +1,4 @@
-"""What can go wrong in an update: a loss or gradient that is not finite, an fp16 overflow, a step without memory."""
+"""What can go wrong in an update: a loss or gradient norm that is not finite, an fp16 overflow, out of memory."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,50 +8,56 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from medqa.data.batches import MicroBatch, stable_hash
-from medqa.errors import TrainingStopped
+from medqa.errors import TrainingStopped, is_out_of_memory
 from medqa.model.device import release
 from medqa.model.loss import summed_loss
 
-LOWEST_SCALE = 1.0  # an fp16 gradient that overflows even unscaled is no overflow but a fault
+LOWEST_SCALE = 1.0  # a gradient that is not finite even at this scale is a fault of the model or data, not of fp16
 
 
 def lower_scale(scaler: torch.amp.GradScaler) -> bool:
-    """Halve an fp16 scale after an overflow, as the scaler itself would; False where it is as low as it may be."""
+    """Halve the fp16 scale after an overflow, as the scaler itself would; False if it is at its minimum already."""
     scale = scaler.get_scale() / 2
     if scale < LOWEST_SCALE:
         return False
     scaler.update(scale)
-    # update() with a scale leaves the count of good updates as it was.
+    # update() with a scale does not reset the count of successful updates.
     scaler.load_state_dict({**scaler.state_dict(), "_growth_tracker": 0})
     return True
 
 
-def forget_attempt(accelerator: Accelerator) -> None:
-    """Make room after an update that ran out of memory, and have the scaler forget that it was begun."""
+def end_without_step(accelerator: Accelerator) -> None:
+    """End an attempt in which the optimizer makes no step: free cached memory, and reset the fp16 scaler for the next.
+
+    The scale stays. Without this the scaler would refuse to unscale the gradients of the next attempt.
+    """
     release(accelerator.device)
     if accelerator.scaler is not None:
         accelerator.scaler.update(accelerator.scaler.get_scale())
 
 
-def step_or_stop(optimizer: torch.optim.Optimizer) -> None:
-    """Change the weights. Unlike a micro-batch, a step that ran out of memory half way cannot be done again.
+def optimizer_step(optimizer: torch.optim.Optimizer) -> None:
+    """Call `optimizer.step()`. A step that ran out of memory may have changed some weights, so it is never repeated.
 
     Raises:
-        TrainingStopped: it did.
+        TrainingStopped: the optimizer step ran out of memory.
     """
     try:
         optimizer.step()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise TrainingStopped(
-            "out of memory in the optimizer's step; use optimizer.name=paged_adamw_8bit, or a smaller lora.r"
+            "out of memory in the optimizer step; use optimizer.name=paged_adamw_8bit, or a smaller lora.r"
         ) from error
 
 
 class GradientOverflow(Exception):
-    """The gradient is not finite while the loss is, under an fp16 gradient scaler. No weight has changed.
+    """The gradient norm is not finite while the loss is, under an fp16 gradient scaler. No weight has changed.
 
     Attributes:
-        diagnose: finds the micro-batch and its rows, and returns them as a message. Every process must call it.
+        diagnose: finds the micro-batch and its rows, and returns them as a message. It is a collective call: every
+            process must make it.
     """
 
     def __init__(self, diagnose: Callable[[], str]) -> None:
@@ -67,21 +73,21 @@ def diagnose(
     accelerator: Accelerator,
     seed: int,
 ) -> GradientOverflow | TrainingStopped:
-    """The exception for an update whose loss or gradient norm is not finite.
+    """Return the exception to raise for an update whose loss or gradient norm is not finite.
 
-    With a gradient scaler and a finite loss it is `GradientOverflow`: the scaler's normal work, and the update can be
-    repeated at a lower scale. Otherwise it is `TrainingStopped`, whose message names the rows at fault.
+    With a gradient scaler (fp16) and a finite loss it is `GradientOverflow`: this is normal under fp16, and the update
+    can be repeated at a lower scale. Otherwise it is `TrainingStopped`, whose message names the micro-batches and rows.
     """
 
     def describe() -> str:
-        return _rows_at_fault(model, micro_batches, loss, norm, accelerator, seed)
+        return _describe_failure(model, micro_batches, loss, norm, accelerator, seed)
 
     if math.isfinite(loss) and accelerator.scaler is not None:
         return GradientOverflow(describe)
     return TrainingStopped(describe())
 
 
-def _rows_at_fault(
+def _describe_failure(
     model: torch.nn.Module,
     micro_batches: Sequence[MicroBatch],
     loss: float,
@@ -89,7 +95,7 @@ def _rows_at_fault(
     accelerator: Accelerator,
     seed: int,
 ) -> str:
-    """What is not finite, and in which micro-batch and rows, of all processes. Every process must call this.
+    """Say what is not finite, and in which micro-batches and rows of all processes. Every process must call this.
 
     Gradients add up over micro-batches, so each micro-batch is computed again by itself.
     """
@@ -109,9 +115,9 @@ def _rows_at_fault(
 def _loss_and_norm(
     model: torch.nn.Module, micro_batch: MicroBatch, accelerator: Accelerator, seed: int
 ) -> tuple[float, float]:
-    """Summed loss and gradient norm of one micro-batch by itself. No gradient is left behind."""
+    """Summed loss and gradient norm of one micro-batch by itself. All gradients are None afterwards."""
     model.zero_grad()
-    torch.manual_seed(stable_hash(seed, "noise", micro_batch.position))
+    torch.manual_seed(stable_hash(seed, "noise", micro_batch.position))  # the same dropout mask
     with accelerator.no_sync(model):
         loss = summed_loss(model, micro_batch, accelerator.device)
         loss.backward()

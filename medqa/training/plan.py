@@ -1,4 +1,4 @@
-"""The plan of a run, shown before its first update."""
+"""The plan of a run, printed before its first update."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ def accumulation_steps(training: Training, num_processes: int) -> int:
     """Micro-batches that each process runs for one update.
 
     Raises:
-        UserError: the global batch cannot be shared out evenly; names values that work.
+        UserError: the global batch does not divide into equal micro-batches. The message names values that work.
     """
     at_once = training.per_device_batch_size * num_processes
     steps, rest = divmod(training.global_batch_size, at_once)
@@ -45,9 +45,18 @@ def accumulation_steps(training: Training, num_processes: int) -> int:
     )
 
 
+def check_global_batch(training: Training, num_processes: int) -> None:
+    """Check that the global batch divides into equal micro-batches on these processes.
+
+    Raises:
+        UserError: as `accumulation_steps`.
+    """
+    accumulation_steps(training, num_processes)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What the console shows before the first update."""
+    """What the console shows before the first update: labelled lines, and the text of one training example."""
 
     lines: list[tuple[str, str]]
     example: list[tuple[bool, str]]  # (counts in the loss, text), in order
@@ -65,7 +74,7 @@ def make_plan(
     """The plan of a run on this machine.
 
     Args:
-        notes: lines that others add.
+        notes: further lines, as (label, text).
     """
     stream, examples, updates = data.stream, data.examples, data.updates
     device, num_processes = accelerator.device, accelerator.num_processes
@@ -83,7 +92,7 @@ def make_plan(
         f"gradient_accumulation_steps {accumulation_steps(training, num_processes)}"
     )
     if settings.padding_free:
-        batches = f"examples end to end without padding, as many as memory allows, on {num_processes} process(es)"
+        batches = f"padding-free, as many examples as memory allows, on {num_processes} process(es)"
     lines = [
         ("recipe", f"quantization {quantization}, {experiment.optimizer.name}{checkpointing}"),
         ("data", ", ".join(f"{name} {count:,}" for name, count in rows.items()) + " rows"),
@@ -100,37 +109,35 @@ def make_plan(
             f"{experiment.optimizer.learning_rate:g}, "
             f"{'constant' if scheduler.name == 'none' else scheduler.name}{warmup}",
         ),
-        ("parameters", f"{trainable:,} train of {total:,} ({100 * trainable / total:.2f} %)"),
+        ("trainable params", f"{trainable:,} of {total:,} ({100 * trainable / total:.2f} %)"),
         ("device", device_line(device, num_processes)),
     ]
     if is_sharded(model):
         here, frozen = frozen_bytes(model)
         lines.append(("sharded", f"{here / 2**20:,.1f} of {frozen / 2**20:,.1f} MiB of frozen weights in each process"))
-    lines += [
-        ("in effect", f"{key} = {used}, not {asked}: {why}") for key, (asked, used, why) in settings.changes.items()
-    ]
+    lines += [("changed", f"{key}: {asked} -> {used} ({why})") for key, (asked, used, why) in settings.changes.items()]
     if experiment.data.afrimedqa != "none":
         lines.append(("licence", "AfriMed-QA is CC BY-NC-SA 4.0: the adapter is for non-commercial use"))
     if device.type == "cpu" and total > 100e6:
         padded = experiment.tokenization.padding == "max_length" and not settings.padding_free
         tokens = experiment.tokenization.max_length if padded else mean_length
-        whole = tokens * training.global_batch_size * updates
-        hours = cpu_hours(total, whole, settings.gradient_checkpointing)
-        lines.append(("time", f"about {hours:,.0f} hours on this CPU; a GPU, or --tiny, is the way"))
+        total_tokens = tokens * training.global_batch_size * updates
+        hours = cpu_hours(total, total_tokens, settings.gradient_checkpointing)
+        lines.append(("time", f"about {hours:,.0f} hours on this CPU; use a GPU, or --tiny for a test"))
     if settings.return_memory:
-        lines.append(("memory", "short: freed memory goes back to the system at once, which is slower"))
+        lines.append(("low memory", "freed memory is returned to the system immediately; training is slower"))
     return Plan([*lines, *notes], loss_segments(stream.at(0), experiment.tokenization.loss_on, tokenizer.decode))
 
 
 def by_source(examples: Mapping[str, Sequence[Example]], data: Data) -> list[tuple[str, str]]:
-    """Where there are data of one's own: how many rows of each source, of the first ones, stand in the splits."""
+    """With data of the user's own: the number of rows in each split of the first `SHOWN_SOURCES` sources."""
     counts = {split: split_counts(found) for split, found in examples.items()}
     lines = []
     for name in used_sources(data) if data.files else ():
         of_source = {split: count.get(name, 0) for split, count in counts.items()}
         line = f"{name}: " + ", ".join(f"{split} {count:,}" for split, count in of_source.items())
-        if not all(of_source.values()):  # its groups are larger than what there is room for
-            line += "; what is learned of it cannot be measured where it has no row"
+        if missing := [split for split, count in of_source.items() if not count]:  # groups of rows are never divided
+            line += f"; no rows in {', '.join(missing)}, so its loss cannot be reported there"
         lines.append(("source", line))
     if rest := lines[SHOWN_SOURCES:]:
         lines[SHOWN_SOURCES:] = [("source", f"and {len(rest):,} more sources; data_report.json has them all")]
@@ -138,7 +145,7 @@ def by_source(examples: Mapping[str, Sequence[Example]], data: Data) -> list[tup
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
-    """Parameters that train, and all. A 4-bit weight counts as the parameters that it stands for."""
+    """Trainable and all parameters. A 4-bit weight counts as the parameters that it represents."""
     trainable = total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -149,7 +156,7 @@ def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def device_line(device: torch.device, num_processes: int) -> str:
-    """The device, and the launch line that uses all of them where some GPUs stand idle."""
+    """The device, and the command that uses all GPUs if some are idle."""
     if device.type != "cuda":
         return f"cpu, {torch.get_num_threads()} threads"
     visible = torch.cuda.device_count()
@@ -161,7 +168,7 @@ def device_line(device: torch.device, num_processes: int) -> str:
 
 
 def cpu_hours(parameters: int, tokens: float, checkpointing: bool) -> float:
-    """Hours that training takes on this CPU, from a matrix product timed here and now.
+    """Hours that training takes on this CPU, estimated by timing a matrix product.
 
     Forward and the gradient of the activations take 2 floating-point operations per parameter and token each (frozen
     weights get no gradient); checkpointing repeats the forward. Source: https://arxiv.org/abs/2001.08361, section 2.1.
@@ -176,7 +183,7 @@ def cpu_hours(parameters: int, tokens: float, checkpointing: bool) -> float:
 
 
 def loss_segments(example: Example, loss_on: str, decode: Callable[[Any], str]) -> list[tuple[bool, str]]:
-    """The example's text in runs that count in the loss or do not. The first token is never a target."""
+    """The example's text in segments that count in the loss or do not. The first token is never a target."""
     first = max(1, example.answer_start) if loss_on == "answer" else 1
     parts = [(False, example.input_ids[:first]), (True, example.input_ids[first:])]
     return [(counts, decode(ids)) for counts, ids in parts if len(ids)]

@@ -1,4 +1,4 @@
-"""What a run records and shows: metrics.jsonl, progress, messages, the time of each phase."""
+"""What a run records and prints: metrics.jsonl, W&B, progress, messages, startup times."""
 
 import contextlib
 import io
@@ -39,12 +39,12 @@ from medqa.training.wandb import (
     PERFORMANCE_NAMES,
     TRAIN_NAMES,
     Record,
-    WandbFeed,
+    WandbLogger,
     start_wandb,
     wandb_names,
 )
 
-FIGURES = {"elapsed_s", "tokens", "rows", *TRAIN_NAMES, *EVAL_NAMES, *PERFORMANCE_NAMES, *MEMORY_NAMES}
+NUMERIC_KEYS = {"elapsed_s", "tokens", "rows", *TRAIN_NAMES, *EVAL_NAMES, *PERFORMANCE_NAMES, *MEMORY_NAMES}
 
 
 class MetricsFile:
@@ -52,41 +52,47 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._last_train: tuple[int, Record] | None = None  # where its line begins, and what it says
+        self._last_train: tuple[int, Record] | None = None  # the offset of its line, and the record
 
-    def resume(self, step: int, max_steps: int) -> "Spent":
-        """Drop what will be computed again, and a last line that a kill cut short; say what all of it took.
+    def truncate_after(self, step: int, max_steps: int) -> "EarlierUsage":
+        """Drop the records after the checkpoint at `step`, which will be computed again, and unreadable lines.
 
-        What was recorded at `step` came before its checkpoint and stays; but a run's closing evaluation comes after the
-        last one. With no checkpoint, `step` is -1.
+        Records at `step` are older than its checkpoint, so they stay. But at `max_steps` the final evaluation comes
+        after the checkpoint, so only the `train` record stays there.
+
+        Args:
+            step: -1 without a checkpoint.
+
+        Returns:
+            The time and memory that earlier sessions took, dropped records included.
         """
         records: list[Record] = []
         kept: dict[Any, bytes] = {}
-        damaged = 0
+        unreadable = 0
         for line, record in _lines(self.path) if os.path.lexists(self.path) else ():
             if record is not None:
                 records.append(record)
-                before_it = record["step"] < step or (record["step"] == step and step < max_steps)
-                if before_it or (record["step"] == step and record["split"] == "train"):
+                before = record["step"] < step or (record["step"] == step and step < max_steps)
+                if before or (record["step"] == step and record["split"] == "train"):
                     kept.setdefault((record["step"], record["split"]), line)
-            elif line.endswith(b"\n"):  # else a last one that a kill cut short
-                damaged += 1
+            elif line.endswith(b"\n"):  # else it is the last line, which a kill truncated
+                unreadable += 1
         write_file(self.path, b"".join(kept.values()))
-        return Spent(
+        return EarlierUsage(
             max((_number(record, "elapsed_s") for record in records), default=0.0),
             int(max((_number(record, "peak_memory_bytes") for record in records), default=0)),
-            damaged,
+            unreadable,
         )
 
     def flush(self) -> None:
-        """Have the disk hold all lines, before a checkpoint says that they need not be computed again."""
+        """Flush all lines to disk. A checkpoint must not be newer than the records before it."""
         flush(self.path)
 
     def append(self, record: Record) -> None:
-        """Add a line and hand it to the system at once; where there is no room for all of it, add none of it.
+        """Append a record as one unbuffered line. If there is no space for the whole line, nothing is appended.
 
         Raises:
-            OSError: no room, or the file has gone.
+            OSError: no space left, or the file does not exist any more.
         """
         with naming(self.path), open_in_place(self.path) as file:
             end = file.seek(0, os.SEEK_END)
@@ -95,10 +101,10 @@ class MetricsFile:
             self._last_train = (end, record)
 
     def amend_train(self, step: int, **more: float) -> bool:
-        """Add fields to the newest `train` line if it is that of `step`; says whether it is.
+        """Add fields to the newest `train` line if it is that of `step`; return whether it is.
 
-        The line was written before what is added was known, so that a kill in between loses nothing. It and the lines
-        after it are written over in one write; they only get longer.
+        The line is written before these fields are known, so that a kill in between loses no record. The line and those
+        after it are overwritten in one write; they only get longer.
         """
         if self._last_train is None or self._last_train[1]["step"] != step:
             return False
@@ -112,28 +118,28 @@ class MetricsFile:
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What a run's sessions have taken so far, what was lost with a kill included: seconds, and peak bytes.
+class EarlierUsage:
+    """What the earlier sessions of a run took, including updates that a kill lost: seconds and peak memory in bytes.
 
-    `damaged` counts lines, the last one apart, that could not be read and are lost.
+    `unreadable` is the number of dropped lines that could not be read, without a truncated last line.
     """
 
     elapsed_s: float
     peak_memory: int
-    damaged: int
+    unreadable: int
 
 
 def read_metrics(path: Path) -> Iterator[Record]:
-    """The records of a metrics file; a line that is not whole, or not a record, is passed over.
+    """The records of a metrics file. Lines that are truncated or no record are skipped.
 
     Raises:
-        UserError: the file is not there, is not a regular file, or is too long.
+        UserError: the file does not exist, is not a regular file, or is too large.
     """
     return (record for _, record in _lines(path) if record is not None)
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, Record | None]]:
-    """The lines of a metrics file, each with its record; None where it is damaged.
+    """The lines of a metrics file, each with its record, or with None if it cannot be read.
 
     Raises:
         UserError: as `read_metrics`.
@@ -141,7 +147,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Record | None]]:
     try:
         content = read_file(path, MAX_METRICS_BYTES)
     except Damaged as error:
-        raise UserError(f"{error}; put back the run's own, or start over with --fresh") from error
+        raise UserError(f"{error}; restore the file of this run, or start over with --fresh") from error
     for line in io.BytesIO(content):
         try:
             found = parse_json(line) if line.endswith(b"\n") else None
@@ -151,46 +157,48 @@ def _lines(path: Path) -> Iterator[tuple[bytes, Record | None]]:
 
 
 def _is_record(found: Any) -> bool:
-    """Whether a value has what every record has, and figures where records have figures."""
+    """Whether a value is a record: it has a step and a split, and its metrics are numbers or null."""
     if not isinstance(found, dict) or not isinstance(sources := found.get("sources", {}), dict):
         return False
-    step, figures = found.get("step"), [found[key] for key in FIGURES if key in found]
+    step, values = found.get("step"), [found[key] for key in NUMERIC_KEYS if key in found]
     return (
         type(step) is int
         and 0 <= step <= MAX_COUNT
         and isinstance(found.get("split"), str)
-        and all(value is None or type(value) in (int, float) for value in (*figures, *sources.values()))
+        and all(value is None or type(value) in (int, float) for value in (*values, *sources.values()))
     )
 
 
 class Tracker:
-    """Takes records on the main process and passes them on; does nothing on the others.
+    """Writes records to metrics.jsonl and W&B on the main process; does nothing on the other processes.
 
     Args:
-        check: asked before each write; raises where the directory is no longer this run's.
+        check: called before each write; it raises if another run owns the directory now.
     """
 
     def __init__(
         self,
         is_main_process: bool,
         metrics: MetricsFile,
-        feed: WandbFeed | None = None,
+        wandb_logger: WandbLogger | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._is_main_process = is_main_process
         self._metrics = metrics
         self._check = check
-        self.feed = feed
+        self.wandb_logger = wandb_logger
 
-    def resume(self, step: int, max_steps: int) -> Spent:
-        """As `MetricsFile.resume`; on the other processes, which keep no time, nothing was spent."""
-        return self._metrics.resume(step, max_steps) if self._is_main_process else Spent(0.0, 0, 0)
+    def truncate_after(self, step: int, max_steps: int) -> EarlierUsage:
+        """As `MetricsFile.truncate_after`; all zeros on the other processes, which keep no time."""
+        return self._metrics.truncate_after(step, max_steps) if self._is_main_process else EarlierUsage(0.0, 0, 0)
 
-    def begin_feed(self, feed: WandbFeed) -> None:
-        """From here on W&B is told too, first of what the sessions before have recorded."""
-        self.feed = feed
+    def attach_wandb(self, wandb_logger: WandbLogger) -> None:
+        """Log the records of earlier sessions to W&B if it lacks them, and from now on every new record."""
+        self.wandb_logger = wandb_logger
         if self._is_main_process:
-            feed.begin((record["step"], wandb_names(record)) for record in read_metrics(self._metrics.path))
+            wandb_logger.log_earlier(
+                (record["step"], wandb_names(record)) for record in read_metrics(self._metrics.path)
+            )
 
     def flush(self) -> None:
         """As `MetricsFile.flush`."""
@@ -199,24 +207,24 @@ class Tracker:
             self._metrics.flush()
 
     def log(self, record: Record) -> None:
-        """Record one step of one split: into the file, then to W&B where there is a run."""
+        """Log a record: one step of one split. It goes to the file first, then to W&B."""
         if self._is_main_process:
             self._check()
             self._metrics.append(record)
-            if self.feed is not None:
-                self.feed.log(wandb_names(record), record["step"])
+            if self.wandb_logger is not None:
+                self.wandb_logger.log(wandb_names(record), record["step"])
 
-    def saved(self, step: int, save_s: float) -> None:
-        """Record how long the checkpoint of `step` held up training, in seconds, if the update itself is recorded."""
+    def log_save(self, step: int, save_s: float) -> None:
+        """Add the seconds that saving the checkpoint of `step` took to the record of that update, if there is one."""
         if not self._is_main_process:
             return
         self._check()
-        if self._metrics.amend_train(step, save_s=save_s) and self.feed is not None:
-            self.feed.log({PERFORMANCE_NAMES["save_s"]: save_s, GLOBAL_STEP: step}, step)
+        if self._metrics.amend_train(step, save_s=save_s) and self.wandb_logger is not None:
+            self.wandb_logger.log({PERFORMANCE_NAMES["save_s"]: save_s, GLOBAL_STEP: step}, step)
 
 
 def _write_all(file: io.FileIO, start: int, content: bytes, before: bytes) -> None:
-    """Write `content` from `start` to the end of the file, or leave there what was `before`."""
+    """Overwrite the file from `start` on with `content`; if that fails, restore `before`, the old content."""
     try:
         file.seek(start)
         written = 0
@@ -224,30 +232,30 @@ def _write_all(file: io.FileIO, start: int, content: bytes, before: bytes) -> No
             written += file.write(content[written:])
     except OSError:
         file.seek(start)
-        file.write(before)  # no longer than what was there: it needs no room
+        file.write(before)  # not longer than the old content, so it needs no free space
         file.truncate(start + len(before))
         raise
 
 
 def _number(record: Record, key: str) -> float:
-    """A figure of a record that anyone may have edited."""
+    """A non-negative number of a record, 0 if it is missing or absurd. Users may have edited the file."""
     value = record.get(key) or 0
     return float(value) if 0 <= value < 1e18 else 0.0
 
 
 def _line(record: Record) -> str:
-    """A record as its line."""
+    """A record as a line of the file."""
     return json.dumps(record, allow_nan=False) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------
-# What the terminal shows: the plan, progress, and the closing table. From the main process only.
+# What the console shows: the plan, progress, and the table of results. Only the main process prints.
 #
-# What a terminal can redraw and what is shown elsewhere is decided in `medqa/terminal.py`.
+# `medqa/terminal.py` decides whether the console can be redrawn or gets plain lines.
 
 
 def quiet_libraries() -> None:
-    """Keep messages off the terminal that a user can do nothing about."""
+    """Silence warnings of libraries that a user cannot act on."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     transformers_logging.set_verbosity_error()
@@ -255,7 +263,7 @@ def quiet_libraries() -> None:
 
 
 def show_plan(console: Console, title: str, plan: Plan) -> None:
-    """The plan, and one training example with what of it counts in the loss."""
+    """Print the plan, and one training example with the segments that count in the loss."""
     rows = [(label, text.replace("\n", "\\n"), "none") for label, text in plan.lines]
     for counts, text in plan.example:
         rows.append(("in the loss" if counts else "not in the loss", _shortened(text), "green" if counts else "dim"))
@@ -271,22 +279,22 @@ def show_plan(console: Console, title: str, plan: Plan) -> None:
 
 
 class ProgressLine:
-    """A bar on a terminal, a line every so many updates elsewhere."""
+    """A progress bar on a terminal; without a terminal a line every `log_steps` updates."""
 
     def __init__(self, console: Console, first_step: int, max_steps: int, log_steps: int) -> None:
         self._console = console
         self._max_steps, self._log_steps = max_steps, log_steps
         self._bar = rich.progress.Progress(
-            # Of 80 columns the bar alone gives way.
+            # On a narrow terminal only the bar shrinks.
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[figures]}", markup=False),
+            TextColumn("{task.fields[metrics]}", markup=False),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
             console=console,
             expand=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=max_steps, completed=first_step, figures="")
+        self._task = self._bar.add_task("", total=max_steps, completed=first_step, metrics="")
 
     def __enter__(self) -> "ProgressLine":
         self._bar.start()
@@ -296,28 +304,28 @@ class ProgressLine:
         self._bar.stop()
 
     def update(self, record: Mapping[str, Any]) -> None:
-        """Show the figures of one update."""
+        """Show the metrics of one update."""
         step = record["step"]
-        figures = (
+        metrics = (
             f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tokens/s  "
             f"peak {record['peak_memory_bytes'] / 2**30:.1f} GiB"
         )
-        self._bar.update(self._task, completed=step, figures=figures)
+        self._bar.update(self._task, completed=step, metrics=metrics)
         if not self._console.is_terminal and (step % self._log_steps == 0 or step == self._max_steps):
             left = (self._max_steps - step) * record["update_s"]
             left = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
-            self._console.print(f"update {step}/{self._max_steps}  {figures}  about {left} left", soft_wrap=True)
+            self._console.print(f"update {step}/{self._max_steps}  {metrics}  about {left} left", soft_wrap=True)
 
 
 def show_result(console: Console, summary: Mapping[str, Any], adapter_dir: Path | None = None) -> None:
-    """Baseline against final on the validation set, and the test set once; and where the adapter is."""
+    """Print the losses before and after training, and the directory of the adapter."""
     table = Table(title=f"{summary['experiment']}: before and after", title_justify="left")
     table.add_column("")
     for column in ("validation, baseline", "validation, fine-tuned", "test, fine-tuned"):
         table.add_column(column, justify="right")
     for key in ("loss", "perplexity", "answer_loss", "answer_perplexity"):
-        figures = [summary[part][key] for part in ("baseline", "final", "test")]
-        table.add_row(key.replace("_", " "), *("-" if value is None else f"{value:.4f}" for value in figures))
+        values = [summary[part][key] for part in ("baseline", "final", "test")]
+        table.add_row(key.replace("_", " "), *("-" if value is None else f"{value:.4f}" for value in values))
     console.print(table)
     console.print(
         f"{summary['updates']} updates in {summary['wall_clock_s']:.0f} s, "
@@ -328,127 +336,132 @@ def show_result(console: Console, summary: Mapping[str, Any], adapter_dir: Path 
 
 
 def _shortened(text: str, length: int = 600) -> str:
-    """Text for a table's cell, on one line."""
+    """Text on one line, for the cell of a table."""
     text = text.replace("\n", "\\n")
     return text if len(text) <= length else text[:length] + " ..."
 
 
 # ----------------------------------------------------------------------------------------------------
-# Where the time goes from a process's start to the end of its first update.
+# The time from the start of the process to the end of its first update.
 
 
-class Phases:
-    """A clock that is told when a phase is over. `seconds` has what each took, in order."""
+class StartupTimer:
+    """Measures the phases of the startup, up to the first update.
+
+    Attributes:
+        started: when this timer was made, on the clock of `time.perf_counter`.
+        seconds: by phase, in order.
+    """
 
     def __init__(self) -> None:
-        """What was before, from the process's start on, is the imports."""
+        """Start the timer. The time since the start of the process is recorded as the phase `imports`."""
         self.started = self._last = time.perf_counter()
         self.seconds = {"imports": time.time() - psutil.Process().create_time()}
         self._first_update_seen = False
 
-    def done(self, phase: str) -> None:
-        """This phase, begun when the one before was over, is over now."""
+    def record(self, phase: str) -> None:
+        """Record the seconds since the end of the previous phase under the name of this one."""
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
-    def first_update_done(self) -> bool:
-        """End the last phase with the first update of this session; says whether this update was the first."""
+    def record_first_update(self) -> bool:
+        """Record the phase `first update` on the first call; return whether this call was the first."""
         if self._first_update_seen:
             return False
         self._first_update_seen = True
-        self.done("first update")
+        self.record("first update")
         return True
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
-        return f"first update after {sum(self.seconds.values()):.1f} s: {parts}"
+        parts = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
+        return f"startup {sum(self.seconds.values()):.1f} s ({parts})"
 
 
 # ----------------------------------------------------------------------------------------------------
 
 
 class Recorder:
-    """All that a run tells: `metrics.jsonl`, W&B, the console, and the clock that these need.
+    """Everything that a run logs or prints: `metrics.jsonl`, W&B, the console; and the clock of the run.
 
-    Every process has a recorder; only that of the main process writes and shows anything.
+    Every process has a recorder, but only that of the main process writes and prints.
 
     Attributes:
-        phases: where the time to the first update goes.
-        feed: tells W&B, once `start_wandb` has been called.
+        startup: measures the time until the first update.
+        wandb_logger: logs to W&B; set by `start_wandb`.
 
     Args:
-        check: is called before each write; raises where the directory is no longer this run's.
+        check: called before each write; it raises if another run owns the directory now.
     """
 
-    feed: WandbFeed
+    wandb_logger: WandbLogger
 
     def __init__(
         self,
         experiment: Experiment,
         accelerator: Accelerator,
         output_dir: Path,
-        phases: Phases,
+        startup: StartupTimer,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.accelerator, self.output_dir, self.phases = accelerator, output_dir, phases
+        self.accelerator, self.output_dir, self.startup = accelerator, output_dir, startup
         self._experiment = experiment
         quiet_libraries()
         self._console = make_console(accelerator.is_main_process)
         self._tracker = Tracker(accelerator.is_main_process, MetricsFile(output_dir / METRICS), check=check)
-        self._before = 0.0  # seconds of the sessions before this one
+        self._before = 0.0  # seconds of earlier sessions
         self._bar: ProgressLine | None = None
         self._epoch: Callable[[int], float] = lambda step: 0.0
         self._newest: Record | None = None  # the newest train record that is not in the file
-        self._said: set[str] = set()
+        self._messages: set[str] = set()
 
     def message(self, text: str) -> None:
-        """Show a line on the console."""
+        """Print a line on the console."""
         self._console.print(text, soft_wrap=True)
 
     def message_once(self, text: str) -> None:
-        """Show a line that was not shown before in this session."""
-        if text not in self._said:
-            self._said.add(text)
+        """Print a line, unless it was printed in this session before."""
+        if text not in self._messages:
+            self._messages.add(text)
             self.message(text)
 
     def clock(self) -> float:
         """Seconds of the run, all sessions together."""
-        return self._before + time.perf_counter() - self.phases.started
+        return self._before + time.perf_counter() - self.startup.started
 
-    def resume(self, progress: Progress, updates: int) -> Spent:
-        """Bring the metrics file to where the run resumes; count the time and memory of the sessions before.
+    def restore(self, progress: Progress, updates: int) -> EarlierUsage:
+        """Truncate metrics.jsonl after the step of the checkpoint, and add the time and memory of earlier sessions.
 
         Args:
-            updates: how many updates the run has in all.
+            updates: the number of updates of the whole run.
         """
-        spent = self._tracker.resume(
+        earlier = self._tracker.truncate_after(
             progress.step if progress.baseline else -1, progress.step if progress.stopped_early else updates
         )
-        progress.peak_memory = max(progress.peak_memory, spent.peak_memory)
-        self._before = max(progress.elapsed_s, spent.elapsed_s)
-        return spent
+        progress.peak_memory = max(progress.peak_memory, earlier.peak_memory)
+        self._before = max(progress.elapsed_s, earlier.elapsed_s)
+        return earlier
 
     def show_plan(self, name: str, plan: Plan) -> None:
-        """Show the plan of the experiment of this name on the console."""
+        """Print the plan of the experiment with this name."""
         show_plan(self._console, f"{name} in {self.output_dir}", plan)
 
     def show_result(self, summary: Mapping[str, Any], adapter_dir: Path | None = None) -> None:
-        """Show the closing table on the console."""
+        """Print the table of results."""
         show_result(self._console, summary, adapter_dir)
 
     def show_complete_run(self, summary: Mapping[str, Any]) -> None:
-        """Show the result of a run that is complete already, and tell W&B where a sweep's trial repeats it."""
-        self.message(f"{self.output_dir} is complete already")
-        tell_trial(self.accelerator, self._experiment, self.output_dir, self.message)
+        """Print the result of a run that is already complete; log it to W&B if a trial of a sweep repeats the run."""
+        self.message(f"{self.output_dir}: the run is already complete; nothing to do (use --fresh to start over)")
+        log_repeated_trial(self.accelerator, self._experiment, self.output_dir, self.message)
         self.show_result(summary)
 
     def start_wandb(self, run_id: str, changes: Mapping[str, Any]) -> None:
-        """Begin to tell W&B: first what the sessions before have recorded, then what is recorded from now on."""
+        """Start W&B and log to it: first records of earlier sessions that it lacks, then all new records."""
         self.message(start_wandb(self.accelerator, self._experiment, self.output_dir, run_id, changes))
-        self.feed = WandbFeed(self.accelerator, self.message)
-        self._tracker.begin_feed(self.feed)
-        self.phases.done("start")
+        self.wandb_logger = WandbLogger(self.accelerator, self.message)
+        self._tracker.attach_wandb(self.wandb_logger)
+        self.startup.record("start")
 
     @contextlib.contextmanager
     def training(self, progress: Progress, stream: Stream, updates: int) -> Iterator[None]:
@@ -458,7 +471,7 @@ class Recorder:
             yield
 
     def log_update(self, progress: Progress, result: StepResult, seconds: float, last: bool) -> None:
-        """Record an update and show it. Updates between two `log_steps` are shown and not recorded."""
+        """Show an update, and log it every `log_steps` updates and if it is the last."""
         memory = peak_memory(self.accelerator.device)
         progress.elapsed_s = self.clock()
         progress.peak_memory = max(progress.peak_memory, memory.allocated)
@@ -481,23 +494,23 @@ class Recorder:
             "peak_memory_bytes": memory.allocated,
             "peak_reserved_bytes": memory.reserved,
         }
-        if self.phases.first_update_done():
-            self.message(str(self.phases))
+        if self.startup.record_first_update():
+            self.message(str(self.startup))
         self.show_update(record)
         self._newest = record
         if progress.step % self._experiment.training.log_steps == 0 or last:
             self._log_newest()
 
     def show_update(self, record: Record) -> None:
-        """Show the figures of an update."""
+        """Show the metrics of an update in the progress display."""
         if self._bar is not None:
             self._bar.update(record)
 
     def log_evaluation(self, progress: Progress, loss: SplitLoss, last: bool) -> None:
-        """Record an evaluation of the fixed validation rows.
+        """Log an evaluation of the fixed validation rows.
 
-        After the last update it is not recorded, because the final evaluation of all rows takes its place; but the
-        update itself is then, whatever `log_steps` says: early stopping may have made it the last one.
+        After the last update it is not logged, because the final evaluation of all rows replaces it. The update itself
+        is logged then, whatever `log_steps` is, because early stopping may have made it the last one.
         """
         if last:
             self._log_newest()
@@ -505,38 +518,40 @@ class Recorder:
             self.log_split(progress.step, "eval", loss)
 
     def log_split(self, step: int, split: str, loss: SplitLoss) -> None:
-        """Record the losses of a split after `step` updates."""
+        """Log the losses of a split after `step` updates."""
         self._tracker.log({"step": step, "split": split, "elapsed_s": self.clock(), **loss.record()})
 
     def log_save(self, step: int, seconds: float) -> None:
-        """Record how long the checkpoint of `step` held up training."""
-        self._tracker.saved(step, seconds)
+        """Log the seconds that saving the checkpoint of `step` took."""
+        self._tracker.log_save(step, seconds)
 
     def flush(self) -> None:
-        """Have the disk hold all records, before a checkpoint says that they need not be computed again."""
+        """Flush all records to disk. A checkpoint must not be newer than the records before it."""
         self._tracker.flush()
 
     def _log_newest(self) -> None:
-        """Record the newest update, once."""
+        """Log the newest update, unless it is logged already."""
         if self._newest is not None:
             self._tracker.log(self._newest)
             self._newest = None
 
 
 # ----------------------------------------------------------------------------------------------------
-# A sweep's trial that tries what an earlier one has tried: the same recipe on the same data gives the same run.
+# A trial of a sweep that repeats an earlier one: the same recipe on the same data gives the same run.
 
 
-def tell_trial(accelerator: Accelerator, experiment: Experiment, output_dir: Path, say: Callable[[str], None]) -> None:
-    """Bring a sweep's W&B run up to date with a directory whose run is complete already; else do nothing.
+def log_repeated_trial(
+    accelerator: Accelerator, experiment: Experiment, output_dir: Path, report: Callable[[str], None]
+) -> None:
+    """In a sweep, log the metrics of a run that is already complete to the W&B run of the trial; else do nothing.
 
-    The id is the one that W&B's agent has chosen. Its run would stay without a single value, and the search would learn
-    nothing from the trial.
+    W&B's agent has chosen the id of that W&B run. Without this it would stay empty, and the search would learn nothing
+    from the trial.
     """
     session = read_session(output_dir)
     if "WANDB_SWEEP_ID" not in os.environ or session is None or not accelerator.is_main_process:
         return
-    say(start_wandb(accelerator, experiment, output_dir, session.run_id, {}))
-    feed = WandbFeed(accelerator, say)
-    Tracker(True, MetricsFile(output_dir / METRICS)).begin_feed(feed)
-    feed.finish()
+    report(start_wandb(accelerator, experiment, output_dir, session.run_id, {}))
+    wandb_logger = WandbLogger(accelerator, report)
+    Tracker(True, MetricsFile(output_dir / METRICS)).attach_wandb(wandb_logger)
+    wandb_logger.finish()

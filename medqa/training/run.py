@@ -1,8 +1,9 @@
-"""A run and its directory, `outputs/<run>/`, from the first check to the last file.
+"""A run and its output directory, `outputs/<run>/`, from the first check to the last file.
 
-`Run` is what `train.py` sees of the directory: the lock, the checkpoint to resume from, the files that describe the
-run, saves, and the copies of `--persist-to`. Its parts are `run_dir.py` (names of files, lock, starting over),
-`checkpoint.py` (what a checkpoint is) and `mirror.py` (copies). Nothing is written before `start`.
+`Run` does everything that `train.py` needs of the directory: it takes the lock, finds the checkpoint to resume from,
+writes the files that describe the run, saves checkpoints, and keeps the mirror (`--persist-to`) up to date. It is built
+on `run_dir.py` (file names, lock, starting over), `checkpoint.py` (the content of a checkpoint) and `mirror.py`.
+Nothing is written before `resume_or_start`.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from medqa.config_file import default_output_dir, find_experiment
 from medqa.data.batches import TrainingData
 from medqa.data.report import write_reports
 from medqa.data.tokens import ids_fingerprint
-from medqa.errors import UserError, saying_what_is_saved, writing
+from medqa.errors import UserError, adding_what_is_saved, writing
 from medqa.model.base_files import base_fingerprint
 from medqa.model.settings import SavedSettings, Settings
 from medqa.training.checkpoint import (
@@ -34,64 +35,65 @@ from medqa.training.checkpoint import (
     save_checkpoint,
 )
 from medqa.training.distributed import on_main
-from medqa.training.mirror import Copies, space_needed
+from medqa.training.mirror import Mirror, space_needed
 from medqa.training.plan import accumulation_steps
-from medqa.training.recorder import Phases, Recorder
+from medqa.training.recorder import Recorder, StartupTimer
 from medqa.training.run_dir import (
     RunLock,
     Session,
     check_run_dir,
     find_saved,
-    left_alone,
     note_saved,
+    other_files,
     refuse_differences,
     start_run,
     what_is_saved,
     write_config,
 )
-from medqa.training.state import Moved, Progress, TrainState
+from medqa.training.state import EnvironmentChange, Progress, TrainState
 
 
 class Run:
     """One session of a run in its output directory; a context manager.
 
-    Entering checks the directory and its mirror, takes the lock of a directory that a run has been in, and finds the
-    newest valid checkpoint, here or in the mirror. Leaving waits for the last copies, and adds to an error what is
-    saved.
+    Entering checks the output directory and the mirror, locks the directory if a run has used it before, and finds the
+    newest valid checkpoint, there or in the mirror. Leaving waits until the mirror is complete, and adds to an error a
+    sentence about the saved checkpoint.
 
     Attributes:
-        name: the experiment's, by the name of its file.
-        phases: where the time to the first update goes, counted from here on.
-        output_dir: the directory: the one given, or `outputs/<name>` with what makes it another run.
-        checkpoint: the checkpoint to resume from; None where the run starts from the beginning.
-        summary: what `summary.json` holds of a run that is complete already; None where there is something to do.
-        identity: whose the checkpoints of this run are; known after `start`.
-        session: the run's id and how often it was resumed; known after `start`.
+        name: the name of the experiment: that of its file.
+        startup: measures the time until the first update.
+        output_dir: `--output-dir`, or `outputs/<name>` plus the overrides that change the results.
+        checkpoint: the checkpoint to resume from; None if the run starts from the beginning.
+        summary: the content of `summary.json` if the run is already complete, else None.
+        identity: the experiment, data fingerprints and environment that every checkpoint of this run records; set by
+            `resume_or_start`.
+        session: the id of the run, and how often it was resumed; set by `resume_or_start`.
     """
 
     identity: Identity
     session: Session
 
     def __init__(self, experiment: Experiment, options: argparse.Namespace) -> None:
-        self.phases = Phases()
+        self.startup = StartupTimer()
         self.name = find_experiment(options.exp).stem
         default = default_output_dir(options.exp, options.tiny, options.set, experiment)
         self.output_dir: Path = options.output_dir or default
         self._experiment, self._fresh = experiment, options.fresh
-        self._mirror: Path | None = options.persist_to
-        self._lock, self._copies = RunLock(self.output_dir), Copies(self._mirror, self.output_dir)
+        self._mirror_dir: Path | None = options.persist_to
+        self._lock, self._mirror = RunLock(self.output_dir), Mirror(self._mirror_dir, self.output_dir)
 
     def __enter__(self) -> "Run":
-        experiment, output_dir, mirror, fresh = self._experiment, self.output_dir, self._mirror, self._fresh
+        experiment, output_dir, mirror, fresh = self._experiment, self.output_dir, self._mirror_dir, self._fresh
         with contextlib.ExitStack() as leaving:
             saved = functools.partial(what_is_saved, output_dir, mirror, fresh)
-            leaving.enter_context(saying_what_is_saved(saved))
+            leaving.enter_context(adding_what_is_saved(saved))
             leaving.enter_context(writing(output_dir))
             leaving.enter_context(self._lock)
-            leaving.enter_context(self._copies)
+            leaving.enter_context(self._mirror)
             check_run_dir(output_dir, experiment, fresh)
-            self._lock.take_if_there()
-            self._copies.check(experiment, fresh)
+            self._lock.acquire_if_exists()
+            self._mirror.check(experiment, fresh)
             self.checkpoint, self.summary = (None, None) if fresh else find_saved(output_dir, mirror, experiment)
             self._leaving = leaving.pop_all()
         return self
@@ -103,23 +105,23 @@ class Run:
 
     @property
     def saved_settings(self) -> SavedSettings | None:
-        """The settings of the checkpoint to resume from, which a resumed run keeps."""
+        """The settings in the checkpoint to resume from, which the resumed run keeps; None without one."""
         return None if self.checkpoint is None else self.checkpoint.identity.environment.settings
 
     @property
-    def places(self) -> list[Path]:
-        """The directories that may hold a checkpoint of this run: its own, and its mirror."""
-        return self._copies.places
+    def directories(self) -> list[Path]:
+        """The directories that may hold a checkpoint of this run: the output directory, then the mirror."""
+        return self._mirror.directories
 
     def check_ownership(self) -> None:
-        """See, before a write, that no other run has taken the directory.
+        """Check, before a write, that no other run owns the directory now.
 
         Raises:
-            UserError: another run has.
+            UserError: another run does.
         """
         self._lock.check()
 
-    def start(
+    def resume_or_start(
         self,
         state: TrainState,
         data: TrainingData,
@@ -127,38 +129,41 @@ class Run:
         settings: Settings,
         recorder: Recorder,
     ) -> list[tuple[str, str]]:
-        """Load the checkpoint into `state` if there is one, write the first files, and return lines for the plan.
+        """Load the checkpoint into `state` if there is one, then write the first files of this session.
+
+        Returns:
+            Lines for the plan, as (label, text).
 
         Raises:
-            UserError: data, token ids or base model are not those of the checkpoint; another run holds the directory;
-                or the processes do not read the same. Nothing is written then.
+            UserError: data, token ids or base model are not those of the checkpoint; another run uses the directory; or
+                processes loaded different data. Nothing is written then.
         """
         experiment, accelerator = self._experiment, recorder.accelerator
         self.identity = identify(experiment, data, tokenizer, state.adapted, settings, accelerator)
         if self.checkpoint is not None:
-            resume(self.checkpoint, state, self.identity)
+            load_into(state, self.checkpoint, self.identity)
         progress = state.progress
         self.session = start_run(
-            self.output_dir, self._fresh, self.checkpoint, progress, self._lock, accelerator, self._copies.take
+            self.output_dir, self._fresh, self.checkpoint, progress, self._lock, accelerator, self._mirror.acquire
         )
-        spent = recorder.resume(progress, data.updates)
+        earlier = recorder.restore(progress, data.updates)
         if accelerator.is_main_process:
             accumulation = accumulation_steps(experiment.training, accelerator.num_processes)
             write_config(self.output_dir, experiment, accumulation, settings.changes)
             write_reports(self.output_dir, data, experiment, settings.padding_free)
-        self._start_copies(recorder)
-        recorder.phases.done("model")
+        self._start_mirror(recorder)
+        recorder.startup.record("model")
         return [
-            *resume_lines(self.checkpoint, progress, spent.damaged),
-            *left_alone(self.output_dir),
-            *space_needed(self._mirror, experiment, state.adapted, progress.step, data.updates),
+            *resume_lines(self.checkpoint, progress, earlier.unreadable),
+            *other_files(self.output_dir),
+            *space_needed(self._mirror_dir, experiment, state.adapted, progress.step, data.updates),
         ]
 
     def save(self, state: TrainState, recorder: Recorder) -> None:
-        """Write a checkpoint of `state` durably, and have it copied.
+        """Write a checkpoint of `state` durably, and start copying it to the mirror.
 
         Raises:
-            UserError: it cannot be written. The checkpoints that are there stay.
+            UserError: it cannot be written. Existing checkpoints stay.
         """
         progress, accelerator = state.progress, recorder.accelerator
         began = progress.elapsed_s = recorder.clock()
@@ -167,30 +172,30 @@ class Run:
         save_checkpoint(self.output_dir, state, self.identity, accelerator, keep, recorder.message_once)
         if accelerator.is_main_process:
             note_saved(self.output_dir)
-            self._copies.wake({progress.step, progress.best_step})
+            self._mirror.wake({progress.step, progress.best_step})
         recorder.log_save(progress.step, recorder.clock() - began)
 
     def show_complete(self, recorder: Recorder) -> None:
-        """Show the result of a run that is complete already, and copy what was not copied when it ended."""
+        """Print the result of a run that is already complete, and complete its mirror."""
         assert self.summary is not None
-        self._start_copies(recorder)
+        self._start_mirror(recorder)
         recorder.show_complete_run(self.summary)
 
-    def _start_copies(self, recorder: Recorder) -> None:
-        """Have the main process copy what there is to the mirror, now and after each save.
+    def _start_mirror(self, recorder: Recorder) -> None:
+        """Start the mirror on the main process. It copies now, and after each save.
 
         Raises:
-            UserError: the mirror holds what no run wrote, or another run has just begun to copy there.
+            UserError: the mirror contains files that no run created, or another run has just begun to use it.
         """
         keep = self._experiment.training.keep_checkpoints
-        on_main(recorder.accelerator, lambda: self._copies.start(keep, self._fresh, recorder.message))
-        self._copies.wake(set())  # what says whose the mirror is should be there soon
+        on_main(recorder.accelerator, lambda: self._mirror.start(keep, self._fresh, recorder.message))
+        self._mirror.wake(set())  # copy run.json first: it identifies the owner of the mirror
 
 
 # ----------------------------------------------------------------------------------------------------
-# Is it the same run?
+# Whether a checkpoint belongs to this run
 
-WHAT = {"data": "the data", "tokenizer": "the token ids of the data", "base": "the base model"}
+FINGERPRINT_NAMES = {"data": "data", "tokenizer": "token ids", "base": "base model"}
 
 
 def identify(
@@ -201,10 +206,10 @@ def identify(
     settings: Settings,
     accelerator: Accelerator,
 ) -> Identity:
-    """Whose the checkpoints of this run are.
+    """The experiment, data fingerprints and environment that every checkpoint of this run records.
 
     Raises:
-        UserError: not all processes have the same data, tokens and base model: each reads them for itself.
+        UserError: processes loaded different data, token ids or base models. Each process loads them itself.
     """
 
     def of_base() -> str:
@@ -213,14 +218,16 @@ def identify(
     fingerprints = Fingerprints(
         data=data.splits.fingerprint,
         tokenizer=ids_fingerprint(data.examples, tokenizer),
-        base=of_base() if settings.shards == 1 else on_main(accelerator, of_base),  # sharded, the others have no files
+        # With sharded weights only the main process has the files of the base model.
+        base=of_base() if settings.shards == 1 else on_main(accelerator, of_base),
     )
     if accelerator.num_processes > 1:
         found = gather_object([fingerprints.model_dump()])
-        if differing := [what for name, what in WHAT.items() if len({each[name] for each in found}) > 1]:
+        differing = [what for name, what in FINGERPRINT_NAMES.items() if len({each[name] for each in found}) > 1]
+        if differing:
             raise UserError(
-                f"not all processes have read the same: {', '.join(differing)} differ; on several machines give files "
-                "or caches (HF_HOME, KAGGLEHUB_CACHE) that they share, or the same copies on each"
+                f"processes loaded different {', '.join(differing)}: on several machines use files and caches "
+                "(HF_HOME, KAGGLEHUB_CACHE) on a shared file system, or the same copies on each machine"
             )
     return Identity(
         experiment=flat(experiment),
@@ -229,34 +236,41 @@ def identify(
     )
 
 
-def resume(found: Found, state: TrainState, identity: Identity) -> None:
-    """Load a checkpoint into the state. The state notes where the machine is of another kind than before.
+def load_into(state: TrainState, found: Found, identity: Identity) -> None:
+    """Load a checkpoint into the state, if its data, token ids and base model are those of this run.
+
+    A change of the environment that may change last digits is added to `state.progress.not_bitwise`.
 
     Raises:
-        UserError: the checkpoint is of other data, another tokenizer or base model; the message lists the differences.
-            Nothing is loaded then.
+        UserError: they are others. The message lists the differences, and nothing is loaded.
     """
-    before, now = (found_or_now.fingerprints.model_dump() for found_or_now in (found.identity, identity))
-    material = [f"{WHAT[name]}: {before[name][:12]} there, {now[name][:12]} now" for name in WHAT]
+    before, now = (each.fingerprints.model_dump() for each in (found.identity, identity))
     refuse_differences(
-        f"{found.path} was trained on other data, tokens or base model",
-        [line for name, line in zip(WHAT, material, strict=True) if before[name] != now[name]],
+        f"{found.path} was trained with other data, token ids or another base model",
+        [
+            f"{what}: {before[name][:12]} there, {now[name][:12]} now"
+            for name, what in FINGERPRINT_NAMES.items()
+            if before[name] != now[name]
+        ],
     )
     load_checkpoint(found, state)
     if changed := changes(found.identity.environment, identity.environment):
-        state.progress.not_bitwise.append(Moved(state.progress.step, changed))
+        state.progress.not_bitwise.append(EnvironmentChange(state.progress.step, changed))
 
 
-def resume_lines(found: Found | None, progress: Progress, damaged_lines: int) -> list[tuple[str, str]]:
-    """The plan's lines on resuming: checkpoints passed over, what is lost, and where the last digits may differ."""
-    lines = [("passed over", reason) for reason in (found.passed_over if found else ())]
+def resume_lines(found: Found | None, progress: Progress, unreadable_lines: int) -> list[tuple[str, str]]:
+    """Lines of the plan about resuming: skipped checkpoints, dropped lines, and where last digits may differ."""
+    lines = [("skipped checkpoint", reason) for reason in (found.skipped if found else ())]
     if found:
         lines.append(("resumed", f"after update {progress.step}, from {found.path}"))
     if progress.stopped_early:
-        lines.append(("stopped early", f"after update {progress.step}; what is left is the final evaluation"))
-    if damaged_lines:
-        lines.append(("lost", f"{damaged_lines} damaged lines of metrics.jsonl"))
+        lines.append(("stopped early", f"after update {progress.step}; only the final evaluation remains"))
+    if unreadable_lines:
+        lines.append(("metrics.jsonl", f"{unreadable_lines} unreadable lines dropped"))
     return lines + [
-        ("not bitwise", f"from update {moved.after_step + 1} on: {', '.join(moved.changed)}")
-        for moved in progress.not_bitwise
+        (
+            "results may differ",
+            f"in the last digits from update {change.after_step + 1}: {', '.join(change.changed)}",
+        )
+        for change in progress.not_bitwise
     ]

@@ -1,4 +1,4 @@
-"""The files and the lock of a run's directory: is it this experiment's, its first files, starting over."""
+"""The files and the lock of a run's directory: whether this experiment may use it, its first files, starting over."""
 
 import errno
 import fcntl
@@ -33,10 +33,10 @@ from medqa.training.checkpoint import (
     STILL_OPEN,
     Found,
     copy_checkpoint,
-    newest_whole,
+    newest_valid,
     remove,
     remove_unfinished,
-    seems_whole,
+    seems_valid,
 )
 from medqa.training.distributed import is_first_process, on_main
 from medqa.training.state import Progress
@@ -45,49 +45,49 @@ OUTPUT_DIR, PERSIST_TO = "--output-dir", "--persist-to"
 
 
 def require_same_experiment(found: Found, experiment: Experiment, option: str) -> None:
-    """See that a checkpoint is of this experiment.
+    """Check that a checkpoint belongs to this experiment.
 
     Args:
-        option: the one that names the directory of its run.
+        option: the option that gave the directory of its run.
 
     Raises:
-        UserError: it is of another; lists the differences.
+        UserError: it belongs to another experiment. The message lists the differences.
     """
     refuse_differences(
-        f"{found.path} is of another experiment", differences(found.identity.experiment, experiment), option
+        f"{found.path} belongs to another experiment", differences(found.identity.experiment, experiment), option
     )
 
 
 def check_config(config: Path, experiment: Experiment, option: str) -> None:
-    """Refuse a directory whose run is another experiment's.
+    """Check the `config.yaml` of a directory: its run must be of this experiment.
 
     Raises:
-        UserError: lists the differences.
+        UserError: it is of another experiment. The message lists the differences.
     """
     try:
         saved = read_yaml(config)
     except UserError as error:
         if checkpoints(config.parent):
-            return  # their manifests say whose the run is
-        raise UserError(f"{error}; {ways_on(option)}") from error
+            return  # their manifests identify the experiment
+        raise UserError(f"{error}; {advice(option)}") from error
     if not isinstance(saved, dict) or not saved.keys() & Experiment.model_fields.keys():
         if checkpoints(config.parent):
             return
-        raise UserError(f"{config}: not a run's, or damaged; {ways_on(option)}")
+        raise UserError(f"{config}: not the file of a run, or damaged; {advice(option)}")
     before = _flat(saved)
     refuse_differences(
-        f"{option} {config.parent} holds the run of another experiment", differences(before, experiment), option
+        f"{option} {config.parent} contains a run of another experiment", differences(before, experiment), option
     )
 
 
-def reads_elsewhere(config: Path, experiment: Experiment) -> bool:
-    """Whether the run in this directory read its data or base model from other places than the experiment names."""
+def has_other_locations(config: Path, experiment: Experiment) -> bool:
+    """Whether the run of this `config.yaml` read its data or base model from other locations than the experiment."""
     if not config.is_file():
         return False
     try:
         saved = read_yaml(config)
     except UserError:
-        return True  # damaged: who knows
+        return True  # damaged, so unknown
     if not isinstance(saved, dict):
         return True
     before, now = with_later_keys(_flat(saved)), flat(experiment)
@@ -95,50 +95,51 @@ def reads_elsewhere(config: Path, experiment: Experiment) -> bool:
 
 
 def refuse_differences(what: str, found: list[str], option: str = OUTPUT_DIR) -> None:
-    """Raise with the differences, if there are any, and the ways on."""
+    """Raise UserError with the differences and what to do about them, if there are any."""
     if found:
-        afresh = (
+        new_run = (
             "; to start a new run from the weights of a checkpoint, choose another --output-dir and add "
             "--set lora.init_from=DIR/checkpoint-STEP"
         )
-        more = afresh if option == OUTPUT_DIR else ""
-        raise UserError(f"{what}: {listed(found)}\n{ways_on(option)}{more}")
+        more = new_run if option == OUTPUT_DIR else ""
+        raise UserError(f"{what}: {listed(found)}\n{advice(option)}{more}")
 
 
-def ways_on(option: str) -> str:
-    """What to do about a directory that cannot be this run's.
+def advice(option: str) -> str:
+    """What to do about a directory that this run cannot use.
 
-    Where it is that of the copies, `--fresh` would remove the run in the output directory too, and is not advised.
+    For the mirror `--fresh` is not advised, because it would also remove the run in the output directory.
     """
-    return f"choose another {option}" + (", or start over there with --fresh" if option == OUTPUT_DIR else "")
+    return f"choose another {option}" + (", or start over with --fresh" if option == OUTPUT_DIR else "")
 
 
 def _flat(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's configuration as `section.key` to value."""
+    """A run's configuration by `section.key`."""
     return {f"{s}.{k}": v for s, keys in saved.items() if isinstance(keys, dict) for k, v in keys.items()}
 
 
 # ----------------------------------------------------------------------------------------------------
 # One run at a time in a directory.
 #
-# The lock is the kernel's (`flock`), which a dead process does not hold, whatever killed it. Where the file system
-# has none (some network mounts), what the file says decides: a process of this host, since this boot, that still
-# lives. A lock left by a machine that is gone holds nobody up.
+# The lock is a kernel lock (`flock`), which ends with its process, however that process ends. On a file system without
+# such locks (some network mounts) the content of the lock file decides: the lock is held if it names a process of this
+# host, since the last boot, that is still running. The lock file of a machine that is gone blocks nobody.
 #
-# The hard case is a host that is cut off and alive, on a file system where a lock holds on one host alone, or is
-# taken from a host that does not answer (NFS does both). Another host then gets the lock. Whoever takes it writes its
-# name into the file, and each writer looks there before it writes (`check`): the older one finds another's name, and
-# stops without writing. So the last to take a directory has it. What the older one was just writing is whole or
-# absent, and of the same run; where the lock holds on all hosts, it is not even that, for the newer one is refused
-# until the older one has ended (a process of several that gets no answer does, within `training.process_timeout_s`).
+# The hard case is a host without network that still runs, on a file system where a lock is valid on one host only, or
+# where the server takes the lock from a host that does not answer (NFS does both). Another host then gets the lock. A
+# process that acquires the lock writes its identity into the file, and reads the file before each later write
+# (`check`). The older process finds another identity, and stops without writing. So the last process to acquire a
+# directory owns it. A file that the older one was just writing is complete or absent, and belongs to the same run. If
+# the lock is valid on all hosts, not even that happens: the newer process is refused until the older one has ended (if
+# it is one of several processes and gets no answer, it ends within `training.process_timeout_s`).
 
 LOCK_FILE = "run.lock"
-LONGEST = 4096  # bytes of it that are read
+MAX_LOCK_BYTES = 4096  # of the lock file, no more are read
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Holder(BaseModel):
-    """What a lock file says of who has it: host, that host's boot, process number, its start in seconds since 1970."""
+    """The content of a lock file: host, id of its last boot, process id, start of the process in seconds since 1970."""
 
     model_config = ConfigDict(strict=True)
 
@@ -149,17 +150,17 @@ class Holder(BaseModel):
 
 
 class RunLock:
-    """Holds a directory's lock until it is left. Only the first process of a run takes it.
+    """The lock of a directory; a context manager that releases it. Only the first process of a run acquires it.
 
     Args:
-        option: by which the directory was given.
-        does: what a run does with it, for messages.
+        option: the option that gave the directory.
+        use: how a run uses the directory, for messages.
     """
 
-    def __init__(self, output_dir: Path, option: str = "--output-dir", does: str = "is on in it") -> None:
-        self._output_dir, self._option, self._does = output_dir, option, does
+    def __init__(self, output_dir: Path, option: str = "--output-dir", use: str = "is using it") -> None:
+        self._output_dir, self._option, self._use = output_dir, option, use
         self._file: int | None = None
-        self._mine: dict[str, Any] | None = None  # what the file says from when this run has written there
+        self._mine: dict[str, Any] | None = None  # what this run has written into the lock file
 
     def __enter__(self) -> "RunLock":
         return self
@@ -168,30 +169,30 @@ class RunLock:
         self.release()
 
     def release(self) -> None:
-        """Let others take it."""
+        """Release the lock, so that other runs can acquire it."""
         if self._file is not None:
             os.close(self._file)
             self._file = self._mine = None
 
     @property
     def held(self) -> bool:
-        """Whether this run has taken it."""
+        """Whether this run has acquired the lock."""
         return self._mine is not None
 
-    def take_if_there(self) -> None:
-        """Take the lock of a directory that a run has been in, as the first process of this one; nothing is written.
+    def acquire_if_exists(self) -> None:
+        """Lock the directory if a run has used it before. Only the first process does this; it writes nothing.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds the lock.
         """
         if is_first_process() and os.path.lexists(self._output_dir / LOCK_FILE):
             self._take()
 
-    def take(self) -> None:
-        """Take the lock, if not taken yet, and write down who has it.
+    def acquire(self) -> None:
+        """Lock the directory, unless this run holds the lock, and write this process into the lock file.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds the lock.
             OSError: the file cannot be written.
         """
         if self._file is None:
@@ -202,29 +203,28 @@ class RunLock:
         with naming(self._output_dir / LOCK_FILE):
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, text, 0)
-            os.fsync(self._file)  # for the other hosts of a network mount to see
+            os.fsync(self._file)  # so that other hosts of a network mount see it
 
     def check(self) -> None:
-        """See that nobody else has taken the directory since; to be asked before each write.
+        """Check, before each write, that this run still owns the directory.
 
         Raises:
-            UserError: another run has.
+            UserError: another run has acquired it meanwhile.
         """
-        if (holder := self.taken_over_by()) is not None:
+        if (holder := self.new_owner()) is not None:
             raise UserError(
-                f"{self._option} {self._output_dir}: another run (process {holder['pid']} on {holder['host']}) has "
-                "taken it over while this one got no answer or had lost its lock; this one has stopped and leaves it "
-                "alone"
+                f"{self._option} {self._output_dir}: another run (process {holder['pid']} on {holder['host']}) now "
+                "owns this directory; this run stopped without writing"
             )
 
-    def taken_over_by(self) -> dict[str, Any] | None:
-        """Who has taken the directory since this run has; None where nobody has."""
+    def new_owner(self) -> dict[str, Any] | None:
+        """The process that acquired the directory after this run; None if this run still owns it."""
         if self._mine is None:
             return None
-        try:  # by its name: a network mount then asks the server who is in it now
+        try:  # opened by name, so that a network mount asks the server for the current content
             descriptor = self._open(os.O_RDONLY)
         except FileNotFoundError:
-            return None  # removed by hand: nobody has taken it
+            return None  # removed by hand: no other run has acquired it
         try:
             holder = _holder(descriptor)
         finally:
@@ -238,24 +238,27 @@ class RunLock:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in NO_FLOCK or lives(holder):
+            if error.errno not in NO_FLOCK or is_running(holder):
                 os.close(descriptor)
                 who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
                 raise Busy(
-                    f"{self._option} {self._output_dir}: another run {self._does} ({who}); wait for it or stop it, or "
+                    f"{self._option} {self._output_dir}: another run {self._use} ({who}); wait for it or stop it, or "
                     "choose another directory"
                 ) from error
         self._file = descriptor
 
     def _open(self, flags: int) -> int:
-        """A descriptor of the lock file.
+        """Open the lock file and return its descriptor.
 
         Raises:
-            UserError: something else than a regular file is there.
+            UserError: it is not a regular file.
             OSError: it cannot be opened.
         """
         path = self._output_dir / LOCK_FILE
-        problem = f"{self._option} {self._output_dir}: {LOCK_FILE} is not a regular file; remove it, or choose another"
+        problem = (
+            f"{self._option} {self._output_dir}: {LOCK_FILE} is not a regular file; remove it, or choose another "
+            "directory"
+        )
         try:
             descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         except OSError as error:
@@ -269,14 +272,14 @@ class RunLock:
 
 
 def this_process() -> dict[str, Any]:
-    """Host, boot and process, so that no other process is taken for this one."""
+    """The identity of this process: host, boot, process id and start."""
     process = psutil.Process()
     found = Holder(host=socket.gethostname(), boot=_boot(), pid=process.pid, started=process.create_time())
     return found.model_dump()
 
 
-def lives(holder: dict[str, Any] | None) -> bool:
-    """Whether this holder is a living process of this machine other than this one."""
+def is_running(holder: dict[str, Any] | None) -> bool:
+    """Whether the holder of a lock is a running process of this machine, other than this process."""
     if holder is None or (holder["host"], holder["boot"]) != (socket.gethostname(), _boot()):
         return False
     try:
@@ -287,15 +290,15 @@ def lives(holder: dict[str, Any] | None) -> bool:
 
 
 def _holder(descriptor: int) -> dict[str, Any] | None:
-    """Who wrote the lock file, None where it does not say."""
+    """The process that wrote the lock file; None if the file does not name one."""
     try:
-        return Holder.model_validate(parse_json(os.pread(descriptor, LONGEST, 0))).model_dump()
-    except ValueError:  # pydantic's is one, too
+        return Holder.model_validate(parse_json(os.pread(descriptor, MAX_LOCK_BYTES, 0))).model_dump()
+    except ValueError:  # pydantic's ValidationError is one as well
         return None
 
 
 def _boot() -> str:
-    """What changes when the machine starts again."""
+    """An id that changes when the machine boots."""
     return BOOT_ID.read_text().strip() if BOOT_ID.exists() else str(int(psutil.boot_time()))
 
 
@@ -311,61 +314,62 @@ FILES = (CONFIG, "data_report.json", "splits.csv", METRICS, "evaluation.json", S
 
 
 def check_run_dir(output_dir: Path, experiment: Experiment, fresh: bool, option: str = OUTPUT_DIR) -> None:
-    """See whether this experiment can run in this directory, changing nothing.
+    """Check whether this experiment can run in this directory. Nothing is changed.
 
     Raises:
-        UserError: not writable, or holding another experiment's run, with the differences, or files that no run wrote.
+        UserError: the directory is not writable, contains a run of another experiment (the message lists the
+            differences), or contains files that no run created and this one would overwrite.
     """
     require_utf8(output_dir, option)
-    for place in (output_dir, output_dir / ADAPTER_DIR):
-        check_place(place, option)
-    if odd := list(_not_a_runs(output_dir)):
+    for directory in (output_dir, output_dir / ADAPTER_DIR):
+        check_place(directory, option)
+    if unusable := list(_unusable_names(output_dir)):
         raise UserError(
-            f"{option} {output_dir}: {', '.join(odd)}: a link, or not the kind of file that a run writes there; remove "
-            "it, or choose another"
+            f"{option} {output_dir}: {', '.join(unusable)}: a link, or not the kind of file that a run writes there; "
+            f"remove it, or choose another {option}"
         )
     if fresh:
         return _refuse_foreign(output_dir, option)
     if (output_dir / CONFIG).is_file():
         check_config(output_dir / CONFIG, experiment, option)
-    elif not checkpoints(output_dir) and (foreign := _without_a_run(output_dir)):
+    elif not checkpoints(output_dir) and (foreign := _foreign_files(output_dir)):
         raise UserError(
-            f"{option} {output_dir} holds what no run wrote and this one would write over: "
-            f"{', '.join(path.name for path in foreign)}; choose another"
+            f"{option} {output_dir} contains files that this run would overwrite and that no run created: "
+            f"{', '.join(path.name for path in foreign)}; choose another {option}"
         )
 
 
-def _not_a_runs(output_dir: Path) -> Iterator[str]:
-    """The names of what a run would write through a link, or cannot replace by a file of its own.
+def _unusable_names(output_dir: Path) -> Iterator[str]:
+    """Names that a run writes, but that are links it would follow, or not files or directories as it needs them.
 
-    A file that is replaced whole may be a link: the link goes, and what it leads to stays as it is.
+    A file that a run replaces as a whole may be a link: the link is replaced, and its target stays unchanged.
     """
     inside = [f"{ADAPTER_DIR}/{name}" for name in sorted(ADAPTER_DIR_FILES)]
     folders = (ADAPTER_DIR, ADAPTER_DIR + UNFINISHED, WANDB_DIR)
     for name in (*FILES, RUN_FILE, LOCK_FILE, *folders, *inside):
         path = output_dir / name
-        of_its_kind = os.path.isdir(path) if name in folders else os.path.isfile(path)
+        right_kind = os.path.isdir(path) if name in folders else os.path.isfile(path)
         followed = name in (METRICS, LOCK_FILE, *folders) and os.path.islink(path)
-        if followed or (os.path.exists(path) and not of_its_kind):
+        if followed or (os.path.exists(path) and not right_kind):
             yield name
         elif name not in folders and os.path.isdir(output_dir / (name + UNFINISHED)):
             yield name + UNFINISHED
 
 
-def left_alone(output_dir: Path) -> list[tuple[str, str]]:
-    """The plan's line on what lies in the directory and is no run's; none where there is nothing."""
+def other_files(output_dir: Path) -> list[tuple[str, str]]:
+    """The line of the plan about files in the directory that do not belong to a run; none if there are none."""
     names = {*FILES, RUN_FILE, LOCK_FILE, ADAPTER_DIR, WANDB_DIR}
     ours = names | {name + UNFINISHED for name in names} | {folder.name for folder in _folders(output_dir)}
-    there = os.listdir(output_dir) if os.path.isdir(output_dir) else []  # another host may not see it
+    there = os.listdir(output_dir) if os.path.isdir(output_dir) else []  # it may not be visible on another host
     others = sorted(name for name in there if name not in ours and not name.startswith(STILL_OPEN))
     if not others:
         return []
     more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
-    return [("left alone", f"{', '.join(others[:3])}{more}: no run's, and nothing that this run reads or changes")]
+    return [("other files", f"{', '.join(others[:3])}{more} (not part of a run; ignored)")]
 
 
-class Figures(BaseModel):
-    """The figures of one split."""
+class SplitMetrics(BaseModel):
+    """The metrics of one split."""
 
     model_config = ConfigDict(strict=True)
 
@@ -376,14 +380,14 @@ class Figures(BaseModel):
 
 
 class Summary(BaseModel):
-    """What is used of a `summary.json`, which anyone may have edited. What has a default may be absent."""
+    """The fields of `summary.json` that are read; the file may have been edited. Those with a default may be absent."""
 
     model_config = ConfigDict(strict=True)
 
     experiment: str
-    baseline: Figures
-    final: Figures
-    test: Figures
+    baseline: SplitMetrics
+    final: SplitMetrics
+    test: SplitMetrics
     updates: Annotated[int, Field(ge=0, le=MAX_COUNT)]
     best_step: Annotated[int, Field(ge=0, le=MAX_COUNT)]
     adapter_step: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
@@ -395,9 +399,12 @@ class Summary(BaseModel):
 
 
 class Session(BaseModel):
-    """One start of a run: the id that the run keeps over all of them, and how many came before.
+    """One start of a run, as in `run.json`.
 
-    `saved` says that there was a checkpoint once: where there is none now, it was lost.
+    Attributes:
+        run_id: the id of the run, the same in all its sessions.
+        resumes: the number of earlier sessions.
+        saved: whether a checkpoint has been saved. If there is none now, it was lost.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -414,48 +421,48 @@ def start_run(
     progress: Progress,
     lock: RunLock,
     accelerator: Accelerator,
-    elsewhere: Callable[[], Session | None] = lambda: None,
+    mirror_session: Callable[[], Session | None] = lambda: None,
 ) -> Session:
-    """Make the directory, lock it, clear it if `fresh` and of what killed saves left, and note one more session.
+    """Create and lock the directory, clear it if `fresh`, remove unfinished checkpoints, and record a new session.
 
-    The main process does, the others wait. The session is noted in `progress` too.
+    The main process does this, and the others wait. The session is recorded in `run.json` and in `progress`.
 
     Args:
-        elsewhere: gives the session of this run that was noted in another place, before its first checkpoint. The main
-            process alone asks, before anything is written.
+        mirror_session: locks the mirror, and returns the session of a run that ended before its first checkpoint, if
+            the mirror has one. Only the main process calls it, before anything is written.
 
     Raises:
-        UserError: it cannot be written, another run is on in it, or not all processes see the same checkpoint there.
+        UserError: the directory cannot be written, another run is using it, or processes see different checkpoints.
     """
     steps = gather_object([progress.step]) if accelerator.num_processes > 1 else [progress.step]
-    if len(set(steps)) > 1:  # each would train adapters of its own, and average their gradients
+    if len(set(steps)) > 1:  # DDP would average gradients of different adapters
         seen = ", ".join(map(str, sorted(set(steps))))
         raise UserError(
-            f"{output_dir}: not all processes see the same checkpoint there (of updates {seen}); on several machines "
-            "give an --output-dir on a file system that they share"
+            f"{output_dir}: processes see different checkpoints there (of updates {seen}); on several machines use an "
+            "--output-dir on a shared file system"
         )
-    session = on_main(accelerator, lambda: _note_session(output_dir, fresh, found, progress, lock, elsewhere))
+    session = on_main(accelerator, lambda: _record_session(output_dir, fresh, found, progress, lock, mirror_session))
     progress.run_id, progress.resumes = session.run_id, session.resumes
     return session
 
 
-def _note_session(
+def _record_session(
     output_dir: Path,
     fresh: bool,
     found: Found | None,
     progress: Progress,
     lock: RunLock,
-    elsewhere: Callable[[], Session | None],
+    mirror_session: Callable[[], Session | None],
 ) -> Session:
     """As `start_run`, on the main process."""
-    begun = elsewhere()
+    begun = mirror_session()
     output_dir.mkdir(parents=True, exist_ok=True)
-    lock.take()
+    lock.acquire()
     if fresh:
         clear(output_dir)
     remove_unfinished(output_dir)
     if found is not None and found.path.parent != output_dir:
-        bring_back(found, output_dir)
+        restore_from_mirror(found, output_dir)
     session = read_session(output_dir)
     if session is None and found is not None:
         run_id = progress.run_id if re.fullmatch(RUN_ID, progress.run_id) else _new_run_id()
@@ -471,13 +478,13 @@ def _note_session(
 
 
 def _new_run_id() -> str:
-    """An id for a run: the one that W&B's agent or the user has chosen, so that the run keeps it when it goes on."""
+    """A run id: `WANDB_RUN_ID` if W&B's agent or the user has set it, so that resumes keep it, else a random one."""
     chosen = os.environ.get("WANDB_RUN_ID", "")
     return chosen if re.fullmatch(RUN_ID, chosen) else secrets.token_hex(4)
 
 
 def read_session(output_dir: Path) -> Session | None:
-    """What a directory's run noted last; None where none has begun or it is damaged. Checkpoints have it too."""
+    """The session in a directory's `run.json`; None if there is no valid one. Checkpoints contain the same values."""
     try:
         return Session.model_validate(read_json(output_dir / RUN_FILE))
     except (Damaged, ValidationError):
@@ -485,7 +492,7 @@ def read_session(output_dir: Path) -> Session | None:
 
 
 def note_saved(output_dir: Path) -> None:
-    """Note, once, that there is a checkpoint now; each time for who started the run."""
+    """Record in `run.json` that a checkpoint exists, and write `saved` to `$MEDQA_ENDING`."""
     note("saved")
     session = read_session(output_dir)
     if session is not None and not session.saved:
@@ -493,53 +500,53 @@ def note_saved(output_dir: Path) -> None:
 
 
 def find_saved(
-    output_dir: Path, elsewhere: Path | None, experiment: Experiment
+    output_dir: Path, mirror: Path | None, experiment: Experiment
 ) -> tuple[Found | None, dict[str, Any] | None]:
-    """What an earlier session of the run left: the checkpoint to resume from, and the summary of a complete run.
+    """The checkpoint to resume from, and the summary of the run if it is complete; each None if there is none.
 
     Args:
-        elsewhere: where the run is copied to; asked where `output_dir` has no checkpoint.
+        mirror: searched if `output_dir` has no checkpoint.
 
     Raises:
-        UserError: the checkpoint is of another experiment, or those that there were are damaged or have gone: the run
-            would silently start over.
+        UserError: the checkpoint belongs to another experiment, or all checkpoints of the run are damaged or missing.
+            Otherwise the run would silently start over.
     """
-    return _find_checkpoint(output_dir, elsewhere, experiment), _finished(output_dir, experiment)
+    return _find_checkpoint(output_dir, mirror, experiment), _finished(output_dir, experiment)
 
 
-def _find_checkpoint(output_dir: Path, elsewhere: Path | None, experiment: Experiment) -> Found | None:
-    """The newest whole checkpoint here, else the newest elsewhere; None at a run's start."""
-    found = newest_whole([output_dir] if elsewhere is None else [output_dir, elsewhere])
+def _find_checkpoint(output_dir: Path, mirror: Path | None, experiment: Experiment) -> Found | None:
+    """The newest valid checkpoint in `output_dir`, else in the mirror; None if no run has saved one."""
+    found = newest_valid([output_dir] if mirror is None else [output_dir, mirror])
     if found is not None:
         require_same_experiment(found, experiment, OUTPUT_DIR if found.path.parent == output_dir else PERSIST_TO)
     elif (output_dir / RUN_FILE).exists() and ((session := read_session(output_dir)) is None or session.saved):
         raise UserError(
-            f"--output-dir {output_dir}: its checkpoints have gone (or {RUN_FILE}, which would say that there were "
-            "none, is damaged); put one back, or start over with --fresh"
+            f"--output-dir {output_dir}: the checkpoints of this run are missing, or {RUN_FILE} is damaged; restore a "
+            "checkpoint, or start over with --fresh"
         )
     return found
 
 
-def what_is_saved(output_dir: Path, elsewhere: Path | None, fresh: bool) -> str:
-    """What the user is told after a run has ended early: the checkpoint that the next start resumes from.
+def what_is_saved(output_dir: Path, mirror: Path | None, fresh: bool) -> str:
+    """The sentence for a run that ended early: which checkpoint the next start resumes from.
 
     Args:
-        elsewhere: where the run is copied to; a start looks there where `output_dir` has no checkpoint.
-        fresh: whether the run was started with `--fresh`, which the next start must not be.
+        mirror: searched if `output_dir` has no checkpoint.
+        fresh: whether this run was started with `--fresh`, which would delete the checkpoint the next time.
     """
     again = "the same command without --fresh" if fresh else "the same command"
     try:
-        for place in (output_dir, elsewhere or output_dir):
-            for path in reversed(checkpoints(place)):
-                if seems_whole(path):
+        for directory in (output_dir, mirror or output_dir):
+            for path in reversed(checkpoints(directory)):
+                if seems_valid(path):
                     return f"saved: {path}; {again} resumes from it"
     except OSError as error:
-        return f"what is saved cannot be seen: {error.filename}: {error.strerror}"
+        return f"the saved checkpoints cannot be listed: {error.filename}: {error.strerror}"
     return f"no checkpoint is saved in {output_dir} yet; the same command starts from the beginning"
 
 
-def bring_back(found: Found, output_dir: Path) -> None:
-    """Copy a whole checkpoint, and the files of its run, from where they were persisted to."""
+def restore_from_mirror(found: Found, output_dir: Path) -> None:
+    """Copy a valid checkpoint and the files of its run from the mirror to the output directory."""
     source = found.path.parent
     for name in (RUN_FILE, *FILES):
         if (source / name).is_file():
@@ -551,19 +558,19 @@ def bring_back(found: Found, output_dir: Path) -> None:
 
 
 def _finished(output_dir: Path, experiment: Experiment) -> dict[str, Any] | None:
-    """The summary of a run that is complete already, None of one that is not.
+    """The summary of a run that is already complete, else None.
 
-    Where data are read from another place than before, nothing is said to be complete: whether they are the same data
-    shows when they are read.
+    A run whose data or base model now come from another location does not count as complete. Whether they are the same
+    is known only when they are read.
     """
-    if reads_elsewhere(output_dir / CONFIG, experiment):
+    if has_other_locations(output_dir / CONFIG, experiment):
         return None
     summary = read_summary(output_dir)
     return summary if summary is not None and is_complete(summary, experiment) else None
 
 
 def read_summary(output_dir: Path) -> dict[str, Any] | None:
-    """A run's `summary.json`; None where it is not there, is damaged, or lacks what every version has written."""
+    """A run's `summary.json`; None if it is missing or damaged, or lacks fields that every version writes."""
     try:
         summary = read_json(output_dir / SUMMARY)
         Summary.model_validate(summary)
@@ -573,7 +580,7 @@ def read_summary(output_dir: Path) -> dict[str, Any] | None:
 
 
 def write_config(output_dir: Path, experiment: Experiment, accumulation: int, changes: Mapping[str, Change]) -> None:
-    """`config.yaml`: the experiment in full, and what is in effect where that differs, with the reason."""
+    """Write `config.yaml`: all keys of the experiment, and the settings that this machine changed, with reasons."""
     effect = {key: {"asked": asked, "used": used, "reason": why} for key, (asked, used, why) in changes.items()}
     dump_yaml(
         {**experiment.model_dump(), "gradient_accumulation_steps": accumulation, "in_effect": effect},
@@ -582,10 +589,10 @@ def write_config(output_dir: Path, experiment: Experiment, accumulation: int, ch
 
 
 def clear(output_dir: Path) -> None:
-    """Remove a run's files, and nothing that a run did not write.
+    """Remove the files of a run, and no others.
 
     Raises:
-        UserError: as `check_run_dir` with `fresh`, and nothing is removed then; or a file cannot be removed.
+        UserError: as `check_run_dir` with `fresh`, before anything is removed; or a file cannot be removed.
     """
     _refuse_foreign(output_dir)
     folders = [folder for folder in _folders(output_dir) if folder.is_dir()]
@@ -593,23 +600,23 @@ def clear(output_dir: Path) -> None:
     for folder in folders:
         try:
             remove(folder)
-        except OSError as error:  # what stays is looked at below
+        except OSError as error:  # reported below, if files remain
             why[folder] = f"{error.filename}: {error.strerror}"
     if stuck := [why.get(folder, str(folder)) for folder in folders if _holds_files(folder)]:
-        raise UserError(f"--fresh: cannot be removed: {', '.join(stuck[:5])}; choose another directory")
-    for name in (*FILES, RUN_FILE):  # that one last: it says whose the others are
+        raise UserError(f"--fresh cannot remove {', '.join(stuck[:5])}; choose another directory")
+    for name in (*FILES, RUN_FILE):  # run.json last, because it identifies the run
         (output_dir / (name + UNFINISHED)).unlink(missing_ok=True)
         (output_dir / name).unlink(missing_ok=True)
 
 
 def _refuse_foreign(output_dir: Path, option: str = OUTPUT_DIR) -> None:
-    """Refuse to clear a directory in which a link, or a foreign file in one of the run's folders, would be lost.
+    """Raise UserError if clearing the directory would remove a link, or a file that no run created.
 
-    One whose folders nothing can be removed from is refused as well, before the rest of it is lost.
+    Also raise if files of the run cannot be removed for lack of permission, before any file is removed.
     """
     files = [output_dir / name for name in (*FILES, RUN_FILE)]
     foreign = [path for path in files if path.is_symlink() or (path.exists() and not path.is_file())]
-    foreign = foreign or _without_a_run(output_dir)
+    foreign = foreign or _foreign_files(output_dir)
     for folder, names in _folders(output_dir).items():
         if folder.is_symlink() or folder.is_file():
             foreign.append(folder)
@@ -623,31 +630,31 @@ def _refuse_foreign(output_dir: Path, option: str = OUTPUT_DIR) -> None:
             ]
     if foreign:
         raise UserError(
-            f"--fresh: {output_dir} holds what no run wrote: {', '.join(map(str, foreign[:5]))}; "
-            f"move it away, or choose another {option}"
+            f"--fresh: {output_dir} contains files that no run created: {', '.join(map(str, foreign[:5]))}; "
+            f"move them away, or choose another {option}"
         )
     folders = [folder for folder in (output_dir, *_folders(output_dir)) if folder.is_dir()]
     if stuck := [folder for folder in folders if not os.access(folder, os.W_OK | os.X_OK)]:
         raise UserError(
-            f"--fresh: there is no permission to remove what is in {', '.join(map(str, stuck[:5]))}; nothing was "
-            f"removed: allow it, or choose another {option}"
+            f"--fresh: no permission to remove files in {', '.join(map(str, stuck[:5]))}; nothing was removed; change "
+            f"the permissions, or choose another {option}"
         )
 
 
 def _holds_files(folder: Path) -> bool:
-    """Whether there is anything in a folder, other than files that a network file system will remove by itself."""
+    """Whether a folder contains anything except files that a network file system will remove by itself."""
     return folder.is_dir() and any(not entry.name.startswith(STILL_OPEN) for entry in os.scandir(folder))
 
 
-def _without_a_run(output_dir: Path) -> list[Path]:
-    """What has the name of a run's file or folder in a directory that no run has begun in."""
+def _foreign_files(output_dir: Path) -> list[Path]:
+    """Files and folders with names that a run uses, in a directory that no run has used."""
     if (output_dir / RUN_FILE).exists():
         return []
     return [path for path in (*(output_dir / name for name in FILES), *_folders(output_dir)) if path.exists()]
 
 
 def _folders(output_dir: Path) -> dict[Path, set[str]]:
-    """The folders that a run writes here, and the names of the files it writes into each."""
+    """The folders that a run writes, and the names of the files that it writes into each."""
     found = [path for path in output_dir.glob("checkpoint-*") if any(p.fullmatch(path.name) for p in (NAME, LEFTOVER))]
     adapters = (output_dir / ADAPTER_DIR, output_dir / (ADAPTER_DIR + UNFINISHED))
     return dict.fromkeys(found, CHECKPOINT_FILES) | dict.fromkeys(adapters, ADAPTER_DIR_FILES)

@@ -1,6 +1,6 @@
-"""All that an update changes and a checkpoint keeps: model, optimizer, schedule, scaler, and how far the run is.
+"""All that an update changes and a checkpoint saves: model, optimizer, scheduler, scaler, and the progress of the run.
 
-What follows from the number of updates alone is not kept: the order of the data and the dropout noise.
+The order of the data and the dropout masks follow from the number of updates, so they are not saved.
 """
 
 from dataclasses import dataclass, field
@@ -21,8 +21,8 @@ from medqa.training.distributed import prepare
 
 
 @dataclass(frozen=True)
-class Moved:
-    """After which update the machine was another, and what changed."""
+class EnvironmentChange:
+    """A change of machine, library or setting after an update: later results may differ in the last digits."""
 
     after_step: int
     changed: list[str]
@@ -30,12 +30,17 @@ class Moved:
 
 @pydantic.dataclasses.dataclass(config=ConfigDict(extra="forbid", strict=True))
 class Progress:
-    """How far a run is. What follows from the step is not kept.
+    """The progress of a run: `state.json` of a checkpoint. Values that follow from the step are left out.
 
-    `elapsed_s` and `peak_memory` are over all sessions. `evaluation_s` is what the baseline took. `micro_batch_rows` is
-    the most examples that a micro-batch has had room for (None: as many as configured). Without padding,
-    `micro_batch_tokens` bounds a micro-batch instead, and their number is a multiple of `micro_batch_multiple`; see
-    `data.batches.divide`.
+    Attributes:
+        elapsed_s, peak_memory: over all sessions.
+        evaluation_s: seconds that the baseline took.
+        micro_batch_rows: the most examples in a padded micro-batch, lowered when memory ran out (None: as configured).
+        micro_batch_tokens: the most tokens in a padding-free micro-batch; None with padding.
+        micro_batch_multiple: without padding the number of micro-batches per update is rounded up to a multiple of
+            this; see `data.batches.divide`.
+        overflows: attempts repeated because fp16 overflowed.
+        not_bitwise: from which updates on results may differ in the last digits, and why.
     """
 
     step: NonNegativeInt = 0
@@ -55,21 +60,22 @@ class Progress:
     run_id: str = ""
     resumes: NonNegativeInt = 0
     baseline: SplitLoss | None = None
-    not_bitwise: list[Moved] = field(default_factory=list)
+    not_bitwise: list[EnvironmentChange] = field(default_factory=list)
 
     def advance(self, result: "StepResult") -> None:
-        """Count an update that has been applied."""
+        """Count an update after the optimizer step."""
         self.step += 1
         self.tokens_seen += result.tokens
 
     def patience_ended(self, patience: int | None) -> bool:
-        """Whether so many evaluations in a row have not been better than the best before; never, if None."""
+        """Whether the last `patience` evaluations in a row brought no lower loss. With None always False."""
         return patience is not None and self.evaluations_since_best >= patience
 
     def note_best(self, step: int, loss: float) -> bool:
-        """Remember the lowest loss on the fixed validation rows, and how many evaluations ago it was; once a step.
+        """Update the lowest loss on the fixed validation rows. A second call for the same step changes nothing.
 
-        Returns whether the lowest loss is that of this step.
+        Returns:
+            Whether the lowest loss is that of this step.
         """
         if step == self.evaluated_step:
             return self.best_step == step
@@ -85,12 +91,12 @@ PROGRESS = TypeAdapter(Progress)
 
 @dataclass
 class TrainState:
-    """What training changes, and what a checkpoint keeps of it.
+    """Everything that training changes.
 
     Attributes:
-        model: the `LossModel` as Accelerate prepared it, for the forward and backward passes.
-        adapted: the same model as PEFT knows it; its adapter is what is saved.
-        progress: how far the run is; the rest of the state follows from the weights.
+        model: the `LossModel` as Accelerate prepared it. Its forward returns the summed loss of a micro-batch.
+        adapted: the `PeftModel` inside it. Checkpoints save its adapter.
+        progress: the number of updates, and what else the run has counted.
     """
 
     model: torch.nn.Module
@@ -103,9 +109,13 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One update. `loss` is the mean over its target tokens in nats; `grad_norm` is the norm before clipping.
+    """Result of one update, over all processes.
 
-    `order` is a number that follows from which rows the update consumed at which stream positions.
+    Attributes:
+        loss: mean over the target tokens, in nats.
+        grad_norm: the total gradient norm before clipping.
+        tokens: target tokens.
+        order: checksum of which rows the update consumed at which stream positions.
     """
 
     loss: float
@@ -116,25 +126,25 @@ class StepResult:
     order: int
 
     @classmethod
-    def from_figures(
+    def from_totals(
         cls,
         learning_rate: float,
         loss: float,
         grad_norm: float,
         targets: float,
         tokens: float,
-        places: float,
+        slots: float,
         order: float,
     ) -> "StepResult":
-        """From what the devices computed, the last four as `training.batches.token_counts` over all processes."""
-        return cls(loss, grad_norm, learning_rate, int(targets), 1 - tokens / places, int(order))
+        """From the numbers on the device; the last four are `training.batches.token_counts` over all processes."""
+        return cls(loss, grad_norm, learning_rate, int(targets), 1 - tokens / slots, int(order))
 
 
 def check_adapter_gradients(model: torch.nn.Module) -> None:
-    """Check that the update's gradient reached every LoRA B matrix. A matrix without a gradient would never train.
+    """Check that every LoRA B matrix has a gradient that is not zero. A matrix without a gradient would never train.
 
     Raises:
-        TrainingStopped: a matrix got no gradient.
+        TrainingStopped: a matrix has no gradient. The update has been applied already.
     """
     missing = [
         name
@@ -142,7 +152,10 @@ def check_adapter_gradients(model: torch.nn.Module) -> None:
         if "lora_B" in name and (parameter.grad is None or not parameter.grad.any())
     ]
     if missing:
-        raise TrainingStopped(f"no gradient reached {len(missing)} adapter matrices, {missing[0]} among them")
+        raise TrainingStopped(
+            f"no gradient reached {len(missing)} adapter matrices, for example {missing[0]}; check lora.target_modules "
+            "and the base model"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -150,10 +163,10 @@ def check_adapter_gradients(model: torch.nn.Module) -> None:
 
 
 def build_optimizer(model: torch.nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """AdamW from torch (fused), or bitsandbytes' paged 8-bit AdamW, over the parameters that train.
+    """Torch's fused AdamW, or bitsandbytes' paged 8-bit AdamW, for the trainable parameters.
 
     Raises:
-        UserError: the 8-bit optimizer is asked for and bitsandbytes is not installed.
+        UserError: `paged_adamw_8bit` is requested and bitsandbytes cannot be imported.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     arguments: dict[str, Any] = {
@@ -175,7 +188,7 @@ def build_optimizer(model: torch.nn.Module, settings: Optimizer) -> torch.optim.
 
 
 # ----------------------------------------------------------------------------------------------------
-# The learning rate as a function of the update, by transformers' own formulas.
+# The learning rate scheduler, from transformers.
 
 TRANSFORMERS_NAMES = {"none": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -183,9 +196,10 @@ TRANSFORMERS_NAMES = {"none": "constant_with_warmup", "linear": "linear", "cosin
 def build_scheduler(
     optimizer: torch.optim.Optimizer, settings: Scheduler, max_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule, to be stepped once per update on any number of processes, so it is never prepared.
+    """The learning rate scheduler. The loop steps it once per update on any number of processes.
 
-    Warmup is transformers' convention: update u of w uses u/w of the rate, from u = 0, so the very first moves nothing.
+    Linear warmup as in transformers: the learning rate is lr*u/w at update u (from 0) of w warmup updates, hence 0 at
+    the first update.
     """
     return get_scheduler(
         TRANSFORMERS_NAMES[settings.name],
@@ -202,13 +216,13 @@ def build_scheduler(
 def build_state(
     adapted: PeftModel, experiment: Experiment, updates: int, shards: int, accelerator: Accelerator
 ) -> TrainState:
-    """The state of a run before its first update: model and optimizer prepared for these processes, and the schedule.
+    """The state of a run before its first update: Accelerate prepares model and optimizer, but not the scheduler.
 
-    The scheduler is not prepared: Accelerate would step it once for each process.
+    A prepared scheduler would be stepped once for each process.
 
     Args:
-        updates: how many updates the run has in all.
-        shards: over how many processes the frozen weights are sharded.
+        updates: number of updates of the whole run.
+        shards: number of processes over which the frozen weights are sharded.
 
     Raises:
         UserError: as `build_optimizer`.

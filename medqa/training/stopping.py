@@ -1,11 +1,12 @@
-"""Signals: outside training they end the run at once, inside it the update is finished and saved first.
+"""When a run stops: signals, the death of the launcher, and the `--stop-after` deadline.
 
-A second signal ends the run at once there too, because somebody is impatient. But signals often come in groups that are
-one request: `timeout` sends SIGTERM twice, a service manager adds SIGHUP to SIGTERM, a lost ssh connection sends SIGHUP
-from the shell and from the kernel, and a launcher hands on what its children have received already.
+Outside the training loop a signal ends the run at once. Inside it the current update is finished and saved first, and a
+second signal ends the run at once. But several signals are often one request: `timeout` sends SIGTERM twice, a service
+manager adds SIGHUP to SIGTERM, a lost ssh connection sends SIGHUP from the shell and from the kernel, and a launcher
+forwards signals that its children have received already.
 
-Under `accelerate launch` the trainer is a child that outlives a killed launcher. It asks the kernel for a signal of its
-own (SIGUSR1) when the launcher dies.
+Under `accelerate launch` this process is a child, and a killed launcher does not end it. So it asks the kernel to send
+SIGUSR1 when the launcher dies.
 """
 
 import contextlib
@@ -27,17 +28,20 @@ from medqa.errors import LAUNCHER_DIED, Interrupted, StoppedInTime
 from medqa.training.distributed import on_main
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, LAUNCHER_DIED)
-GONE = (signal.SIGHUP, LAUNCHER_DIED)  # what they say is that something has gone: nobody is impatient
-TOGETHER_S = 1.0  # signals of several kinds that come within this time are one request
+LOST_PARENT = (signal.SIGHUP, LAUNCHER_DIED)  # the terminal or the launcher is gone; never a second request of the user
+TOGETHER_S = 1.0  # signals of different kinds within this time are one request
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Stopper:
-    """Decides when a run stops: at a signal, when its launcher dies, or in time for `--stop-after`.
+    """Decides when a run stops: at a signal, when its launcher dies, or before the `--stop-after` deadline.
 
-    It holds the stopping signals while a run is on. `received` is the one to stop for, None while there is none.
+    A context manager: it handles the stopping signals inside its block. A SIGHUP that is ignored from the start stays
+    ignored, because `nohup` requests that.
 
-    SIGHUP is left alone where it is ignored from the start: that is what `nohup` asks for.
+    Attributes:
+        received: the first stopping signal received; None before.
+        finish_update: whether a signal is only stored, until the update is finished; the loop sets it.
     """
 
     def __init__(self, stopping: Sequence[signal.Signals] = STOPPING) -> None:
@@ -45,15 +49,15 @@ class Stopper:
         self._stopping = stopping
         self._first_at = 0.0
         self._seen: Counter[int] = Counter()
-        self.finish_update = False  # set by the loop: note the signal instead of raising
-        self._over = False
+        self.finish_update = False
+        self._ignore_signals = False
         self._previous: dict[int, Any] = {}
         self._deadline: float | None = None
         self._save_minutes: float | None = None
         self._asked_at = self._saved_at = self._longest = 0.0
 
     def __enter__(self) -> "Stopper":
-        if os.environ.get("ACCELERATE_MIXED_PRECISION") is not None:  # set by accelerate launch, and by nothing else
+        if os.environ.get("ACCELERATE_MIXED_PRECISION") is not None:  # only accelerate launch sets it
             _signal_when_parent_dies()
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         held = [number for number in self._stopping if not (ignored and number == signal.SIGHUP)]
@@ -65,53 +69,53 @@ class Stopper:
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def until_over(self) -> Iterator[None]:
-        """After it no signal stops anything any more, for the run has ended, and how is being said.
+    def ignore_signals_afterwards(self) -> Iterator[None]:
+        """Ignore all stopping signals after this block, because the run has ended and its exit message follows.
 
-        Where one of several processes dies, the launcher ends the others, maybe before they have told of it.
+        When one of several processes dies, the launcher stops the others, perhaps before they have printed theirs.
         """
         try:
             yield
         finally:
-            self._over = True
+            self._ignore_signals = True
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self._over:
+        if self._ignore_signals:
             return
         self._seen[signum] += 1
         if self.received is None:
             self.received, self._first_at = signum, time.monotonic()
             if not self.finish_update:
                 raise Interrupted(signum)
-        elif self._impatient(signum):
+        elif self._is_second_request(signum):
             raise Interrupted(signum)
 
-    def _impatient(self, signum: int) -> bool:
-        """Whether a signal that is not the first is a request of its own, and not an echo of the first."""
-        if signum in GONE:
+    def _is_second_request(self, signum: int) -> bool:
+        """Whether a signal after the first is a request of its own, and not a repetition of the first."""
+        if signum in LOST_PARENT:
             return False
-        # torch's launcher hands every signal on as SIGTERM, maybe to a process that has received it already. A sweep's
-        # trial is stopped by W&B's agent (SIGTERM) and by W&B in this process (SIGINT); no terminal reaches it.
-        handed_on = signum == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ
+        # torch's launcher forwards every signal as SIGTERM, perhaps to a process that has received it already. A trial
+        # of a sweep is stopped by W&B's agent (SIGTERM) and by W&B in this process (SIGINT); it has no terminal.
+        forwarded = signum == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ
         typed_again = signum == self.received == signal.SIGINT
         together = not typed_again and time.monotonic() - self._first_at < TOGETHER_S
-        echoes = 1 if handed_on or together or "WANDB_SWEEP_ID" in os.environ else 0
-        return self._seen[signum] > echoes + (self.received == signum)
+        repetitions = 1 if forwarded or together or "WANDB_SWEEP_ID" in os.environ else 0
+        return self._seen[signum] > repetitions + (self.received == signum)
 
     def set_deadline(self, seconds: float | None) -> None:
-        """Set when to be done, in seconds from the start of this process; None: no deadline."""
+        """Set the deadline in seconds from the start of this process; None: no deadline."""
         running = time.time() - psutil.Process().create_time()
         self._deadline = None if seconds is None else time.monotonic() + seconds - running
 
     @contextlib.contextmanager
     def finishing_updates(self, save_minutes: float | None) -> Iterator[None]:
-        """In this block a signal waits for the end of the update, where `agree` tells of it; after it, none waits.
+        """In this block a signal does not raise. The loop finishes the update, and `agree` then returns the signal.
 
         Args:
-            save_minutes: how often `agree` asks for a save; None: never.
+            save_minutes: minutes after which `agree` reports that a save is due; None: never.
 
         Raises:
-            Interrupted: a signal came during the last update, after the loop had asked for one.
+            Interrupted: on leaving the block, if a signal arrived after the last call of `agree`.
         """
         self._save_minutes = save_minutes
         self._asked_at = self._saved_at = time.monotonic()
@@ -126,15 +130,18 @@ class Stopper:
     def agree(
         self, accelerator: Accelerator, step: int, updates: int, last: bool
     ) -> tuple[Interrupted | StoppedInTime | None, bool]:
-        """Why to stop after this update (None: go on), and whether `save_minutes` have passed since the last save.
+        """Decide after an update, together with the other processes, whether to stop and whether to save.
 
-        The answer is the same on all processes, each of which must ask after every update.
+        This is a collective call: every process must make it after every update, and all get the same answer.
+
+        Returns:
+            The exception to raise (None: continue), and whether `save_minutes` have passed since the last save.
         """
         now = time.monotonic()
         self._longest = max(self._longest, now - self._asked_at)
         self._asked_at = now
         save_due = self._save_minutes is not None and now - self._saved_at >= 60 * self._save_minutes
-        # A save and another update, each perhaps slower than any so far, must still fit.
+        # Another update and a save must still fit, each as slow as the slowest iteration so far.
         late = self._within(2 * self._longest)
         signum = self.received or 0
         if accelerator.num_processes > 1:
@@ -143,28 +150,32 @@ class Stopper:
         if signum:
             return Interrupted(signum), bool(save_due)
         if late and not last:
-            return StoppedInTime(f"stopped in time after update {step} of {updates}"), bool(save_due)
+            reason = f"stopped before the --stop-after deadline, after update {step} of {updates}"
+            return StoppedInTime(reason), bool(save_due)
         return None, bool(save_due)
 
     def note_save(self) -> None:
-        """Count `save_minutes` from now on."""
+        """Restart the count of `save_minutes`."""
         self._saved_at = time.monotonic()
 
     def require_time(self, accelerator: Accelerator, seconds: float, step: int) -> None:
-        """See that the deadline is not within so many seconds, which the final evaluation takes.
+        """Check that `seconds`, the estimate for the final evaluation, are left before the `--stop-after` deadline.
 
         Raises:
-            StoppedInTime: it is.
+            StoppedInTime: they are not. The checkpoint of the last update has been saved.
         """
         if on_main(accelerator, lambda: self._within(seconds)):
-            raise StoppedInTime(f"stopped in time after update {step}, the last, before the final evaluation")
+            raise StoppedInTime(
+                f"stopped before the --stop-after deadline, after the last update ({step}); "
+                "the final evaluation has not run"
+            )
 
     def _within(self, seconds: float) -> bool:
-        """Whether the deadline comes in less than so many seconds."""
+        """Whether fewer than `seconds` are left before the deadline."""
         return self._deadline is not None and time.monotonic() + seconds > self._deadline
 
 
 def _signal_when_parent_dies() -> None:
-    """Ask the kernel for `LAUNCHER_DIED` when the parent ends (Linux only; elsewhere nothing is sent)."""
+    """Ask the kernel to send `LAUNCHER_DIED` when the parent process ends. Without Linux nothing is sent."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, LAUNCHER_DIED)

@@ -1,6 +1,6 @@
-"""Weights & Biases: one run for each output directory, fed from the records of metrics.jsonl.
+"""Weights & Biases (W&B): one W&B run for each output directory, with the records of metrics.jsonl.
 
-Nothing here prompts, and nothing delays a start for longer than `NETWORK_SECONDS`.
+No function here prompts the user, or delays the start for longer than `NETWORK_SECONDS`.
 """
 
 import atexit
@@ -35,54 +35,58 @@ from medqa.terminal import without_credentials
 from medqa.variables import is_on
 
 # ----------------------------------------------------------------------------------------------------
-# What W&B is told, from a thread of its own: each step once over all sessions, and no failure there holds training up.
+# Logging to W&B from a thread of its own: each step once over all sessions. No failure of W&B delays training.
 #
-# W&B is a convenience: `metrics.jsonl` is the truth, and every session of a run can be told from it again. While its
-# server is away W&B keeps everything on disk; what can fail in mid-run is its service process, which takes every
-# call, and what asks the server first (tables, artifacts). The end is bounded here: W&B would wait without end for a
-# service that hangs.
+# W&B is optional: `metrics.jsonl` has all records, and they can be logged to W&B again from it. Without a connection
+# W&B keeps everything on disk. Two things can fail during a run: W&B's service process, which receives every call, and
+# calls that need the server (tables, artifacts). The wait at the end is bounded here, because W&B would wait forever
+# for a service process that hangs.
 
-FINISH_SECONDS = 30  # for all that is still to be sent when the run ends
-UPLOAD_SHARE = 0.8  # of it are for uploads: then W&B stops by itself, in good order
-TEARDOWN_SECONDS = 5  # more, after a failure, to part from the service process
-MOST_WAITING = 10_000  # calls; a service process that hangs must not fill the memory
+FINISH_SECONDS = 30  # for everything that is still to be sent when the run ends
+UPLOAD_SHARE = 0.8  # the part of it for uploads; W&B then stops by itself
+TEARDOWN_SECONDS = 5  # in addition, after a failure, to shut down the service process
+MAX_PENDING_CALLS = 10_000  # so that a service process that hangs does not fill the memory
 SUPERSEDED = "superseded"
 
 
-class WandbFeed:
-    """Passes values on to the W&B run, on the main process, if there is one.
+class WandbLogger:
+    """Logs to the W&B run on the main process; does nothing on the others, or without a W&B run.
 
-    `first` is the first step that W&B does not know yet from a session before this one.
+    Attributes:
+        first: the first step that earlier sessions have not logged to W&B.
+
+    Args:
+        report: called with a message if W&B fails.
     """
 
-    def __init__(self, accelerator: Accelerator, say: Callable[[str], None]) -> None:
-        self._accelerator, self._say = accelerator, say
+    def __init__(self, accelerator: Accelerator, report: Callable[[str], None]) -> None:
+        self._accelerator, self._report = accelerator, report
         self.first = 0
         self._failed = False
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._parting = threading.Event()
+        self._teardown_due = threading.Event()
         self._run: Any = None
         if accelerator.trackers:
             import wandb
 
             self._run = accelerator.get_tracker("wandb", unwrap=True)
-            # Both from the start: from an exit hook Python 3.12 starts no thread any more.
-            self._worker = threading.Thread(target=self._work, name="W&B feed", daemon=True)
-            self._parter = threading.Thread(target=self._part, name="W&B parting", daemon=True)
+            # Both are started now, because an exit hook cannot start threads from Python 3.12 on.
+            self._worker = threading.Thread(target=self._work, name="W&B logger", daemon=True)
+            self._tearer = threading.Thread(target=self._tear_down, name="W&B teardown", daemon=True)
             self._worker.start()
-            self._parter.start()
-            wandb.termsetup(wandb.setup().settings, self)  # W&B is silenced; what it would warn of comes here
-            atexit.register(self._close)  # for a run that ends early; it comes before W&B's own hook
+            self._tearer.start()
+            wandb.termsetup(wandb.setup().settings, self)  # W&B prints nothing; its warnings come to this object
+            atexit.register(self._close)  # for a run that ends early; it runs before W&B's own hook
 
-    def begin(self, told: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
-        """Bring a session of a run that began earlier up to date: steps that are not at W&B yet are told again.
+    def log_earlier(self, recorded: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+        """Log the steps of earlier sessions that W&B lacks.
 
-        An offline session is told everything, so that it alone is to be sent; those before it are moved aside. Where
-        sessions before it were online or have been sent, it is told only what comes now: sending appends to what is
-        there.
+        An offline session gets all of them, so that only this session must be uploaded; the directories of earlier
+        offline sessions are moved to `superseded`. But if earlier sessions were online or have been uploaded, an
+        offline session gets only new steps, because an upload appends to what W&B has.
 
         Args:
-            told: step and values of what the sessions before recorded.
+            recorded: step and values of the records of earlier sessions.
         """
         if self._run is None:
             return
@@ -91,12 +95,12 @@ class WandbFeed:
             path for path in here.parent.glob(f"*run-*-{glob.escape(self._run.id)}") if path.is_dir() and path != here
         ]
         offline = [path for path in earlier if path.name.startswith("offline-") and not any(path.glob("*.synced"))]
-        told = list(told)
-        if self._run.resumed:  # the server says what it has
+        recorded = list(recorded)
+        if self._run.resumed:  # the server has told which step is next
             self.first = self._run.starting_step
         elif here.name.startswith("offline-") and len(earlier) > len(offline):
-            self.first = max((step for step, _ in told), default=-1) + 1
-        for step, values in told:
+            self.first = max((step for step, _ in recorded), default=-1) + 1
+        for step, values in recorded:
             if step >= self.first:
                 self.log(values, step)
         for path in offline:
@@ -104,39 +108,43 @@ class WandbFeed:
             shutil.move(path, here.parent / SUPERSEDED / path.name)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Tell W&B of a step, unless an earlier session has."""
-        closing = step == self.first - 1 and "train/loss" not in values  # came after that session's last update
-        if step >= self.first or closing:
+        """Log the values of a step, unless an earlier session has."""
+        final = step == self.first - 1 and "train/loss" not in values  # an evaluation after the last update
+        if step >= self.first or final:
             self.attempt(partial(self._log, dict(values), step))
 
-    def attempt(self, telling: Callable[[], Any], asks: bool = False) -> None:
-        """Have the thread do something with W&B; what fails is said once. What `asks` the server waits for it."""
+    def attempt(self, call: Callable[[], Any], online: bool = False) -> None:
+        """Run a call of W&B's API in the thread. A failure is reported once, and otherwise ignored.
+
+        Args:
+            online: the call needs the server. It is skipped after a failure.
+        """
         if self._run is None:
             return
-        if self._calls.qsize() < MOST_WAITING:
-            self._calls.put(partial(self._try, telling, asks))
+        if self._calls.qsize() < MAX_PENDING_CALLS:
+            self._calls.put(partial(self._try, call, online))
         else:
-            self.warning("its service process takes nothing any more")
+            self.warning("its service process does not respond")
 
     def finish(self) -> None:
-        """Have W&B send what is left, for a bounded time, and end the run."""
+        """Let W&B upload the rest, for a bounded time, and finish the W&B run."""
         if self._run is not None:
             self._close()
             atexit.unregister(self._close)
             self._accelerator.trackers.clear()
 
     def info(self, message: str) -> None:
-        """What W&B would print and nobody needs."""
+        """Drop an informational message of W&B."""
 
     def warning(self, message: str) -> None:
-        """Say, once, that W&B does not get everything."""
+        """Report, once, that W&B may lack records."""
         first, self._failed = not self._failed, True
         if first:
             why = " ".join(message.split()).removeprefix("wandb: WARNING ")[:200]
-            online = "" if self._run.offline else "--include-online "  # else it passes over what was begun online
-            self._say(
-                f"W&B: {why} (training goes on; metrics.jsonl has everything, and `wandb sync {online}"
-                f"{Path(self._run.dir).parent}` may send it later)"
+            online = "" if self._run.offline else "--include-online "  # else it skips runs that began online
+            self._report(
+                f"W&B: {why} (training continues; metrics.jsonl has all records, and `wandb sync {online}"
+                f"{Path(self._run.dir).parent}` may upload them later)"
             )
 
     error = warning
@@ -145,9 +153,9 @@ class WandbFeed:
         while call := self._calls.get():
             call()
 
-    def _try(self, call: Callable[[], Any], asks: bool = False) -> None:
-        """Make a call; one that failed ends nothing, as later ones may reach W&B, or at least its files."""
-        if asks and self._failed:
+    def _try(self, call: Callable[[], Any], online: bool = False) -> None:
+        """Make a call. After a failure later calls are still made: they may reach W&B, or at least its files."""
+        if online and self._failed:
             return
         try:
             call()
@@ -155,14 +163,14 @@ class WandbFeed:
             self.warning(f"{type(error).__name__}: {error}")
 
     def _log(self, values: dict[str, Any], step: int) -> None:
-        """Log; closing figures that are at W&B already, the same to the last bit, are not told again."""
+        """Log the values, except a final evaluation that W&B has already with exactly the same losses."""
         summary = self._run.summary if step < self.first else {}
         known = [summary.get(key) == value for key, value in values.items() if key.endswith("/loss")]
         if not known or not all(known):
             self._accelerator.log(values, step=max(step, self.first))
 
     def _close(self) -> None:
-        """Finish in the thread; part from W&B where that fails."""
+        """Finish the W&B run in the thread. If that fails, shut down W&B's service process."""
         trackers = list(self._accelerator.trackers)
         self._calls.put(partial(self._try, lambda: [tracker.finish() for tracker in trackers]))
         self._calls.put(None)
@@ -170,54 +178,54 @@ class WandbFeed:
         if self._worker.is_alive():
             self.warning(f"not finished in {FINISH_SECONDS} s")
         if self._failed:
-            self._parting.set()
-            self._parter.join(TEARDOWN_SECONDS)
+            self._teardown_due.set()
+            self._tearer.join(TEARDOWN_SECONDS)
 
-    def _part(self) -> None:
-        """After a failure: W&B's hook at exit would wait for its service process, or show a traceback.
+    def _tear_down(self) -> None:
+        """Shut down W&B after a failure. Otherwise its exit hook would wait for the service process, or fail.
 
-        To tear down takes that hook away first of all; should the rest of it hang, then only this thread.
+        `wandb.teardown` removes that hook first. If it hangs after that, only this thread hangs.
         """
         import wandb
 
-        self._parting.wait()
-        with contextlib.suppress(SystemExit):  # which it raises where the service process was killed
+        self._teardown_due.wait()
+        with contextlib.suppress(SystemExit):  # raised if the service process was killed
             self._try(wandb.teardown)
 
 
-# Exceptions of W&B that it does not name in public: one that a version does not have is left out.
+# Private exceptions of W&B. Those that the installed version does not have are left out.
 PRIVATE = (
     "wandb.sdk.lib.asyncio_manager:AlreadyJoinedError",
     "wandb.sdk.lib.asyncio_manager:RunCancelledError",
     "wandb.sdk.lib.service.service_connection:WandbApiFailedError",
     "wandb.sdk.lib.service.service_token:WandbServiceConnectionError",
-    "wandb.sdk.mailbox.mailbox:MailboxClosedError",  # the service process has gone ...
-    "wandb.sdk.mailbox.mailbox_handle:HandleAbandonedError",  # ... and did while it was waited for
+    "wandb.sdk.mailbox.mailbox:MailboxClosedError",  # the service process has exited ...
+    "wandb.sdk.mailbox.mailbox_handle:HandleAbandonedError",  # ... during a call
     "wandb.sdk.mailbox.mailbox_handle:ServerResponseError",
 )
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What W&B raises where its server, its service process or its files fail."""
+    """The exceptions of W&B when its server, its service process or its files fail."""
     import wandb
 
     private = []
-    for place in PRIVATE:
-        module, name = place.split(":")
+    for path in PRIVATE:
+        module, name = path.split(":")
         with contextlib.suppress(ImportError, AttributeError):
             private.append(getattr(importlib.import_module(module), name))
     return (
-        wandb.errors.Error,  # refused credentials, among others
+        wandb.errors.Error,  # for example refused credentials
         *private,
-        OSError,  # lost connections and timeouts, both to the service process; no space for W&B's files
-        ValueError,  # an answer that makes no sense, of a proxy for example
+        OSError,  # lost connections and timeouts of the service process; no space for W&B's files
+        ValueError,  # an invalid response, for example of a proxy
     )
 
 
 Record = dict[str, Any]
 
 
-# Names on W&B of the keys that do not stand under their split's own name there.
+# The W&B names of the keys that are not prefixed by their split.
 PERFORMANCE_NAMES = {
     "tokens_per_s": "perf/tokens_per_second",
     "update_s": "perf/update_seconds",
@@ -239,7 +247,7 @@ GLOBAL_STEP = "train/global_step"
 
 
 def wandb_names(record: Record) -> dict[str, Any]:
-    """A record under the names it has on W&B, with the step that everything is drawn against."""
+    """The values of a record under their W&B names, with the step that is the x-axis of all charts."""
     split = record["split"]
     names = TRAIN_NAMES if split == "train" else EVAL_NAMES
     values = {f"{split}/{name}": record[name] for name in names if record.get(name) is not None}
@@ -250,17 +258,17 @@ def wandb_names(record: Record) -> dict[str, Any]:
 
 
 def source_name(split: str, source: str) -> str:
-    """The name on W&B of the answer loss of a source's rows in a split."""
+    """The W&B name of the answer loss of a source in a split."""
     return f"{split}/{source}/answer_loss"
 
 
 # ----------------------------------------------------------------------------------------------------
 
 NETWORK_SECONDS = 8
-NOT_TEXT = "it takes paths and command lines in UTF-8 alone"
-SAMPLES = "samples"  # the table
-# With data of one's own: no command line, which names files (what is said of the machine goes with it), and, where code
-# is saved, no patch of what is not committed, in which rows may stand.
+NOT_UTF8 = "it accepts only paths and command lines in UTF-8"
+SAMPLES = "samples"  # the name of the table
+# With the user's own data W&B gets neither the command line, which names files (the metadata of the machine are left
+# out with it), nor a patch of uncommitted changes, which may contain rows.
 OWN_DATA_SETTINGS = {"x_disable_meta": True, "disable_git": True}
 SAMPLE_COLUMNS = ["step", "source", "question", "reference", "base answer", "tuned answer", "stopped by itself"]
 
@@ -268,9 +276,15 @@ SAMPLE_COLUMNS = ["step", "source", "question", "reference", "base answer", "tun
 def start_wandb(
     accelerator: Accelerator, experiment: Experiment, output_dir: Path, run_id: str, in_effect: Mapping[str, Any]
 ) -> str:
-    """Start or continue the directory's run on the main process; says in one line where it goes.
+    """Start or resume the W&B run of the directory on the main process; return a line for the console.
 
-    `WANDB_*` variables win over the file, as everywhere with W&B.
+    `WANDB_*` variables override the experiment file, as is usual for W&B.
+
+    Args:
+        in_effect: settings that differ from the experiment.
+
+    Raises:
+        UserError: W&B refuses the settings of `tracking` or of the `WANDB_*` variables.
     """
     tracking = experiment.tracking
     config = {**shown_config(experiment), "in_effect": dict(in_effect)}
@@ -279,7 +293,7 @@ def start_wandb(
     try:
         import wandb
     except ImportError as error:
-        return f"W&B: off ({error}); metrics.jsonl has it all"
+        return f"W&B: off ({error}); metrics.jsonl has all records"
     mode, why = wandb_mode(tracking)
 
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -296,8 +310,8 @@ def start_wandb(
         "resume": "allow",
     }
     project = os.environ.get("WANDB_PROJECT", tracking.project)
-    unusable = (wandb.errors.CommError, wandb.errors.UsageError, ValueError)  # ValueError: a key or setting of odd form
-    advice = "mend `tracking` or the WANDB_* variables, or use --set tracking.wandb=disabled"
+    unusable = (wandb.errors.CommError, wandb.errors.UsageError, ValueError)  # ValueError: an invalid key or setting
+    advice = "correct `tracking` or the WANDB_* variables, or use --set tracking.wandb=disabled"
     try:
         arguments["settings"] = wandb.Settings(
             init_timeout=NETWORK_SECONDS,
@@ -312,18 +326,18 @@ def start_wandb(
         try:
             accelerator.init_trackers(project, config, {"wandb": {**arguments, "mode": mode}})
         except UnicodeEncodeError:
-            return _off(accelerator, NOT_TEXT)
+            return _off(accelerator, NOT_UTF8)
         except failures() as error:
             mode, why = "offline", f" ({_gist(error)})"
             accelerator.trackers.clear()
-            os.environ.pop("WANDB_SERVICE", None)  # of a process before this one, maybe dead
+            os.environ.pop("WANDB_SERVICE", None)  # of an earlier process, which may have exited
             with contextlib.suppress(SystemExit, *failures()):
-                wandb.teardown()  # else its service still holds the id: "run ID is in use"
+                wandb.teardown()  # else its service process keeps the id: "run ID is in use"
     try:
         if mode == "offline":
             accelerator.init_trackers(project, config, {"wandb": {**arguments, "mode": mode}})
     except UnicodeEncodeError:
-        return _off(accelerator, NOT_TEXT)
+        return _off(accelerator, NOT_UTF8)
     except unusable as error:
         raise UserError(f"W&B: {_gist(error)}; {advice}") from error
     except failures() as error:
@@ -331,46 +345,47 @@ def start_wandb(
     run = accelerator.get_tracker("wandb", unwrap=True)
     run.define_metric(GLOBAL_STEP)
     run.define_metric("*", step_metric=GLOBAL_STEP)
-    sync = f"{Path(run.dir).parent}; `wandb sync` sends it, with all that came before"
-    where = run.url if mode == "online" else sync
-    return f"W&B: {mode}{why}, {where}"
+    if mode == "online":
+        return f"W&B: online, {run.url}"
+    directory = Path(run.dir).parent
+    return f"W&B: offline{why} in {directory}; upload with `wandb sync {directory}`"
 
 
 def _off(accelerator: Accelerator, why: str) -> str:
-    """Do without W&B; returns the line that says so."""
+    """Continue without W&B; return the line for the console."""
     accelerator.trackers.clear()
-    return f"W&B: off ({why}); metrics.jsonl has it all"
+    return f"W&B: off ({why}); metrics.jsonl has all records"
 
 
 def shown_config(experiment: Experiment) -> dict[str, Any]:
-    """The experiment as W&B has it: of what lies on this machine the name alone, of data of one's own not even that."""
+    """The experiment for W&B: local paths are reduced to file names, and those of the user's own data are left out."""
     config = experiment.model_dump()
-    places = config["data"]["files"]
-    config["data"]["files"] = {name: place if is_hub_id(place) else "a local file" for name, place in places.items()}
+    files = config["data"]["files"]
+    config["data"]["files"] = {name: path if is_hub_id(path) else "a local file" for name, path in files.items()}
     for section, key in (("model", "base"), ("lora", "init_from"), ("data", "medquad"), ("data", "afrimedqa")):
-        place = config[section][key]
-        if place is not None and (os.path.exists(os.path.expanduser(place)) or os.path.isabs(place)):
-            config[section][key] = Path(place).name
+        path = config[section][key]
+        if path is not None and (os.path.exists(os.path.expanduser(path)) or os.path.isabs(path)):
+            config[section][key] = Path(path).name
     return config
 
 
 def sampled_rows(validation: Sequence[Example], experiment: Experiment) -> list[Row]:
-    """The validation rows that W&B is shown answers to; of one's own only where `tracking.log_samples` is true."""
+    """The validation rows whose answers are logged to W&B; the user's own only if `tracking.log_samples` is true."""
     asked = experiment.tracking.log_samples
     rows = [example.row for example in validation if asked is not False and (asked or example.row.source in PUBLIC)]
     return [rows[i] for i in fixed_subset(rows, experiment.evaluation.samples, experiment.training.seed)]
 
 
 def wandb_wanted(tracking: Tracking) -> bool:
-    """Whether there is to be a W&B run at all. WANDB_DISABLED means what it does to transformers."""
+    """Whether to use W&B at all. WANDB_DISABLED has the same meaning as in transformers."""
     return not is_on("WANDB_DISABLED") and _asked_mode(tracking) != "disabled"
 
 
 def wandb_mode(tracking: Tracking) -> tuple[str, str]:
-    """`online` or `offline`, and why where it is not what was asked. May take as long as `connects`."""
+    """`online` or `offline`, and the reason if it is not the requested mode. May take as long as `connects`."""
     if _asked_mode(tracking) in ("offline", "dryrun"):
         return "offline", ""
-    why = out_of_reach()
+    why = unreachable_reason()
     return ("offline", f" ({why})") if why else ("online", "")
 
 
@@ -378,53 +393,54 @@ def _asked_mode(tracking: Tracking) -> str:
     return os.environ.get("WANDB_MODE") or tracking.wandb
 
 
-def out_of_reach() -> str:
-    """Why W&B cannot be had online, and what to do; empty where it can. May take as long as `connects`."""
+def unreachable_reason() -> str:
+    """Why W&B cannot be used online, and what to do; empty if it can. May take as long as `connects`."""
     url = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
     shown = without_credentials(url)
     try:
         key, why = netrc_key(urlsplit(shown).netloc)
     except ValueError:
-        return f"WANDB_BASE_URL={shown} is no address"
+        return f"WANDB_BASE_URL={shown} is not a URL"
     if not (key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")):
-        return why or "no API key: run `wandb login` for online"
+        return why or "no API key: run `wandb login` to log online"
     return "" if connects(url) else f"{shown} does not answer"
 
 
 def netrc_key(host: str) -> tuple[bool, str]:
-    """Whether the netrc file has a key for a host, without asking for it; and why the file cannot be read, if so.
+    """Whether the netrc file has a key for a host; and the reason if the file cannot be read, else an empty string.
 
-    W&B, and the HTTP library below it, would end in a traceback over such a file, or wait for ever on a pipe. They are
-    given an empty one instead.
+    W&B and the HTTP library that it uses would fail on an unreadable file, or wait forever for a pipe. So NETRC is then
+    set to an empty file.
     """
-    place = os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")
+    path = os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")
     try:
-        read_file(Path(place), MAX_NETRC_BYTES).decode()
-        return netrc.netrc(place).authenticators(host) is not None, ""
+        read_file(Path(path), MAX_NETRC_BYTES).decode()
+        return netrc.netrc(path).authenticators(host) is not None, ""
     except Missing:
         return False, ""
     except (Damaged, UnicodeDecodeError, netrc.NetrcParseError) as error:
         os.environ["NETRC"] = os.devnull
         why = "not text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-        return False, f"{place} cannot be read: {why}; mend the file, or set WANDB_API_KEY"
+        return False, f"{path} cannot be read: {why}; correct the file, or set WANDB_API_KEY"
 
 
 def _keep_files_below(directory: Path) -> None:
-    """Have W&B write here what it cannot write below the home directory.
+    """Let W&B write its cache and data to this directory if it cannot write to the home directory.
 
-    Without its cache its service process writes its log to the terminal, and without its data no artifact is kept.
+    Without a cache directory its service process logs to the terminal, and without a data directory it keeps no
+    artifacts.
     """
     from wandb import env
 
-    for name, place in (("WANDB_CACHE_DIR", env.get_cache_dir()), ("WANDB_DATA_DIR", env.get_data_dir())):
+    for name, default in (("WANDB_CACHE_DIR", env.get_cache_dir()), ("WANDB_DATA_DIR", env.get_data_dir())):
         try:
-            check_place(Path(place), name)
+            check_place(Path(default), name)
         except UserError:
             os.environ[name] = str(directory.absolute() / name.split("_")[1].lower())
 
 
 def log_samples(accelerator: Accelerator, rows: Sequence[Sequence[Any]], first: int = 0) -> None:
-    """The table of sample answers, `SAMPLE_COLUMNS`, at their step, or at `first` where W&B is beyond it."""
+    """Log the table of sample answers (`SAMPLE_COLUMNS`) at their step, or at `first` if W&B is already beyond it."""
     if accelerator.trackers and rows:
         data = [list(row) for row in rows]
         step = max(data[0][0], first)
@@ -432,9 +448,9 @@ def log_samples(accelerator: Accelerator, rows: Sequence[Sequence[Any]], first: 
 
 
 def log_adapter(accelerator: Accelerator, tracking: Tracking, directory: Path, name: str) -> None:
-    """The adapter as an artifact, if `tracking.log_model`: the files that a run writes into its directory, no others.
+    """Log the adapter as an artifact, if `tracking.log_model`: only files that a run writes into its directory.
 
-    Somebody else may have made the directory: what a link in it points to is no part of the adapter.
+    Links are left out, because somebody else may have created them, and their targets are not part of the adapter.
     """
     if not (accelerator.trackers and tracking.log_model) or directory.is_symlink():
         return
@@ -448,5 +464,5 @@ def log_adapter(accelerator: Accelerator, tracking: Tracking, directory: Path, n
 
 
 def _gist(error: Exception) -> str:
-    """An error's message on one line."""
+    """The message of an error on one line."""
     return without_credentials(" ".join(str(error).split()))[:300]

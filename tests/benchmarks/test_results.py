@@ -186,10 +186,10 @@ def test_where_something_is_at_work_already_nothing_is_started_or_recorded(held,
         raise AssertionError("nothing was to be started")
 
     with RunLock(run if held == "the run's directory" else beside(run)) as lock:
-        lock.take()
+        lock.acquire()
         words = options_for(tmp_path, "--experiments", "exp_002", "--limit", "2", "--set", *SHORT)
         assert command.main(words, nothing) == 2
-    assert "another run is on" in capsys.readouterr().err
+    assert "another run is using it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -71,7 +71,7 @@ def test_another_checkpoint(tiny_run):
 def test_a_best_checkpoint_that_was_not_kept_is_named(run):
     (run / "summary.json").unlink()
     path = run / "checkpoint-6" / "state.json"
-    for step, said in ((5, "of which no checkpoint was kept"), (0, "the baseline was best")):
+    for step, said in ((5, "but its checkpoint was not kept"), (0, "no checkpoint improved on the baseline")):
         path.write_text(json.dumps({**json.loads(path.read_text()), "best_step": step}))
         manifest = json.loads((run / "checkpoint-6" / "manifest.json").read_text())
         rewrite_manifest(run / "checkpoint-6", manifest)
@@ -96,7 +96,7 @@ def test_an_unfinished_run_gives_its_newest_checkpoint(run):
         find_adapter(str(run), "6")
     for path in run.glob("checkpoint-*"):
         shutil.rmtree(path)
-    with pytest.raises(UserError, match="no adapter yet, nor a checkpoint"):
+    with pytest.raises(UserError, match="neither an adapter nor a checkpoint yet"):
         find_adapter(str(run))
 
 
@@ -122,7 +122,7 @@ def test_an_adapter_alone(alone, monkeypatch):
 def test_an_adapter_on_the_hub(alone, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(UserError, match="no such directory, nor an adapter to be had from the hub"):
+    with pytest.raises(UserError, match="no such directory, and not available as an adapter on the hub"):
         find_adapter("someone/adapter")
     place = tmp_path / "hub" / "models--someone--adapter"
     shutil.copytree(alone, place / "snapshots" / "abc")
@@ -142,7 +142,7 @@ def test_an_adapter_on_the_hub(alone, tmp_path, monkeypatch):
         ({"r": "eight"}, "adapter_config.json: r: "),
         ({"bias": "all"}, "adapter_config.json: bias: "),
         ({"base_model_name_or_path": None}, "adapter_config.json: base: "),
-        ({"revision": "a1b2c3"}, "adapter_config.json: revision = 'a1b2c3' of its base: give a directory"),
+        ({"revision": "a1b2c3"}, "adapter_config.json names revision 'a1b2c3' of its base: give a directory"),
         ({"task_type": "SEQ_CLS"}, "it uses task_type = SEQ_CLS"),
         ({"layers_to_transform": 0}, "it uses layers_to_transform = 0"),
         ({"layers_to_transform": [0]}, "it uses layers_to_transform"),
@@ -191,7 +191,7 @@ def test_damaged_configurations_are_refused(content, alone):
 
 def test_pickled_or_foreign_weights_are_refused(alone):
     (alone / "adapter_model.safetensors").rename(alone / "adapter_model.bin")
-    with pytest.raises(UserError, match=r"no readable adapter_model.safetensors: adapter_model.bin can run code"):
+    with pytest.raises(UserError, match=r"no readable adapter_model.safetensors: adapter_model.bin can execute code"):
         load_adapted(find_adapter(str(alone)), CPU)
     (alone / "adapter_model.bin").rename(alone / "adapter_model.safetensors")
     with pytest.raises(UserError, match="this adapter does not fit: r = 4 in its configuration, 8 in adapter_model"):
@@ -258,7 +258,7 @@ def test_a_checkpoint_alone_knows_its_base_and_an_adapter_alone_says_that_it_doe
         load_adapted(
             find_adapter(str(shutil.copytree(tiny_run / "checkpoint-4", tmp_path / "any")), base=str(other_base)), CPU
         )
-    said = "nothing here says which weights it was trained on: whether those of"
+    said = "its base model in training is not recorded, so it cannot be checked"
     words = ["Why ?", "--max-new-tokens", "1", "--cpu"]
     assert main(["ask", str(alone), "--model", str(other_base), *words]) == 0
     assert said in capsys.readouterr().err
@@ -315,14 +315,14 @@ def test_a_final_adapter_that_is_not_the_runs_is_refused(run):
     path = run / "lora_adapters" / "adapter_model.safetensors"
     weights = load_file(path)
     save_file({name: torch.zeros_like(weight) for name, weight in weights.items()}, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"not the adapter that the run ended with: .* choose a checkpoint"):
+    with pytest.raises(UserError, match=r"not the final adapter of the run: .* choose a checkpoint"):
         find_adapter(str(run))
     assert find_adapter(str(run), "6").step == 6
 
 
 def test_a_renamed_checkpoint_is_not_what_it_is_called(run):
     shutil.copytree(run / "checkpoint-4", run / "checkpoint-40")
-    with pytest.raises(UserError, match=r"checkpoint-40 is damaged: .* the directory was renamed"):
+    with pytest.raises(UserError, match=r"checkpoint-40 is damaged: .* which was renamed"):
         find_adapter(str(run), "40")
     (run / "summary.json").unlink()
     assert find_adapter(str(run)).step == 6
@@ -404,11 +404,11 @@ def test_nothing_is_written_through_a_link(tiny_run, tmp_path):
     adapted = load_adapted(find_adapter(str(tiny_run)), CPU)
     summary = {**json.loads((tiny_run / "summary.json").read_text()), "experiment": "another"}
     words = (adapted.model, adapted.tokenizer, summary, adapted.source.experiment)
-    with pytest.raises(UserError, match="nothing is written through a link"):
+    with pytest.raises(UserError, match="a file or a link that no run created"):
         save_final_adapter(run, *words)
     (run / "lora_adapters").unlink()
     (run / "lora_adapters").write_text("a file")
-    with pytest.raises(UserError, match="not a directory that a run made"):
+    with pytest.raises(UserError, match="a file or a link that no run created"):
         save_final_adapter(run, *words)
     (run / "lora_adapters").unlink()
     (run / "lora_adapters").mkdir()

@@ -89,7 +89,7 @@ def test_one_question_on_the_command_line(loaded, tiny_run, capsys):
     assert main(["ask", str(tiny_run), HARMLESS, "--cpu", "--max-new-tokens", "12"]) == 0
     told = capsys.readouterr()
     assert ask.answer(loaded, HARMLESS, 12).text in told.out
-    assert "(cut after 12 tokens)" in told.out
+    assert "(cut off after 12 tokens)" in told.out
     assert "Not medical advice" in told.err
 
 
@@ -140,7 +140,7 @@ def test_piped_questions_give_a_line_each(loaded, tiny_run, monkeypatch, capsys)
     assert [record["question"] for record in found][:2] == QUESTIONS[:2]
     assert len(found) == 4
     assert [record["answer"] for record in found[:2]] == [ask.answer(loaded, q, 8).text for q in QUESTIONS[:2]]
-    assert "tokens and the model takes" in found[2]["error"]
+    assert "tokens, but the model's context is" in found[2]["error"]
     assert found[3]["question"] == "\ufffd\ufffd \x1b[2J?"
     assert found[3]["error"] == "the question is not UTF-8 text (byte 0xff after 0 characters); write it in UTF-8"
     assert "answer" not in found[3]
@@ -218,7 +218,7 @@ def test_an_adapter_without_its_run_answers(tiny_run, tmp_path, capsys):
     [
         ([""], "the question is empty"),
         (["  \n"], "the question is empty"),
-        (["asthma " * 400], "the model takes"),
+        (["asthma " * 400], "the model's context is"),
         (["caf\udce9 ?"], "not UTF-8 text (byte 0xe9 after 3 characters); write it in UTF-8"),
         (["x", "--max-new-tokens", "0"], "--max-new-tokens 0: at least 1"),
         (["x", "--checkpoint", "3"], "no such checkpoint"),
@@ -239,7 +239,9 @@ def test_answers_command_no_terminal():
 
 
 def test_a_question_that_is_too_long_is_named(adapted):
-    with pytest.raises(UserError, match=r"the question has [\d,]+ tokens and the model takes [\d,]+; shorten it"):
+    with pytest.raises(
+        UserError, match=r"the question has [\d,]+ tokens, but the model's context is [\d,]+; shorten it"
+    ):
         ask.answer(adapted, "asthma " * 5000, 8)
 
 

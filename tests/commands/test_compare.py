@@ -289,8 +289,8 @@ def test_an_unfinished_run_is_shown_as_such(page, three, tmp_path):
     (begun / "metrics.jsonl").unlink()
     assert reread(begun, three[1])[0].state == "unfinished: 0 of 20 updates"
     text = render(compared(begun, make_run(tmp_path / "same", "exp_001", upto=5), make_run(tmp_path / "o", "exp_002")))
-    assert "nothing yet: begun and same not finished" in text
-    assert "which of them made the difference; and begun not finished" in text
+    assert "nothing yet; unfinished: begun, same" in text
+    assert "which of them made the difference; unfinished: begun" in text
     assert "nothing recorded yet" in render(compared(begun, three[2]))
 
 
@@ -305,7 +305,7 @@ def test_the_three_recipes_are_told_apart_by_name(tmp_path):
         one, two = (recipe(flat(load_experiment(run.label))) for run in (pair.first, pair.second))
         assert set(pair.keys) == {key for key in one if one[key] != two[key]}
         assert len(pair.keys) >= 5
-        assert "does not say which of them" in conclusion(pair, comparison.pairs)
+        assert "does not show which of them" in conclusion(pair, comparison.pairs)
     warning = said(comparison, "several settings at once", *RECIPES)
     assert all(key in warning for pair in comparison.pairs for key in pair.keys)
     table = next(table for table in main_tables(comparison) if table.title.startswith("what differs"))
@@ -414,7 +414,7 @@ def test_one_change_allows_a_conclusion_for_one_seed(tmp_path):
     one, rank = make_run(tmp_path / "one", "exp_001"), make_run(tmp_path / "rank", "exp_001", "lora.r=4")
     comparison = compared(one, rank)
     text = conclusion(comparison.pairs[0], comparison.pairs)
-    assert text.startswith("isolates the effect of lora.r, for one seed: one seed is one seed")
+    assert text.startswith("isolates the effect of lora.r, for one seed only")
     said(comparison, "one seed each")
     assert [p.change for p in comparison.proposals] == [{"training.seed": 43}]
     seed = make_run(tmp_path / "seed", "exp_001", "training.seed=1")
@@ -440,10 +440,10 @@ def test_where_data_lie_is_told_apart(tmp_path):
     assert comparison.pairs[0].keys == ()
     tables = {table.title: table for table in main_tables(comparison)}
     assert tables["what differs between the configurations"].rows == []
-    assert tables["where data and base model lie"].rows[0][0] == "data.medquad"
-    said(compared(there, here), "data.medquad", "is not there", "--medquad")
+    assert tables["location of data and base model"].rows[0][0] == "data.medquad"
+    said(compared(there, here), "data.medquad", "does not exist", "--medquad")
     own = make_run(tmp_path / "own", "exp_001", "data.files={notes: /elsewhere/notes.csv}")
-    said(compared(own, here), "data.files notes = /elsewhere/notes.csv is not there", "--data notes=")
+    said(compared(own, here), "data.files notes = /elsewhere/notes.csv does not exist", "--data notes=")
     edited = make_run(tmp_path / "edited", "exp_001", fingerprint="g")
     comparison = compared(here, edited)
     assert comparison.pairs[0].keys == (CONTENTS,)
@@ -487,22 +487,20 @@ def test_what_is_not_known_of_a_base_model_is_not_called_another_one(tmp_path):
         (one / "summary.json").unlink() if content is None else (one / "summary.json").write_text(content)
         comparison = compared(one, two)
         assert not [warning for warning in comparison.warnings if "another base model" in warning]
-        assert (
-            len([warning for warning in comparison.warnings if "was trained on is not known: neither" in warning]) == 2
-        )
+        assert len([warning for warning in comparison.warnings if "base model, which neither" in warning]) == 2
         what = "summary.json is missing, though all 20 updates" if content is None else "summary.json cannot be read"
         said(comparison, f"one: {what}")
-        assert comparison.runs[0].state == "unfinished: 20 of 20 updates, its end is not recorded"
+        assert comparison.runs[0].state == "unfinished: 20 of 20 updates, without its final evaluation"
     remembered(one, base="f")
     assert not [warning for warning in compared(one, two).warnings if warning.startswith("one: whether")]
     for value in (None, "", 5):
         (one / "evaluation.json").write_text(json.dumps({**of_base, "base_fingerprint": value}))
         comparison = compared(one, two)
-        said(comparison, "one: evaluation.json does not say of which base model it is")
+        said(comparison, "one: evaluation.json does not record its base model")
         assert not [warning for warning in comparison.warnings if "another base model" in warning]
     for content in ("", "{}"):
         (one / "evaluation.json").write_text(content)
-        said(compared(one, two), "one: evaluation.json cannot be read and is left out")
+        said(compared(one, two), "one: evaluation.json cannot be read and is ignored")
     shutil.rmtree(one / "checkpoint-20")
     remains = make_run(tmp_path / "remains", "exp_001", upto=12)
     assert not [run for run in reread(remains, two) if run.damage], "it has not come to its end"
@@ -549,12 +547,12 @@ def test_a_configuration_that_was_changed_after_training_is_not_believed(before,
     (edited / "config.yaml").write_text(text.replace(before, after))
     comparison = compared(one, edited, seed)
     warning = comparison.warnings[0]
-    assert warning.startswith("edited: how it was trained is not known, and nothing is concluded from it")
+    assert warning.startswith("edited: it is not known how it was trained, and nothing is concluded from it")
     assert said in warning
     told = [conclusion(pair, comparison.pairs) for pair in comparison.pairs]
-    nothing = "nothing: how edited was trained is not known, see the warnings"
+    nothing = "nothing: it is not known how edited was trained, see the warnings"
     assert [told[0], told[2]] == [nothing, nothing]
-    assert told[1].startswith("another seed alone")
+    assert told[1].startswith("only the seed differs")
     assert not [w for w in comparison.warnings if "several settings at once" in w]
     assert compared(edited, one).proposals == []
     for folder in (
@@ -571,8 +569,8 @@ def test_what_else_in_a_run_contradicts_its_configuration_is_told(tmp_path):
     path = other / "summary.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization": "4bit", "base_fingerprint": "b"}))
     comparison = compared(one, other)
-    said(comparison, "one: ", "the fingerprint of the data is another in checkpoint-20 than in data_report.json")
-    said(comparison, "other: ", "model.quantization = none in effect by config.yaml, 4bit in summary.json")
+    said(comparison, "one: ", "the fingerprint of the data in checkpoint-20 differs from that in data_report.json")
+    said(comparison, "other: ", "model.quantization = none in config.yaml, 4bit in summary.json")
 
 
 def test_a_run_that_may_go_on_so_is_believed(tmp_path):
@@ -592,7 +590,7 @@ def test_other_losses_are_drawn_apart(tmp_path):
     one = make_run(tmp_path / "one", "exp_001")
     answer = make_run(tmp_path / "answer", "exp_001", "tokenization.loss_on=answer")
     comparison = compared(one, answer)
-    said(comparison, "the loss of answer is over the answer alone", "that of one")
+    said(comparison, "the loss of answer is over the answer only", "that of one")
     drawn = plots(comparison.runs)
     rows = [[plot.title for plot in row] for row in drawn]
     assert [row[0].split(":")[0] for row in rows[:2]] == ["loss over prompt and answer", "loss over the answer"]
@@ -610,7 +608,7 @@ def test_rows_that_differ_are_told(tmp_path):
     assert "other rows, answers or splits (one / other)" in warning
     (other / "data_report.json").unlink()
     (other / "summary.json").unlink()
-    assert "is not known of other" in said(compared(one, other), "not comparable")
+    assert "it is not known which rows other" in said(compared(one, other), "not comparable")
     leaks = {"fingerprint": "f", "overlap": {"held_out": {"question_or_answer": {"share": 0.2}}}}
     (one / "data_report.json").write_text(json.dumps(leaks))
     said(compared(one, other), "one: 20.0% of its held-out rows", "flatters")
@@ -618,10 +616,10 @@ def test_rows_that_differ_are_told(tmp_path):
 
 def test_other_machines_are_told(tmp_path):
     one, two = make_run(tmp_path / "one", "exp_001"), make_run(tmp_path / "two", "exp_001", "lora.r=4")
-    assert not [warning for warning in compared(one, two).warnings if "of other machines" in warning]
+    assert not [warning for warning in compared(one, two).warnings if "on different machines" in warning]
     summary = json.loads((two / "summary.json").read_text())
     (two / "summary.json").write_text(json.dumps(summary | {"memory_device": "Tesla T4"}))
-    assert "memory_device (one: cpu; two: Tesla T4)" in said(compared(one, two), "of other machines")
+    assert "memory_device (one: cpu; two: Tesla T4)" in said(compared(one, two), "on different machines")
 
 
 def test_figures_of_an_evaluation_are_shown_with_intervals(page, three, tmp_path):
@@ -631,8 +629,8 @@ def test_figures_of_an_evaluation_are_shown_with_intervals(page, three, tmp_path
     assert found.test_untuned.value == 143.0
     assert "41.25 (38.50 to 44)" in page.text
     rows = {row[0]: row for table in evaluation_tables([run]) for row in table.rows}
-    assert rows["rouge_l.tuned"][1] == "0.3100, p = 0.004"
-    assert rows["test.tuned.answer_perplexity"][1] == "41.25 (38.50 to 44)"
+    assert rows["rouge_l.fine-tuned"][1] == "0.3100, p = 0.004"
+    assert rows["test.fine-tuned.answer_perplexity"][1] == "41.25 (38.50 to 44)"
     warning = said(compared(*three), "no interval", "python -m medqa evaluate")
     assert warning.startswith("exp_002-tiny, exp_003-tiny:")
     part = make_run(tmp_path / "part", "exp_001", evaluation=evaluated(step=10, limit=5))
@@ -645,7 +643,7 @@ def test_samples_stand_side_by_side(tmp_path):
     one = make_run(tmp_path / "one", "exp_001", evaluation=evaluated("first"))
     two = make_run(tmp_path / "two", "exp_002", evaluation=evaluated("second"))
     (sample,) = samples(reread(one, two))
-    assert sample["answers"] == [("untuned base", "?"), ("one", "first"), ("two", "second")]
+    assert sample["answers"] == [("baseline", "?"), ("one", "first"), ("two", "second")]
 
 
 @pytest.mark.parametrize(
@@ -679,7 +677,7 @@ def test_damaged_files_are_told_and_left_out(tmp_path):
     run = comparison.runs[0]
     assert not run.finished
     said(comparison, "one: 6 damaged line(s) of metrics.jsonl")
-    said(comparison, "one: 3 figure(s) of metrics.jsonl are not finite")
+    said(comparison, "one: 3 value(s) of metrics.jsonl are not finite")
     said(comparison, "one: summary.json cannot be read")
     said(comparison, "one: evaluation.json cannot be read")
     assert 3 not in curve(run, run.train, "loss").x["updates"]
@@ -699,7 +697,7 @@ def test_what_no_run_writes_into_a_summary_is_named_and_left_out(tmp_path, capsy
     odd = {"wall_clock_s": 1e308, "versions": [], "processes": True, "test": test, "stopped_early": "yes"}
     summary_of(one, **odd, peak_memory_bytes=-1)
     comparison = compared(one, two)
-    warning = said(comparison, "one: summary.json holds what no run writes; it is left out: ")
+    warning = said(comparison, "one: summary.json has invalid values, which are ignored: ")
     for words in ("wall_clock_s = 1e+308", "versions = []", "processes = true", "test.answer_loss = low"):
         assert words in warning
     assert "peak_memory_bytes = -1" in warning
@@ -708,15 +706,15 @@ def test_what_no_run_writes_into_a_summary_is_named_and_left_out(tmp_path, capsy
     assert (performance(run).wall_clock_s, performance(run).peak_memory_bytes) == (21, 2**29), "of metrics.jsonl"
     summary_of(one, updates=-5, final=None)
     comparison = compared(one, two)
-    warning = said(comparison, "one: summary.json holds what no run writes")
+    warning = said(comparison, "one: summary.json has invalid values")
     assert "final = null" in warning
     assert "updates = -5" in warning
-    assert comparison.runs[0].state == "unfinished: 20 of 20 updates, its end is not recorded"
+    assert comparison.runs[0].state == "unfinished: 20 of 20 updates, without its final evaluation"
     (one / "summary.json").write_text('{"updates": 20, "final": {"loss": 3.2}}')
-    warning = said(compared(one, two), "one: summary.json lacks what every run writes: experiment, baseline, ")
+    warning = said(compared(one, two), "one: summary.json lacks values: experiment, baseline, ")
     assert "final.answer_loss" in warning
     summary_of(one, versions={str(i): i for i in range(10_000)})
-    assert len(said(compared(one, two), "one: summary.json holds what no run writes")) < 1000
+    assert len(said(compared(one, two), "one: summary.json has invalid values")) < 1000
     assert main(["compare", str(one), str(two), "--json", "--out", str(tmp_path / "p.html")]) == 0
     json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
 
@@ -743,9 +741,9 @@ def test_of_each_update_and_split_the_first_line_counts_and_none_beyond_the_run(
         file.writelines(json.dumps(record) + "\n" for record in (*again, *beyond))
         file.write('{"step": 5, "split": "other"}\n')
     comparison = compared(one, two)
-    said(comparison, "one: 2 line(s) of metrics.jsonl are of an update and split that it has already, and are left out")
-    said(comparison, "one: 1 line(s) of metrics.jsonl are of updates beyond the 20 of the run and left out")
-    said(comparison, "one: 1 damaged line(s) of metrics.jsonl are left out")
+    said(comparison, "one: 2 line(s) of metrics.jsonl repeat an update and split, and are ignored")
+    said(comparison, "one: 1 line(s) of metrics.jsonl are of updates beyond the 20 of the run and ignored")
+    said(comparison, "one: 1 damaged line(s) of metrics.jsonl are ignored")
     run, same = comparison.runs
     assert (run.train, run.validation, run.test) == (same.train, same.validation, same.test)
     assert performance(run) == performance(same)
@@ -796,22 +794,22 @@ def test_figures_of_some_rows_stand_apart_from_those_of_all(tmp_path, capsys):
     (whole / "evaluation.json").write_text(json.dumps(ALL))
     comparison = compared(few, whole)
     ranked = cells_of(comparison, "answer perplexity")
-    assert ranked["few"]["test, tuned"] == "40.45", "that of the summary, of all rows"
-    assert ranked["few"]["test, untuned"] == "-"
-    assert ranked["whole"]["test, tuned"] == "41.25 (38.50 to 44)"
+    assert ranked["few"]["test, fine-tuned"] == "40.45", "that of the summary, of all rows"
+    assert ranked["few"]["test, baseline"] == "-"
+    assert ranked["whole"]["test, fine-tuned"] == "41.25 (38.50 to 44)"
     assert ranked["few"]["rows of validation and test"] == ranked["whole"]["rows of validation and test"] == "28 and 31"
     apart = cells_of(comparison, "answer perplexity on a part of the rows")
     assert apart == {
         "few": {
-            "figure of": "test, at update 20",
+            "split": "test, at update 20",
             "rows": "8, chosen by seed 0",
-            "untuned": "143",
-            "tuned": "12.50 (38.50 to 44)",
+            "baseline": "143",
+            "fine-tuned": "12.50 (38.50 to 44)",
         }
     }
     titles = {table.title: table.head for table in evaluation_tables(comparison.runs)}
-    assert titles["evaluation: loss"] == ("figure", "whole")
-    assert titles["evaluation: loss, on 8 rows of each split, chosen by seed 0"] == ("figure", "few")
+    assert titles["evaluation: loss"] == ("metric", "whole")
+    assert titles["evaluation: loss, on 8 rows of each split, chosen by seed 0"] == ("metric", "few")
     said(comparison, "evaluated on a part of the rows", "few: 8 rows", "whole: all rows")
     assert "12.5" not in plots(comparison.runs)[-1][0].svg
     assert main(["compare", str(few), str(whole), "--json", "--out", str(tmp_path / "p.html")]) == 0
@@ -824,8 +822,8 @@ def test_figures_of_some_rows_stand_apart_from_those_of_all(tmp_path, capsys):
 def test_an_evaluation_of_another_update_does_not_rank_the_run(tmp_path):
     other = make_run(tmp_path / "other", "exp_001", evaluation=evaluated(step=10, value=12.5, rows=31))
     comparison = compared(other, make_run(tmp_path / "same", "exp_001"))
-    assert cells_of(comparison, "answer perplexity")["other"]["test, tuned"] == "40.45"
-    assert cells_of(comparison, "answer perplexity on a part of the rows")["other"]["figure of"] == "test, at update 10"
+    assert cells_of(comparison, "answer perplexity")["other"]["test, fine-tuned"] == "40.45"
+    assert cells_of(comparison, "answer perplexity on a part of the rows")["other"]["split"] == "test, at update 10"
 
 
 def test_validation_rows_of_an_unfinished_run_stand_apart(tmp_path):
@@ -834,9 +832,9 @@ def test_validation_rows_of_an_unfinished_run_stand_apart(tmp_path):
     text = [line if '"step": 10, "split": "eval"' not in line else json.dumps(eval_record(10, 3.0, 8)) for line in text]
     (going / "metrics.jsonl").write_text("\n".join(text) + "\n")
     comparison = compared(going, make_run(tmp_path / "done", "exp_001"))
-    assert cells_of(comparison, "answer perplexity")["going"]["validation, tuned"] == "-"
+    assert cells_of(comparison, "answer perplexity")["going"]["validation, fine-tuned"] == "-"
     apart = cells_of(comparison, "answer perplexity on a part of the rows")["going"]
-    assert (apart["figure of"], apart["rows"], apart["tuned"]) == ("validation, at update 10", "8", "33.12")
+    assert (apart["split"], apart["rows"], apart["fine-tuned"]) == ("validation, at update 10", "8", "33.12")
     titles = [plot.title for row in plots(comparison.runs) for plot in row]
     assert sum("hollow" in title for title in titles) == 3
     done = reread(going, tmp_path / "done")[1]
@@ -907,7 +905,7 @@ def test_only_regular_files_are_read(tmp_path):
         (one / name).symlink_to("/dev/zero")
     comparison = compared(one, two)
     for name in ("metrics.jsonl", "summary.json", "evaluation.json", "data_report.json"):
-        said(comparison, f"one: {name} cannot be read and is left out", "not a regular file")
+        said(comparison, f"one: {name} cannot be read and is ignored", "not a regular file")
     assert render(comparison)
 
 
@@ -918,7 +916,7 @@ def test_more_figures_than_an_evaluation_has_are_refused(tmp_path, monkeypatch):
     assert len(evaluation_tables(compared(one, two).runs)[0].rows) == 30
     monkeypatch.setattr("medqa.commands.evaluation_table.MAX_FIGURES", 29)
     comparison = compared(one, two)
-    said(comparison, "one: evaluation.json cannot be read and is left out: more than 29 figures")
+    said(comparison, "one: evaluation.json cannot be read and is ignored: more than 29 metrics")
     assert evaluation_tables(comparison.runs) == []
 
 
@@ -934,12 +932,12 @@ def refused(capsys, tmp_path, *words):
 def test_bad_input_is_refused_and_nothing_written(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one, two = make_run(tmp_path / "one", "exp_001"), make_run(tmp_path / "two", "exp_002")
-    assert "name two runs or more" in refused(capsys, tmp_path, one)
+    assert "name two or more runs" in refused(capsys, tmp_path, one)
     assert "one/../one: given twice" in refused(capsys, tmp_path, one, two, "one/../one")
     (tmp_path / "empty").mkdir()
     message = refused(capsys, tmp_path, one, "none", "empty", one / "config.yaml")
     assert "none: no such directory" in message
-    assert "empty: holds no run (no config.yaml)" in message
+    assert "empty: not a run (no config.yaml)" in message
     assert "config.yaml: no such directory" in message
     bad = shutil.copytree(two, tmp_path / "bad")
     (bad / "config.yaml").write_text("lora: {r: many, alpha: 3}\n")
@@ -950,7 +948,7 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path, capsys, monkeypatch)
     assert "not a page of this command" in refused(capsys, tmp_path, one, two, "--out", "notes.html")
     assert (tmp_path / "notes.html").read_text() == "<p>mine"
     assert "no directory" in refused(capsys, tmp_path, one, two, "--out", "nowhere/p.html")
-    assert "no file" in refused(capsys, tmp_path, one, two, "--out", "empty")
+    assert "is not a regular file" in refused(capsys, tmp_path, one, two, "--out", "empty")
     with monkeypatch.context() as patched:
         patched.setattr(
             "medqa.commands.compare.show.compare_runs", lambda paths: pytest.fail("work before the refusal")
@@ -958,7 +956,7 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path, capsys, monkeypatch)
         assert "cannot be written: File name too long" in refused(capsys, tmp_path, one, two, "--out", "x" * 300)
     (tmp_path / "link").symlink_to("/scratch/not/mounted")
     said = refused(capsys, tmp_path, one, two, "--out", "link/p.html")
-    assert "link is a link to /scratch/not/mounted, which is not there" in said
+    assert "link is a link to /scratch/not/mounted, which does not exist" in said
 
 
 @pytest.mark.parametrize("name", ["page.html", "x" * 252])

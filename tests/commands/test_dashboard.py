@@ -103,13 +103,13 @@ def test_the_real_library_saves_it(server, capsys, monkeypatch):
     assert (shown["project"], shown["entity"], shown["name"]) == ("mine", None, dashboard.NAME)
 
 
-@pytest.mark.parametrize("mode, said", [("forbid", "mine: permission denied; see"), ("deny", "mine: .*403.*; see")])
+@pytest.mark.parametrize("mode, said", [("forbid", "mine: permission denied; check"), ("deny", "mine: .*403.*; check")])
 def test_a_refusal_is_the_users_to_mend(server, mode, said, capsys):
     server.mode = mode
     assert main(["dashboard", "--project", "mine"]) == 2
     message = capsys.readouterr().err
     assert re.search(said, message)
-    assert "that your key may write to it; --project and --entity name another" in message
+    assert "that your key may write to it; or use --project and --entity" in message
     assert len(message.splitlines()) == 1
     assert server.views == []
 
@@ -117,7 +117,7 @@ def test_a_refusal_is_the_users_to_mend(server, mode, said, capsys):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ([], r"no API key: run `wandb login`.*--json shows"),
+        ([], r"no API key: run `wandb login`.*with --json it is not needed"),
         (["--project", "a/b"], r"project 'a/b': string should match pattern"),
         (["--name", "\N{GRINNING FACE}"], "name .*: Emojis are not allowed"),
     ],
@@ -131,7 +131,7 @@ def test_what_is_refused_before_anything_is_sent(server, words, said, monkeypatc
 def test_no_network_is_said(server, capsys):
     server.fail("refuse")
     assert main(["dashboard"]) == 2
-    assert re.search("http://127.0.0.1:[0-9]+ does not answer; --json shows", capsys.readouterr().err)
+    assert re.search("http://127.0.0.1:[0-9]+ does not answer; with --json it is not needed", capsys.readouterr().err)
 
 
 def test_without_the_library(monkeypatch, capsys):

@@ -33,10 +33,11 @@ from medqa.model.base import load_tokenizer
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
 from train import main as train
 
-EVALUATE = """
+TOKENS = 12  # of an answer, at most
+EVALUATE = f"""
 import sys
 from medqa.commands import evaluate as evaluate_module
-evaluate_module.ANSWER_TOKENS = 24
+evaluate_module.ANSWER_TOKENS = {TOKENS}
 from medqa.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -105,7 +106,7 @@ def test_sources_add_up(evaluated):
 def test_what_the_base_gives_is_computed_once(evaluated, tiny_run, run, capsys):
     assert main(["evaluate", str(run), "--tasks", "loss", "--cpu"]) == 0
     told = capsys.readouterr().out
-    assert told.count("the baseline as computed before") == 4  # two splits, two prompts
+    assert told.count("baseline from the cache") == 4  # two splits, two prompts
     assert told.count("rows of") == 2  # the tuned one alone
     assert loss_of(run) == loss_of(evaluated)
 
@@ -119,7 +120,7 @@ def test_a_damaged_baseline_is_computed_again(damage, evaluated, run, monkeypatc
     for path in kept:
         path.write_bytes(damage)
     assert main(["evaluate", str(run), "--tasks", "loss", "--cpu"]) == 0
-    assert "as computed before" not in capsys.readouterr().out
+    assert "from the cache" not in capsys.readouterr().out
     assert loss_of(run) == loss_of(evaluated)
 
 
@@ -144,7 +145,7 @@ def in_full(tiny_run, tmp_path_factory) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("WANDB_MODE", "disabled")
-        patched.setattr("medqa.commands.evaluate.ANSWER_TOKENS", 24)
+        patched.setattr("medqa.commands.evaluate.ANSWER_TOKENS", TOKENS)
         assert main(["evaluate", str(directory), "--limit", "6", "--cpu"]) == 0
     return json.loads((directory / "evaluation.json").read_text())["tasks"]
 
@@ -180,10 +181,10 @@ def test_two_processes_find_the_same(in_full, run, tmp_path):
 
 
 def test_what_was_written_once_is_not_written_again(in_full, run, monkeypatch, capsys):
-    monkeypatch.setattr("medqa.commands.evaluate.ANSWER_TOKENS", 24)
+    monkeypatch.setattr("medqa.commands.evaluate.ANSWER_TOKENS", TOKENS)
     assert main(["evaluate", str(run), "--limit", "6", "--cpu", "--tasks", "generation,probes"]) == 0
     told = capsys.readouterr().out
-    assert told.count("the baseline as computed before") == 3  # two prompts' answers, and the red flags'
+    assert told.count("baseline from the cache") == 3  # two prompts' answers, and the red flags'
     assert told.count("answers, fine-tuned") == 2
     tasks = json.loads((run / "evaluation.json").read_text())["tasks"]
     assert tasks == {task: in_full[task] for task in ("generation", "probes")}
@@ -234,11 +235,11 @@ def test_a_few_rows_never_take_the_place_of_all(evaluated, run, capsys):
     before = (run / "evaluation.json").read_bytes()
     assert main(["evaluate", str(run), "--tasks", "loss", "--limit", "3", "--cpu"]) == 0
     told = capsys.readouterr().out
-    assert "--limit 3: of so many rows of each split" in told
+    assert "--limit 3: metrics of so many rows of each split" in told
     assert "answer perplexity on test, 3 rows: " in told
     assert TOO_FEW in told
     assert "no difference" not in told
-    assert f"not written: {run / 'evaluation.json'} is of all rows" in told
+    assert f"not written: {run / 'evaluation.json'} has results on all rows" in told
     assert (run / "evaluation.json").read_bytes() == before
 
 
@@ -252,7 +253,7 @@ def test_other_rows_or_another_template_are_another_baseline(run, tmp_path, monk
     (run / "config.yaml").write_text(config.replace("  seed: 42", "  seed: 43"))
     capsys.readouterr()
     assert main(words) == 0
-    assert "as computed before" not in capsys.readouterr().out
+    assert "from the cache" not in capsys.readouterr().out
     assert loss_of(run)["test"]["untuned"]["answer_loss"]["value"] != first
     shutil.copytree(BASE_DIR, tmp_path / "base")
     template = tmp_path / "base" / "chat_template.jinja"
@@ -265,7 +266,7 @@ def test_other_rows_or_another_template_are_another_baseline(run, tmp_path, monk
         )
     assert main([*words, "--model", str(tmp_path / "base")]) == 0
     told = capsys.readouterr().out
-    assert told.count("as computed before") == 2, "the untuned base with this prompt, on two splits"
+    assert told.count("from the cache") == 2, "the untuned base with this prompt, on two splits"
 
 
 def test_what_is_done_is_kept_though_a_later_task_fails(run, monkeypatch):
@@ -292,11 +293,9 @@ def test_a_run_that_cannot_be_written_is_evaluated_and_its_figures_are_shown(run
         subprocess.run(["umount", str(place)], check=True)
     told = capsys.readouterr()
     said = told.out.splitlines()
-    first = (
-        f"{place / 'run'} cannot be written to (Read-only file system): the figures are shown at the end, and not kept"
-    )
+    first = f"{place / 'run'} is not writable (Read-only file system): the results are printed at the end, but not kept"
     assert said[0] == first
-    assert said[-1] == f"not kept: {place / 'run'} cannot be written to"
+    assert said[-1] == f"not kept: {place / 'run'} is not writable"
     assert any("answer perplexity on test" in line for line in said)
     assert told.err == ""
 
@@ -310,8 +309,8 @@ def test_figures_are_shown_though_the_disk_fills_up(run, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "write_evaluation", full)
     assert main(["evaluate", str(run), "--tasks", "loss", "--limit", "3", "--cpu"]) == 2
     told = capsys.readouterr()
-    why = f"{run / 'evaluation.json.tmp'}: No space left on device; make room there, then start again"
-    assert told.out.count(f"{why}: the figures are shown at the end, and not kept") == 1
+    why = f"{run / 'evaluation.json.tmp'}: No space left on device; free space there, then start again"
+    assert told.out.count(f"{why}: the results are printed at the end, but not kept") == 1
     assert "answer perplexity on test" in told.out
     assert told.err == f"error: {why}\n"
 
@@ -331,7 +330,7 @@ def test_weights_that_are_not_finite_are_refused(run, capsys):
     next(iter(weights.values()))[0, 0] = float("nan")
     save_file(weights, path, metadata={"format": "pt"})
     assert main(["evaluate", str(run), "--tasks", "loss", "--cpu"]) == 2
-    assert "has weights that are not finite" in capsys.readouterr().err
+    assert "weights of the adapter are not finite" in capsys.readouterr().err
 
 
 def test_wandb_has_the_figures(run, monkeypatch):
@@ -357,7 +356,7 @@ def test_a_directory_of_somebody_else_sends_nothing_to_its_own_entity(run, tmp_p
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     words = ["evaluate", str(run), "--tasks", "loss", "--limit", "4", "--cpu"]
     assert main(words) == 0
-    assert "W&B: not told: only the run's config.yaml names the entity their-team" in capsys.readouterr().out
+    assert "W&B: nothing logged: only the run's config.yaml names the entity their-team" in capsys.readouterr().out
     assert not list(run.glob("wandb/*"))
     assert not (tmp_path / "data").exists()
     monkeypatch.setenv("WANDB_ENTITY", "our-team")
@@ -381,7 +380,7 @@ def test_nothing_of_wandb_is_written_through_a_link(run, tmp_path, monkeypatch):
     experiment = find_adapter(str(run)).experiment
     experiment = experiment.model_copy(update={"tracking": Tracking(wandb="offline")})
     log_evaluation(found, run, experiment, True, said.append)
-    assert said == [f"W&B: not told: {run / 'wandb'} is a link; WANDB_DIR names where its files may be written"]
+    assert said == [f"W&B: nothing logged: {run / 'wandb'} is a link; set WANDB_DIR to where W&B may write its files"]
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
@@ -441,7 +440,7 @@ def test_a_base_without_a_template_has_none(tmp_path):
     assert own_template_prompts(str(tmp_path / "base"), []) is None
 
 
-@pytest.mark.parametrize("rows, verdict", [(5, TOO_FEW), (6, "no difference that these rows could show")])
+@pytest.mark.parametrize("rows, verdict", [(5, TOO_FEW), (6, "no significant difference")])
 def test_a_verdict_needs_a_handful_of_rows(rows, verdict):
     """Five pairs cannot give a p-value below 0.05, whatever their differences are; six can."""
     alike = [0.5, -0.5, 0.25, -0.25, 0.125, -0.125][:rows]
@@ -460,12 +459,12 @@ def test_a_verdict_needs_a_handful_of_rows(rows, verdict):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--tasks", "loss,speed"], "--tasks loss,speed: no such task: speed; there are loss,generation,mcq,probes"),
+        (["--tasks", "loss,speed"], "no such task: speed; the tasks are loss,generation,mcq,probes"),
         (["--tasks", ","], "no such task"),
         (["--limit", "0"], "--limit 0: at least 1"),
         (["--checkpoint", "7"], "--checkpoint 7: no such checkpoint"),
         (["--model", "/nonexistent"], "/nonexistent: no such directory"),
-        (["--medquad", "none"], "was trained on other rows, or split otherwise"),
+        (["--medquad", "none"], "have changed since training"),
         (["--medquad", "/nonexistent.csv"], "no such file or directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -487,7 +486,7 @@ def test_other_rows_under_the_same_name_are_refused(run, tmp_path, capsys):
     changed = tmp_path / "medquad.csv"
     changed.write_text(MEDQUAD_CSV.read_text().replace("mites", "ticks"))
     assert main(["evaluate", str(run), "--cpu", "--medquad", str(changed)]) == 2
-    assert "was trained on other rows" in capsys.readouterr().err
+    assert "have changed since training" in capsys.readouterr().err
     shutil.copy(MEDQUAD_CSV, changed)
     assert main(["evaluate", str(run), "--cpu", "--tasks", "loss", "--medquad", str(changed), "--limit", "2"]) == 0
 

@@ -102,6 +102,13 @@ def merged(run):
     return merge.merge(merge.prepare(find_adapter(str(run)), CPU).load().model)
 
 
+@pytest.fixture
+def briefly(monkeypatch):
+    """Answers of few tokens are measured, where it is not their measure that is tested."""
+    monkeypatch.setattr(fidelity, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(fidelity, "SPEED_TOKENS", 4)
+
+
 def refused(capsys, *words: str) -> str:
     """What the command says as it refuses."""
     capsys.readouterr()
@@ -212,7 +219,9 @@ def test_rows_that_may_have_been_trained_on_are_not_called_the_runs_test_questio
     config = changed / "config.yaml"
     config.write_text(config.read_text().replace(source.experiment.data.medquad, str(data)))
     found = held_out_prompts(find_adapter(str(changed)), tokenizer, 400)
-    assert found.where_from == "the embedded sample's test questions (the run's data cannot be had, or have changed)"
+    assert (
+        found.where_from == "the embedded sample's test questions (the run's data are not available, or have changed)"
+    )
 
 
 def test_float32_is_exact_and_16_bits_are_near(exact, exports):
@@ -239,6 +248,7 @@ def test_weights_that_it_was_not_trained_on_are_refused(exact):
             found.check(kind)
 
 
+@pytest.mark.usefixtures("briefly")
 def test_the_command_refuses_what_measures_badly(run, tmp_path, capsys, monkeypatch):
     """A merge that leaves the adapter out, and one that is not a number."""
     monkeypatch.setattr(export_module, "merge", lambda adapted: adapted.unload())
@@ -271,16 +281,17 @@ def test_answers_may_part_at_near_ties_only():
 def test_4_bit_that_cannot_be_had_is_refused(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("medqa.model.settings.four_bit_unavailable", lambda device, dtype: "no bitsandbytes")
     monkeypatch.setattr(merge, "load_base", lambda *arguments: pytest.fail("loaded"))
-    assert "trained on a base with quantization 4bit, which cannot be had here (no bitsandbytes)" in refused(
+    assert "trained on a base with quantization 4bit, which is not available here (no bitsandbytes)" in refused(
         capsys, run, "--to", tmp_path / "x"
     )
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("briefly")
 def test_an_adapter_alone_and_a_checkpoint(run, tmp_path, capsys):
     assert main(["export", str(run / "lora_adapters"), "--to", str(tmp_path / "a" / "b"), "--cpu"]) == 0
     said = capsys.readouterr().out
-    assert "not a run's directory: taken as trained on a base that is not quantized" in said
+    assert "not a run's directory, so its base is assumed not to be quantized" in said
     assert "the embedded sample's test questions" in said
     assert "license: other" in (tmp_path / "a" / "b" / "README.md").read_text()
     (tmp_path / "empty").mkdir()
@@ -353,6 +364,7 @@ def test_every_weight_is_the_merged_one(exports, merged, kind):
             ).all()
 
 
+@pytest.mark.usefixtures("briefly")
 def test_rows_in_another_order_are_refused(run, tmp_path, capsys, monkeypatch):
     """Written in transformers' order, as a file that loads and answers nonsense is."""
     monkeypatch.setattr(gguf_file, "rotate_pairs", lambda weight, heads: weight)
@@ -469,7 +481,7 @@ def test_merges_that_scores_cannot_tell_are_refused():
         assert gguf_vocabulary.joined_by_score(words, " ab", ids) == joined
     tokenizer = load_tokenizer(str(BASE_DIR), "eos")
     wrong = gguf_vocabulary.Vocabulary("llama", [f"<0x{i:02X}>" for i in range(256)], [6] * 256, [0.0] * 256)
-    with pytest.raises(UserError, match="its merges cannot be told by scores"):
+    with pytest.raises(UserError, match="its merges cannot be expressed as scores"):
         gguf_vocabulary.check_vocabulary(tokenizer, wrong, ["What is it?"])
 
 
@@ -477,8 +489,11 @@ def test_merges_that_scores_cannot_tell_are_refused():
     "change, said",
     [
         ({"model_type": "qwen2"}, "a qwen2 model; only llama is written as GGUF"),
-        ({"attention_bias": True}, "attention_bias = True is not written as GGUF"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "rope_type = llama3 is not"),
+        ({"attention_bias": True}, "attention_bias = True cannot be written as GGUF"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}},
+            "rope_type = llama3 cannot be",
+        ),
     ],
 )
 def test_what_gguf_cannot_express_is_refused_by_name(change, said):
@@ -546,9 +561,9 @@ def more_tokens(described: dict) -> None:
 @pytest.mark.parametrize(
     "form, change, eos, said",
     [
-        ("gguf", digits_first, None, "its text is prepared by Sequence, in a way that llama.cpp is not known to have"),
+        ("gguf", digits_first, None, "its text is prepared by Sequence, which llama.cpp may not support"),
         ("gguf", None, "</s>\\n", "a Modelfile cannot quote it"),
-        ("merged", more_tokens, None, "its tokenizer has 1025 tokens, its weights 1024"),
+        ("merged", more_tokens, None, "its tokenizer has 1025 tokens, but its weights have 1024"),
     ],
 )
 def test_what_the_base_alone_decides_is_refused_before_a_weight_is_loaded(
@@ -618,10 +633,10 @@ def test_nothing_is_overwritten_and_nothing_left(run, tmp_path, capsys):
     assert "neither a run's directory" in refused(capsys, tmp_path, "--to", tmp_path / "x")
     assert "no such checkpoint" in refused(capsys, run, "--to", tmp_path / "x", "--checkpoint", "7")
     assert "no such directory" in refused(capsys, run, "--to", tmp_path / "x", "--model", "./nowhere")
-    assert "is not a directory one can write to" in refused(capsys, run, "--to", tmp_path / "file" / "x" / "y")
+    assert "is not a directory" in refused(capsys, run, "--to", tmp_path / "file" / "x" / "y")
     (tmp_path / "link").symlink_to("/scratch/not/mounted")
     said = refused(capsys, run, "--to", tmp_path / "link" / "x")
-    assert f"{tmp_path}/link is a link to /scratch/not/mounted, which is not there" in said
+    assert f"{tmp_path}/link is a link to /scratch/not/mounted, which does not exist" in said
     (tmp_path / "link").unlink()
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -685,13 +700,14 @@ def test_the_card_has_figures_licences_and_limits(exports, run):
     assert f"| answer perplexity, test, fine-tuned | {summary['test']['answer_perplexity']:.3f} |" in text
     assert "mean KL divergence" in text
     assert "greedy answers equal: " in text
-    assert "tokens a second" in text
+    assert "tokens per second" in text
     assert "MiB of weights" in text
     assert "Not medical advice" in text
-    assert "4-bit ones expanded" in text
+    assert "dequantized from 4 bits" in text
     assert "library_name: gguf" in (exports["gguf"] / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("briefly")
 def test_no_local_place_is_in_what_is_pushed(run, tmp_path):
     """The base is known by a path here, and so is the run; whoever fetches the export has neither."""
     place = tmp_path / "someone's"
@@ -725,7 +741,7 @@ def hostile_evaluation(run: Path, place: Path, step: object) -> str:
 def test_what_a_run_s_files_say_is_no_markup(step, run, tmp_path):
     text = hostile_evaluation(run, tmp_path, step)
     headings = [line for line in text.splitlines() if line.startswith("#")]
-    own = ["# name", "## How far it is the adapter", "## Size and speed", "## Figures", "## Prompt"]
+    own = ["# name", "## How close it is to the adapter", "## Size and speed", "## Metrics", "## Prompt"]
     assert headings == [*own, "### Instruction:", "### Response:", "## Data", "## Limits"]
     assert "<script" not in text.replace("\\<", "")
     assert "](http" not in text.replace("\\]", "")
@@ -749,7 +765,7 @@ def test_figures_come_with_their_intervals_where_evaluate_has_them(tmp_path, run
     found = {"tasks": {"loss": {"test": {"tuned": test, "sources": {"x": test}}}}, "seed": 1, "step": source.step}
     (tmp_path / "evaluation.json").write_text(json.dumps(found))
     shown = card._figures(source)
-    assert shown.endswith("| loss test tuned answer perplexity | 82.5 | 80.12 to 85 | 9 |")
+    assert shown.endswith("| loss test fine-tuned answer perplexity | 82.5 | 80.12 to 85 | 9 |")
     (tmp_path / "evaluation.json").write_text(json.dumps(found | {"step": source.step + 1}))
     assert card._figures(source) == "Not recorded.", "of another adapter"
     (tmp_path / "evaluation.json").write_text("{")
@@ -824,6 +840,7 @@ def hub(monkeypatch):
     server.shutdown()
 
 
+@pytest.mark.usefixtures("briefly")
 def test_push_hands_the_folder_to_a_private_repository(hub, run, tmp_path, capsys):
     assert main(["export", str(run), "--to", str(tmp_path / "x"), "--push", "me/model", "--cpu"]) == 0
     assert "pushed to" in capsys.readouterr().out
@@ -832,18 +849,19 @@ def test_push_hands_the_folder_to_a_private_repository(hub, run, tmp_path, capsy
     assert hub["files"] == {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
 
 
+@pytest.mark.usefixtures("briefly")
 def test_a_refusal_of_the_hub_keeps_the_export(hub, run, tmp_path, capsys):
     hub["refuse"] = True
     said = refused(capsys, run, "--to", tmp_path / "x", "--push", "me/model")
-    assert "--push me/model: the hub did not take it" in said
+    assert "--push me/model: upload failed" in said
     assert f"hf upload me/model {tmp_path / 'x'}" in said
     assert (tmp_path / "x" / "model.safetensors").exists()
 
 
 def test_what_cannot_be_pushed_is_said_before_the_work(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    assert "no name of a repository" in refused(capsys, run, "--to", tmp_path / "x", "--push", "a/b/c")
-    assert "nobody is logged in" in refused(capsys, run, "--to", tmp_path / "x", "--push", "me/model")
+    assert "invalid name of a repository" in refused(capsys, run, "--to", tmp_path / "x", "--push", "a/b/c")
+    assert "not logged in" in refused(capsys, run, "--to", tmp_path / "x", "--push", "me/model")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
     monkeypatch.setattr(export_module, "hub_reachable", lambda: False)
     assert "the hub does not answer" in refused(capsys, run, "--to", tmp_path / "x", "--push", "me/model")

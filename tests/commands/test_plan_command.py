@@ -15,6 +15,9 @@ from medqa.training.recorder import read_metrics
 
 SETS = ["training.max_steps=4", "evaluation.rows=4", "evaluation.samples=0", "tracking.wandb=disabled"]
 PARTS = ("base", "adapter", "optimizer", "gradients")
+# What several tests plan, so that its memory is computed once: an estimate takes a second or two.
+FREE = ("--gpu", "24", "--set", "training.padding_free=true", "model.dequantize=auto")
+CHECKPOINTED = ("--gpu", "T4", "--set", "model.gradient_checkpointing=true")
 
 
 KNOWN: dict[tuple[str, ...], dict] = {}  # a plan is a pure function of its words
@@ -36,9 +39,9 @@ def refused(capsys, *words: str) -> str:
 
 
 def test_the_table_says_what_is_computed(capsys):
-    assert main(["plan", "--exp", "exp_003", "--tiny", "--gpu", "T4"]) == 0
+    assert main(["plan", "--exp", "exp_002", "--tiny", *CHECKPOINTED, "training.max_steps=4"]) == 0
     said = capsys.readouterr().out
-    assert "exp_003 on T4: computed, not measured" in said
+    assert "exp_002 on T4: computed, not measured" in said
     for word in (
         "updates",
         "padding",
@@ -86,7 +89,7 @@ def test_other_mistakes_are_refused(capsys, tmp_path):
 
 
 def test_a_rate_gives_the_time(capsys):
-    found = planned(capsys, "--cpu", "--tflops", "0.05")
+    found = planned(capsys, "--cpu", "--tflops", "0.05", "--set", *SETS, exp="exp_001")
     assert found["time"]["seconds"] == pytest.approx(found["operations"] / 0.05e12)
     assert found["basis"] == "computed, for this machine"
 
@@ -108,7 +111,7 @@ def test_ways_are_ordered_as_they_must_be(capsys):
 
 def test_without_padding_there_is_less_to_do(capsys):
     padded = planned(capsys, "--gpu", "24")
-    free = planned(capsys, "--gpu", "24", "--set", "training.padding_free=true")
+    free = planned(capsys, *FREE)
     assert free["padding_free"]
     assert free["run"]["places"] == free["run"]["tokens"] == padded["run"]["tokens"] < padded["run"]["places"]
     assert free["run"]["padding_share"] == 0
@@ -117,12 +120,11 @@ def test_without_padding_there_is_less_to_do(capsys):
 
 
 def test_without_padding_the_fastest_way_that_fits_is_taken(capsys):
-    sets = ("--set", "training.padding_free=true", "model.dequantize=auto")
-    large = planned(capsys, "--gpu", "24", *sets)
+    large = planned(capsys, *FREE)
     assert [way["dequantized"] for way in large["ways"]] == [False] * 4 + [True]
     assert large["memory"]["dequantized"]
     assert not large["memory"]["gradient_checkpointing"]
-    small = planned(capsys, "--gpu", "0.53", *sets)
+    small = planned(capsys, "--gpu", "0.53", *FREE[2:])
     assert small["memory"]["gradient_checkpointing"]
     assert small["memory"]["most_tokens"] < large["memory"]["most_tokens"]
     assert large["operations"] < small["operations"]
@@ -140,7 +142,7 @@ def test_operations_by_hand(capsys):
     places, length = found["run"]["places"], 160
     assert places == 4 * 32 * length
     assert found["operations"] == places * (4 * weights + 6 * trained + 12 * layers * width * length)
-    again = planned(capsys, "--gpu", "24", "--set", "model.gradient_checkpointing=true")
+    again = planned(capsys, *CHECKPOINTED)
     head = 2 * places * width * config["vocab_size"]
     forward = places * (2 * weights + 2 * trained + 4 * layers * width * length) - head
     assert again["operations"] == found["operations"] + forward

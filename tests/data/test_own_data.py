@@ -83,7 +83,7 @@ def test_a_group_is_text_or_a_whole_number(tmp_path):
 @pytest.mark.parametrize("group", [1.5, True, ["a"], {"a": 1}, float("inf")])
 def test_other_groups_are_refused_with_their_record(tmp_path, group):
     (tmp_path / "n.jsonl").write_text(json.dumps({"question": "Q", "answer": "A", "group": group}))
-    with pytest.raises(UserError, match=r"n\.jsonl, record 0 .*column 'group': .* is neither text nor a whole number"):
+    with pytest.raises(UserError, match=r"n\.jsonl, record 0 .*column 'group': .* is neither text nor an integer"):
         rows_of(tmp_path / "n.jsonl")
 
 
@@ -91,14 +91,14 @@ GOOD = "question,answer\nQ ?,A.\n"
 BROKEN = {
     "no answer.csv": (b"Question,reply,group\nx,y,z\n", "no column answer; columns found: Question, reply, group."),
     "empty.csv": (b"", "the file is empty"),
-    "header.csv": (b"question,answer\n", "no usable rows among 0 read"),
-    "twice.csv": (b"question,answer,group,Group\nx,y,z,w\n", "two columns are called 'group'"),
+    "header.csv": (b"question,answer\n", "no usable row among 0 records"),
+    "twice.csv": (b"question,answer,group,Group\nx,y,z,w\n", "two columns are named 'group'"),
     "quote.csv": (GOOD.encode() + b'Q ?,"A.\n', "broken CSV"),
     "half.jsonl": (b'{"question": "Q", "answer": "A\\ud800"}', "a lone surrogate"),
     "half group.jsonl": (b'{"question": "Q", "answer": "A", "group": "\\udfff"}', "a lone surrogate"),
     "nested.jsonl": (b'{"question": "Q", "answer": {"text": "A"}}', "{'text': 'A'} is not text"),
-    "topics.jsonl": (b'{"question": "Q", "answer": "A", "topic": ["x"]}', "mend the record, or rename the column"),
-    "table.xlsx": (b"PK", "unknown kind of file"),
+    "topics.jsonl": (b'{"question": "Q", "answer": "A", "topic": ["x"]}', "correct the record, or rename the column"),
+    "table.xlsx": (b"PK", "unknown type of file"),
 }
 
 
@@ -119,8 +119,8 @@ def test_wrong_places_are_refused_together(tmp_path, monkeypatch):
     with pytest.raises(UserError) as raised:
         load_sources(own(**places))
     for part in (
-        "no.csv: no such file or directory; mend --data a, or give --data a=none", "a directory; give --data b a",
-        "kaggle:x/y: MedQuAD alone is read from Kaggle; give --data c", "'word' is no existing path and no hub id",
+        "no.csv: no such file or directory; correct --data a, or give --data a=none", "is a directory; give --data b a",
+        "kaggle:x/y: only MedQuAD is read from Kaggle; give --data c", "'word' is neither an existing path nor",
         "hub dataset no/such", "--data e=PATH, or --data e=none",
     ):  # fmt: skip
         assert part in str(raised.value)
@@ -220,7 +220,7 @@ def test_a_few_large_groups_are_held_out_all_the_same(groups, size):
 
 
 def test_groups_too_large_to_hold_out_are_refused():
-    with pytest.raises(UserError, match=r"100 rows, 4 of which can be told apart \(up to 25 rows stay together"):
+    with pytest.raises(UserError, match=r"100 rows in 4 separable groups \(up to 25 rows stay together"):
         split_rows(own_rows("a", 4, 25), "grouped", 42, FRACTIONS)
 
 
@@ -232,13 +232,13 @@ def test_names_are_refused_with_the_other_problems(tmp_path):
     names = "{medquad: a.csv, Rows: b.csv, a b: c.csv, é: d.csv, fine: e.csv}"
     file.write_text(f"data: {{files: {names}, splitt: topic}}\ntraining: {{max_steps: 3}}\n")
     message = refusal("lora.r=x", exp=str(file))
-    assert "no name for a source: 'medquad', 'Rows', 'a b', 'é'; a name has up to 40 letters" in message
+    assert "invalid name of a source: 'medquad', 'Rows', 'a b', 'é'; a name has up to 40 letters" in message
     assert "did you mean data.split?" in message
     assert "lora.r = 'x'" in message
     for text, said in (
-        ("[a.csv]", "names with a file or a hub id each are wanted"), ("{a: null}", "names with a file or a hub id"),
-        ("{1: a.csv}", "a number as a name: in quotes"), (f"{{{'x' * 41}: a.csv}}", "no name for a source"),
-        ("{value: a.csv}", "no name for a source"), ("{a: ' '}", "no source for a"), ("null", "names with a file"),
+        ("[a.csv]", "expected names with a file or a hub id each"), ("{a: null}", "names with a file or a hub id"),
+        ("{1: a.csv}", "quote a name that is a number"), (f"{{{'x' * 41}: a.csv}}", "invalid name of a source"),
+        ("{value: a.csv}", "invalid name of a source"), ("{a: ' '}", "no location"), ("null", "names with a file"),
     ):  # fmt: skip
         assert said in refusal(f"data.files={text}"), text
 
@@ -258,7 +258,7 @@ def test_data_is_laid_over_the_file_by_name(tmp_path):
     assert files(tiny=True) == {}
     assert files("--data", "c=c.csv", tiny=True) == {"c": "c.csv"}
     assert files("--data", "c=c.csv", "--set", "data.files={d: d.csv}") == {"d": "d.csv"}
-    assert "no name for a source: 'rows'" in refusal(exp=str(file), locations={"data.files": {"rows": "x.csv"}})
+    assert "invalid name of a source: 'rows'" in refusal(exp=str(file), locations={"data.files": {"rows": "x.csv"}})
 
 
 @pytest.mark.parametrize("word", ["notes", "=x.csv", "notes=", " = ", "https://me:S3CRET@x.org/n.csv"])
@@ -355,8 +355,8 @@ def test_a_source_without_held_out_rows_is_named():
     of_notes = dict(
         line.split(": ", 1) for _, line in by_source(examples, Data(afrimedqa="none", files={"notes": "n"}))
     )
-    assert of_notes["notes"].endswith("; what is learned of it cannot be measured where it has no row")
-    assert "cannot be measured" not in of_notes["medquad"]
+    assert of_notes["notes"].endswith("so its loss cannot be reported there")
+    assert "cannot be reported" not in of_notes["medquad"]
 
 
 def test_a_plan_names_so_many_sources_and_counts_the_others():
@@ -582,7 +582,7 @@ def test_a_run_goes_on_from_another_place_but_not_by_another_name(alone, place, 
     before = (tmp_path / "one.csv").read_text()
     (tmp_path / "one.csv").write_text(before.replace("noon", "Noon"))
     code, said = again("one", "two", "three")
-    assert (code, "was trained on other data" in said) == (2, True)
+    assert (code, "was trained with other data" in said) == (2, True)
     (tmp_path / "one.csv").write_text(before)
     code, said = again("one", "two", "three")
     assert code == 0
@@ -591,7 +591,8 @@ def test_a_run_goes_on_from_another_place_but_not_by_another_name(alone, place, 
 
 
 def test_runs_from_before_there_was_the_key_go_on(alone, tmp_path):
-    from medqa.training.run_dir import check_run_dir, differences, finished
+    from medqa.recorded import differences
+    from medqa.training.run_dir import check_run_dir, find_saved
 
     experiment = load_experiment("exp_001", tiny=True)
     old = {key: value for key, value in flat(experiment).items() if key != "data.files"}
@@ -602,8 +603,8 @@ def test_runs_from_before_there_was_the_key_go_on(alone, tmp_path):
     sections = experiment.model_dump()
     del sections["data"]["files"]
     dump_yaml(sections, tmp_path / "config.yaml")
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text('{"run_id": "a", "resumes": 0, "saved": false}')
     check_run_dir(tmp_path, experiment, False)
-    assert finished(tmp_path, experiment) is not None
+    assert find_saved(tmp_path, None, experiment)[1] is not None
     elsewhere = experiment.model_copy(update={"data": experiment.data.model_copy(update={"files": {"a": "a.csv"}})})
-    assert finished(tmp_path, elsewhere) is None, "it is read from another place: it may be other data"
+    assert find_saved(tmp_path, None, elsewhere)[1] is None, "it is read from another place: it may be other data"

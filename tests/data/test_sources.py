@@ -217,23 +217,23 @@ GOOD = "question,answer\nQ ?,A.\n"
 BROKEN_FILES = [
     ("empty.csv", b"", "empty.csv: the file is empty"),
     ("blank.jsonl", b"\n \n", "the file is empty"),
-    ("header.csv", b"question,answer\n", "no usable rows among 0 read (it holds no records)"),
+    ("header.csv", b"question,answer\n", "no usable row among 0 records (it has no records)"),
     ("columns.csv", b"query,response\nx,y\n", "no column question and answer; columns found: query, response."),
     ("column.csv", b"question,reply\nx,y\n", "no column answer; columns found: question, reply."),
     ("semicolon.csv", b"question;answer\nx;y\n", "the fields are separated by semicolons"),
     ("bom.csv", b"\xef\xbb\xbf", "columns found: none"),
-    ("twice.csv", b"question,answer,Question\nx,y,z\n", "two columns are called 'question'"),
-    ("unseen.csv", "question,answer,answer\u200b\nx,y,z\n".encode(), "two columns are called 'answer'"),
-    ("wide.csv", "question,answer,ａｎｓｗｅｒ\nx,y,z\n".encode(), "two columns are called 'answer'"),
+    ("twice.csv", b"question,answer,Question\nx,y,z\n", "two columns are named 'question'"),
+    ("unseen.csv", "question,answer,answer\u200b\nx,y,z\n".encode(), "two columns are named 'answer'"),
+    ("wide.csv", "question,answer,ａｎｓｗｅｒ\nx,y,z\n".encode(), "two columns are named 'answer'"),
     ("long.csv", GOOD.encode() + b"Q, ?,A.\n", "long.csv, line 3: 3 fields where the header has 2"),
     ("short.csv", GOOD.encode() + b"\nQ ?\n", "short.csv, line 4: 1 fields where the header has 2"),
     ("all_long.csv", b"question,answer\na,b,c\nd,e,f\n", "all_long.csv, line 2: 3 fields"),
     ("quote.csv", GOOD.encode() + b'Q ?,"A.\nx,y\nz,w\n', "quote.csv, record starting on line 3: broken CSV"),
     ("after.csv", GOOD.encode() + b'"Q" ?,A.\n', "after.csv, record starting on line 3: broken CSV"),
-    ("nul.csv", "question,answer\né ?,A.\nQ\0,A.\n".encode(), "nul.csv, line 3: holds a NUL byte"),
-    ("utf16.csv", GOOD.encode("utf-16"), "save it again as UTF-8"),
+    ("nul.csv", "question,answer\né ?,A.\nQ\0,A.\n".encode(), "nul.csv, line 3: contains a NUL byte"),
+    ("utf16.csv", GOOD.encode("utf-16"), "save it as UTF-8"),
     ("latin1.csv", GOOD.encode() + "é,A.\n".encode("latin-1"), "latin1.csv, line 3: not UTF-8 text (byte 0xe9)"),
-    ("unusable.csv", b"question,answer\nQ ?,\n,A.\n", "no usable rows among 2 read (1 empty answer, 1 empty question)"),
+    ("unusable.csv", b"question,answer\nQ ?,\n,A.\n", "no usable row among 2 records (1 empty answer, 1 empty"),
     ("broken.jsonl", b'{"question": "Q", "answer": "A"}\n{"question": \n', "broken.jsonl, line 2: broken JSON"),
     ("array.jsonl", b'["Q", "A"]\n', "array.jsonl, line 1: a JSON list; each line must be one JSON object"),
     ("deep.jsonl", b"[" * 100_000, "deep.jsonl, line 1: broken JSON"),
@@ -241,24 +241,24 @@ BROKEN_FILES = [
      "record 1 (the first is 0), column 'answer': 7 is not text"),
     ("object.jsonl", b'{"question": {"a": 1}, "answer": "A"}', "column 'question': {'a': 1} is not text"),
     ("surrogate.jsonl", b'{"question": "Q\\ud800", "answer": "A"}', "surrogate.jsonl, record 0"),
-    ("twice.jsonl", b'{"question": "Q", "Question": "P", "answer": "A"}', "two columns are called 'question'"),
+    ("twice.jsonl", b'{"question": "Q", "Question": "P", "answer": "A"}', "two columns are named 'question'"),
     ("broken.parquet", b"PAR1 and then nothing", "broken.parquet"),
     ("short.parquet", b"PAR1", "short.parquet"),
-    ("table.xlsx", b"PK", "table.xlsx: unknown kind of file; convert it to one of .csv, .jsonl, .parquet"),
-    ("one.xml", b"<Document/>", "one.xml: unknown kind of file"),
+    ("table.xlsx", b"PK", "table.xlsx: unknown type of file; convert it to one of .csv, .jsonl, .parquet"),
+    ("one.xml", b"<Document/>", "one.xml: unknown type of file"),
     ("tabs.csv", b"question\tanswer\nx, y\tz\n", "the fields are separated by tabs; save the file with commas"),
     ("bars.csv", b"id|Question|ANSWER,x\n1|x|y\n", "the fields are separated by vertical bars"),
     ("quoted.csv", b'"question";"answer"\r\n"x";"y"\r\n', "the fields are separated by semicolons"),
     ("bom_semicolon.csv", "\ufeffquestion;answer\nx, y, z;w\n".encode(), "the fields are separated by semicolons"),
     ("sep.csv", b"sep=;\r\nquestion;answer\r\nx;y\r\n", 
-     "line 1: 'sep=;' is Excel's note of the separator, not the header; remove the line, and save the file with"),
+     "line 1: 'sep=;' is Excel's note about the separator, not the header; remove the line, and save the file with"),
     ("sep_comma.csv", b"SEP=,\nquestion,answer\nx,y\n", "not the header; remove the line"),
-    ("space.csv", GOOD.encode() + b'Q, "A"\n', "space.csv, line 3: white space before a double quote"),
-    ("space_comma.csv", GOOD.encode() + b'"Q",\t"A, B"\n', "line 3: white space before a double quote"),
-    ("space_line.csv", GOOD.encode() + b'"Q",  "A\n B"\n', "space_line.csv, line 3: white space before a double quote"),
-    ("space_text.csv", GOOD.encode() + b'Q, "A" is a letter\n', "line 3: white space before a double quote"),
-    ("space_first.csv", GOOD.encode() + b' "Q",A\n', "line 3: white space before a double quote"),
-    ("space_header.csv", b'question, "answer"\nQ,A\n', "line 1: white space before a double quote"),
+    ("space.csv", GOOD.encode() + b'Q, "A"\n', "space.csv, line 3: whitespace before a double quote"),
+    ("space_comma.csv", GOOD.encode() + b'"Q",\t"A, B"\n', "line 3: whitespace before a double quote"),
+    ("space_line.csv", GOOD.encode() + b'"Q",  "A\n B"\n', "space_line.csv, line 3: whitespace before a double quote"),
+    ("space_text.csv", GOOD.encode() + b'Q, "A" is a letter\n', "line 3: whitespace before a double quote"),
+    ("space_first.csv", GOOD.encode() + b' "Q",A\n', "line 3: whitespace before a double quote"),
+    ("space_header.csv", b'question, "answer"\nQ,A\n', "line 1: whitespace before a double quote"),
     ("ctrlz.csv", GOOD.encode() + b"\x1a", "line 3: ends with Ctrl-Z, DOS's end-of-file character; remove it"),
     ("ctrlz.jsonl", b'{"question": "Q", "answer": "A"}\r\n\x1a\r\n', "ctrlz.jsonl, line 2: ends with Ctrl-Z"),
     ("lines.csv", GOOD.encode() + b"Q\nQ,A\n", "line 3: 1 fields where the header has 2; a field is missing"),
@@ -268,7 +268,7 @@ BROKEN_FILES = [
     ("page.csv", b"\n <!DOCTYPE html>\n<html><title>a, b</title>", "this is a web page, not the data"),
     ("page.parquet", b"<HTML><body>Not found", "this is a web page, not the data"),
     ("denied.csv", b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>', "an XML document or a web page"),
-    ("missing.jsonl", b"404: Not Found", "this is what a web server says in place of the data"),
+    ("missing.jsonl", b"404: Not Found", "this is an error page of a web server, not the data"),
     ("gzip.csv", gzip.compress(GOOD.encode()), "this is compressed by gzip; unpack it"),
     ("gzip.jsonl", gzip.compress(b"{}"), "this is compressed by gzip; unpack it"),
     ("bzip2.csv", bz2.compress(GOOD.encode()), "this is compressed by bzip2; unpack it"),
@@ -276,10 +276,10 @@ BROKEN_FILES = [
     ("workbook.csv", b"PK\x03\x04\x14\0", "a ZIP archive or an Excel workbook"),
     ("parquet.csv", b"PAR1\x15\x04", "this is a parquet file; give it the suffix .parquet"),
     ("keys.jsonl", b'{"question": "Q", "answer": "A"}\n{"question": "Q", "answer": "A", "x": 1, "answer": "v7"}\n',
-     "keys.jsonl, line 2: broken JSON (the key 'answer' stands twice in one object)"),
-    ("inner.jsonl", b'{"question": "Q", "answer": "A", "x": {"a": 1, "a": 2}}', "the key 'a' stands twice"),
-    ("case.jsonl", b'{"question": "Q", "answer": "A", "Answer": "B"}', "line 1: two columns are called 'answer'"),
-    ("spaces.csv", b"question,answer, ANSWER\nx,y,z\n", "two columns are called 'answer'"),
+     "keys.jsonl, line 2: broken JSON (the key 'answer' is repeated in one object)"),
+    ("inner.jsonl", b'{"question": "Q", "answer": "A", "x": {"a": 1, "a": 2}}', "the key 'a' is repeated"),
+    ("case.jsonl", b'{"question": "Q", "answer": "A", "Answer": "B"}', "line 1: two columns are named 'answer'"),
+    ("spaces.csv", b"question,answer, ANSWER\nx,y,z\n", "two columns are named 'answer'"),
 ]  # fmt: skip
 
 
@@ -396,7 +396,7 @@ def test_a_damaged_page_of_a_parquet_file_is_answered_as_a_truncated_file_is(tmp
     )
     whole = path.read_bytes()
     path.write_bytes(whole[:2000] + b"\xff" * 200 + whole[2200:])
-    with pytest.raises(UserError, match=r"m\.parquet: broken parquet file \(.+\); fetch or export it again$"):
+    with pytest.raises(UserError, match=r"m\.parquet: broken parquet file \(.+\); download or export it again$"):
         medquad(path)
 
 
@@ -431,7 +431,7 @@ def test_parquet_cells_that_are_not_text_are_refused(tmp_path: Path) -> None:
         (b"\xff\xfe\x00", "broken XML"),
         (b'<?xml version="1.0" encoding="no-such"?><Document/>', "broken XML"),
         (b'<!DOCTYPE d [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><Document>&b;</Document>', "broken XML"),
-        (b"<html/>", "a <html> where MedQuAD's files have a <Document>"),
+        (b"<html/>", "the root element is <html>, not MedQuAD's <Document>"),
     ],
 )
 def test_broken_xml_is_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -462,7 +462,7 @@ def test_a_directory_without_xml_and_a_document_without_pairs(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"no \.xml file in this directory"):
         medquad(tmp_path)
     (tmp_path / "a.xml").write_text("<Document><Focus>x</Focus><QAPairs/></Document>")
-    with pytest.raises(UserError, match=r"no usable rows among 0 read"):
+    with pytest.raises(UserError, match=r"no usable row among 0 records"):
         medquad(tmp_path)
     (tmp_path / "b.xml").write_text(
         "<Document><QAPairs><QAPair><Question>Q <b>x</b> ?</Question></QAPair>"
@@ -484,21 +484,24 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
         (("no.csv", "none"), ["no.csv: no such file or directory", "--medquad none"]),
         (("./nothing", "~/no/such"), ["./nothing: no such file", "~/no/such: no such file", "--afrimedqa none"]),
         (("a/b/c", "x/y.PARQUET"), ["a/b/c: no such file", "x/y.PARQUET: no such file"]),
-        (("medquad", ""), ["'medquad' is no existing path and no hub id (owner/name)", "'' is no existing path"]),
-        (("x" * 4096, "/" + "x" * 4095), ["is no existing path", "no such file"]),
+        (
+            ("medquad", ""),
+            ["'medquad' is neither an existing path nor a hub id (owner/name)", "'' is neither an existing path"],
+        ),
+        (("x" * 4096, "/" + "x" * 4095), ["is neither an existing path", "no such file"]),
         (("kaggle:medquad", "kaggle:a/b"), ["not of the form kaggle:owner/name", "AfriMed-QA is not on Kaggle"]),
         (("data/train.json", "data/all.TSV"), ["data/train.json: no such file", "data/all.TSV: no such file"]),
         (("data/m.csv.gz", "x/y.xlsx"), ["data/m.csv.gz: no such file", "x/y.xlsx: no such file"]),
         (
             ("https://me:S3CRET@x.org/m.csv?key=S3CRET", "http:/S3CRET@x/y"),
             [
-                "https://x.org/m.csv: a web address; download the file, and give its path with --medquad",
-                "http://x/y: a web",
+                "https://x.org/m.csv: is a web address; download the file, and give its path with --medquad",
+                "http://x/y: is a web",
             ],
         ),
         (
             ("https://me:S3C/RET@x.org/m.csv", "http://me:S3CRET#S3CRET@x.org/m.csv"),
-            ["https://x.org/m.csv: a web", "http://x.org/m.csv: a web"],
+            ["https://x.org/m.csv: is a web", "http://x.org/m.csv: is a web"],
         ),
         (
             ("https://huggingface.co/datasets/x/y", "hf.co/datasets/x/y"),
@@ -525,7 +528,7 @@ def test_a_file_that_is_missing_from_a_directory_is_not_only_looked_for_on_the_h
     with pytest.raises(UserError, match=r"hub dataset data/train: not there$"):
         medquad("data/train")
     (tmp_path / "data").mkdir()
-    with pytest.raises(UserError, match=r"not there\. There is a directory data here, but nothing called data/train$"):
+    with pytest.raises(UserError, match=r"not there\. There is a directory data here, but no data/train$"):
         medquad("data/train")
 
 
@@ -546,7 +549,7 @@ def test_kagglehub_cache_answers_without_network(tmp_path: Path, monkeypatch: py
     (dataset / "versions" / "12").mkdir()  # not downloaded to the end
     assert [row.answer for row in medquad("kaggle:someone/medquad").rows] == ["Version 10."]
     write(dataset / "versions" / "10" / "other.csv", MEDQUAD)
-    with pytest.raises(UserError, match=r"one CSV file expected, found m\.csv, other\.csv"):
+    with pytest.raises(UserError, match=r"expected one CSV file, found m\.csv, other\.csv"):
         medquad("kaggle:someone/medquad")
 
 
@@ -712,13 +715,13 @@ def test_hub_datasets_of_every_form(tmp_path: Path, hub: str) -> None:
     assert sorted(found["text/numbers"]) == [["P ?", "0.50"], ["Q ?", "007"], ["R ?", "true"]]
     for name in ("two/csv", "two/jsonl"):
         assert found[name].endswith(
-            f"hub dataset {name}: several configurations, and none is named; there are easy, hard; give one: "
+            f"hub dataset {name}: several configurations, and none is given; it has easy, hard; give one: "
             f"--medquad {name}:easy"
         )
-    assert "no configuration 'none'; there are easy, hard; give one: --medquad two/csv:easy" in found["two/csv:none"]
+    assert "no configuration 'none'; it has easy, hard; give one: --medquad two/csv:easy" in found["two/csv:none"]
     assert "byte 0xe9" in found["bad/latin"]
     assert "more: large_string" in found["bad/columns"]
-    assert "two columns are called 'answer'" in found["bad/twice"]
+    assert "two columns are named 'answer'" in found["bad/twice"]
     assert "The fields are separated by semicolons" in found["bad/semicolons"]
     assert found["bad/readme"].startswith("medquad: hub dataset bad/readme: ")
     assert "script.py" in found["bad/script"]
@@ -726,7 +729,7 @@ def test_hub_datasets_of_every_form(tmp_path: Path, hub: str) -> None:
     cached = load_in_a_fresh_process([*cases[:2], cases[3]], HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert [result for result, _ in cached] == [found[name] for name in (names[0], names[1], names[3])]
     ((message, _),) = load_in_a_fresh_process([("two/csv", "none")], HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert "A configuration in the cache is named so: --medquad two/csv:NAME" in message
+    assert "To use a cached configuration, give its name: --medquad two/csv:NAME" in message
 
 
 @needs_shared

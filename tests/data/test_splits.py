@@ -218,12 +218,12 @@ def test_the_fingerprint_stands_for_all_that_is_trained_on() -> None:
             rows_of(*((f"q{n}", "same") for n in range(90))),
             FRACTIONS,
             [
-                "90 rows, 1 of which can be told apart",
-                "up to 90 rows stay together, by equal questions or answers",
+                "90 rows in 1 separable groups",
+                "up to 90 rows stay together because they share a question",
                 "data.split=random",
             ],
         ),
-        (distinct(100), (0.9, 0.1, 0.0), ["leave nothing for test"]),
+        (distinct(100), (0.9, 0.1, 0.0), ["leave no row for test"]),
     ],
 )
 def test_too_few_rows_to_split(rows: list[Row], fractions: tuple[float, float, float], parts: list[str]) -> None:

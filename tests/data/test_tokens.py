@@ -73,26 +73,22 @@ def test_rows_without_an_answer_are_left_out_everywhere_and_counted(tokenizer, d
     write_splits_csv(splits, tmp_path / "splits.csv")
     assert len((tmp_path / "splits.csv").read_text().splitlines()) == 41
     (line,) = about_rows(splits, examples, experiment)
-    assert line.startswith("20 rows are left out: answer beyond max_length")
+    assert line.startswith("20 rows dropped: the question alone fills")
 
 
 def test_rows_that_are_cut_are_said(tokenizer, tiny):
     experiment = tiny("exp_001", "tokenization.max_length=96")
     splits = split_sources(load_sources(experiment.data), experiment.data)
     cut, left_out = about_rows(*tokenize_splits(splits, tokenizer, experiment.tokenization), experiment)
-    assert cut.startswith(
-        "74 of 279 rows are longer than tokenization.max_length = 96: the ends of their answers are cut"
-    )
-    assert left_out.startswith("2 rows are left out")
+    assert cut.startswith("74 of 279 rows are longer than tokenization.max_length = 96: their answers are truncated")
+    assert left_out.startswith("2 rows dropped")
     whole = tiny("exp_001")
     assert about_rows(*tokenize_splits(splits, tokenizer, whole.tokenization), whole) == []
 
 
 def test_a_split_of_which_nothing_is_left_is_refused(tokenizer, data):
     splits = split_sources(load_sources(data), data)
-    with pytest.raises(
-        UserError, match=r"max_length cuts off every answer of train and validation and test: .* 16 ids"
-    ):
+    with pytest.raises(UserError, match=r"max_length = 16 leaves no row in train and validation and test"):
         tokenize_splits(splits, tokenizer, Tokenization(max_length=16))
 
 
@@ -106,4 +102,7 @@ def test_answers_that_repeat_so_much_that_they_are_all_in_one_split_are_said(tok
     splits, examples = tokenize_splits(split_sources(load_sources(data), data), tokenizer, experiment.tokenization)
     found = about_rows(splits, examples, experiment)
     assert len(found) == (method == "grouped")
-    assert all(line.startswith("60 of 120 rows are all in train: ") and "data.split=random" in line for line in found)
+    assert all(
+        line.startswith("60 of 120 rows are in one group, all of it in train: ") and "data.split=random" in line
+        for line in found
+    )

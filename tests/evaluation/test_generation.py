@@ -229,7 +229,7 @@ def test_a_template_that_does_not_work_counts_as_none(kind, tmp_path, monkeypatc
     if expected is not None:
         assert told[0].startswith(f"{directory}: its own chat template cannot be used: ")
         assert expected in told[0]
-        assert told[0].endswith("; measured without it")
+        assert told[0].endswith("; the baseline is measured without it")
 
 
 ROUND = "take it with food "

@@ -1,10 +1,7 @@
 """How a run computes its updates: what is decided, what the probe finds, what a resume keeps, and what is said."""
 
 import json
-import os
 import platform
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from launching import SECONDS
 from safetensors.numpy import load, save
 from transformers import AutoTokenizer, OlmoConfig, OlmoForCausalLM
 
 from harness.parts import Observer, Parts, build
+from harness.processes import Forked
 from medqa import cache
 from medqa.config_file import load_experiment, load_yaml
 from medqa.data import tokens
@@ -39,7 +38,7 @@ from train import main
 SHORT = (
     "training.padding_free=true", "training.max_steps=4", "training.save_steps=2", "training.global_batch_size=8",
     "evaluation.steps=2", "evaluation.rows=4", "evaluation.samples=0", "tokenization.max_length=64",
-    "tracking.wandb=disabled",
+    "tracking.wandb=disabled", "model.quantization=none",
 )  # fmt: skip
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
@@ -72,13 +71,13 @@ def summary(directory: Path) -> dict:
 
 def test_a_run_says_what_was_decided_and_keeps_it(tmp_path, capsys):
     directory = tmp_path / "run"
-    assert main(words(directory, "model.dequantize=auto", exp="exp_003")) == 0
+    assert main(words(directory, "model.quantization=4bit", "model.dequantize=auto", exp="exp_003")) == 0
     said = capsys.readouterr().out
-    assert "examples end to end without padding" in said
-    assert "model.gradient_checkpointing = false, not true: the plan without it is " in said
-    assert "model.dequantize = once, and kept so, not auto: the plan with weights expanded is " in said
+    assert "padding-free, as many examples as memory allows" in said
+    assert "model.gradient_checkpointing: true -> false (the estimate without it is " in said
+    assert "model.dequantize: auto -> once, and kept so (the estimate with dequantized weights is " in said
     most = state(directory, 4).micro_batch_tokens
-    assert f"without padding, micro-batches of at most {most:,} tokens: tried with the longest that can come" in said
+    assert f"padding-free micro-batches of at most {most:,} tokens: the largest possible batch fits" in said
     assert summary(directory)["micro_batch_tokens"] == most
     assert summary(directory)["quantization"] == "4bit"
     settings = json.loads((directory / "checkpoint-4" / "manifest.json").read_text())["environment"]["settings"]
@@ -98,7 +97,7 @@ def test_time_to_the_first_update_is_told_by_phase(tmp_path, capsys):
     phases = summary(directory)["start_s"]
     assert list(phases) == ["imports", "data", "model", "start", "probe", "evaluation", "first update"]
     assert all(seconds >= 0 for seconds in phases.values())
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("first update after")]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("startup ")]
     assert all(phase in line for phase in phases)
 
 
@@ -117,7 +116,7 @@ def test_a_family_that_was_not_tested_runs_plainly_and_says_so(tmp_path, capsys)
     assert main(words(directory, options=("--model", str(tmp_path / "olmo")))) == 0
     said = capsys.readouterr().out
     why = "olmo models have not been tested without padding, only llama, mistral, qwen2, qwen3, gemma, gemma3_text"
-    assert f"training.padding_free = false, not true: {why}" in said
+    assert f"training.padding_free: true -> false ({why}" in said
     assert in_effect(directory)["training.padding_free"] == {"asked": "true", "used": "false", "reason": why}
     assert summary(directory)["micro_batch_tokens"] is None
     assert "micro-batches of at most" not in said
@@ -213,7 +212,7 @@ def test_a_containers_limit_counts_and_the_files_it_has_read_do_not(tmp_path, mo
 
 @pytest.fixture
 def parts(tiny) -> Parts:
-    return build(tiny("exp_001", "training.padding_free=true", "tokenization.max_length=64"))
+    return build(tiny("exp_001", "model.quantization=none", "training.padding_free=true", "tokenization.max_length=64"))
 
 
 def find(parts: Parts, planned: int = 10**9) -> int:
@@ -251,11 +250,14 @@ print(returned, (psutil.Process().memory_info().rss - before) / 2**20, sum(t.nby
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
-def test_freed_memory_is_returned_where_asked():
+def test_freed_memory_is_returned_where_asked(tmp_path):
+    script = tmp_path / "held.py"
+    script.write_text(HELD)
+
     def run(asked: str, **variables: str) -> tuple[str, float, float]:
-        words = [sys.executable, "-c", HELD, asked]
-        done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, **variables})
-        returned, grown, kept = done.stdout.split()
+        log = tmp_path / f"{asked}-{len(variables)}.log"
+        assert Forked([asked], log, variables, script).wait(SECONDS) == 0, log.read_text()
+        returned, grown, kept = log.read_text().split()
         return returned, float(grown), float(kept)
 
     returned, grown, kept = run("yes")
@@ -334,7 +336,7 @@ def test_tokens_that_the_user_gives_are_not_tried(tmp_path, capsys, monkeypatch)
     tried = limited(monkeypatch, 0)
     assert main(words(tmp_path / "run", "training.micro_batch_tokens=100")) == 0
     assert tried == []
-    assert "at most 100 tokens: as training.micro_batch_tokens says" in capsys.readouterr().out
+    assert "at most 100 tokens: set by training.micro_batch_tokens" in capsys.readouterr().out
     assert state(tmp_path / "run", 4).micro_batch_tokens == 100
 
 
@@ -363,7 +365,7 @@ def test_a_resume_keeps_the_tokens_and_the_result(tmp_path, capsys, monkeypatch)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main(words(first)) == 0
     assert tried == []
-    assert "micro-batches of at most 256 tokens: as when the run began" in capsys.readouterr().out
+    assert "micro-batches of at most 256 tokens: the size with which the run began" in capsys.readouterr().out
     for name in ("lora_adapters/adapter_model.safetensors", "checkpoint-4/training_state.pt"):
         assert (first / name).read_bytes() == (straight / name).read_bytes()
 
@@ -373,7 +375,10 @@ def test_a_run_that_goes_on_may_be_given_fewer_tokens_and_not_more(tmp_path, cap
     directory = tmp_path / "run"
     assert main(words(directory, "training.max_steps=2", exp="exp_001")) == 0
     before = state(directory, 2).micro_batch_tokens
-    for step, given, told in ((3, before + 500, "as when the run began"), (4, 90, "as training.micro_batch_tokens")):
+    for step, given, told in (
+        (3, before + 500, "the size with which the run began"),
+        (4, 90, "set by training.micro_batch_tokens"),
+    ):
         AcceleratorState._reset_state(reset_partial_state=True)
         sets = (f"training.max_steps={step}", f"training.micro_batch_tokens={given}")
         assert main(words(directory, *sets, exp="exp_001")) == 0
@@ -406,16 +411,21 @@ def test_where_the_longest_row_alone_does_not_fit_the_run_ends(tmp_path, capsys,
 
     monkeypatch.setattr("medqa.training.loop.summed_loss", tries)
     assert main(words(tmp_path / "run")) == 3
-    assert "with a single row in the micro-batch; lower tokenization.max_length" in capsys.readouterr().err
+    assert "with a single example in the micro-batch; lower tokenization.max_length" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "planned, room, tries, said",
     [
-        (10**9, 10**9, [1024], "1,024 tokens: tried with the longest that can come"),
-        (10**9, 300, [1024, 512, 256], "256 tokens: tried; 1,024 did not fit"),
-        (10**9, 0, [1024, 512, 256, 128], "64 tokens: as many as the longest example has; up to 1,024 were tried and"),
-        (10, 10**9, [], "64 tokens: as many as the longest example has, which is not cut; nothing was tried"),
+        (10**9, 10**9, [1024], "1,024 tokens: the largest possible batch fits"),
+        (10**9, 300, [1024, 512, 256], "256 tokens: the largest that fits; 1,024 do not fit"),
+        (
+            10**9,
+            0,
+            [1024, 512, 256, 128],
+            "64 tokens: equal to the longest example; larger batches, up to 1,024",
+        ),
+        (10, 10**9, [], "64 tokens: equal to the longest example (no probe needed)"),
     ],
 )
 def test_what_is_said_of_the_tokens_is_what_was_done(planned, room, tries, said, parts, monkeypatch):

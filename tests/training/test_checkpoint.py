@@ -4,12 +4,13 @@ import errno
 import fcntl
 import functools
 import json
+import multiprocessing
 import os
 import pickle
 import random
 import shutil
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,7 @@ from accelerate import init_empty_weights
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from short_run import UPDATES, words
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.faults import DAMAGES
@@ -35,7 +37,7 @@ from medqa.training.checkpoint import (
     checkpoints,
     is_ours,
     measure,
-    newest_whole,
+    newest_valid,
     prune,
     unfinished,
     write_manifest,
@@ -44,32 +46,7 @@ from medqa.training.recorder import read_metrics
 from medqa.training.run_dir import LOCK_FILE, RUN_FILE, RunLock, clear, this_process
 from train import main
 
-UPDATES = 6
-SHORT = (
-    f"training.max_steps={UPDATES}", "training.save_steps=2", "training.global_batch_size=8", "evaluation.steps=4",
-    "evaluation.rows=4", "evaluation.samples=0", "tokenization.max_length=48", "model.quantization=none", "lora.r=2",
-    "tracking.wandb=disabled", "training.keep_checkpoints=9",
-)  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def apart():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def words(directory: Path, *sets: str, options: tuple[str, ...] = ()) -> list[str]:
-    return ["--exp", "exp_001", "--tiny", "--cpu", "--output-dir", str(directory), *options, "--set", *SHORT, *sets]
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory) -> Path:
-    """A finished run with checkpoints 2, 4 and 6."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    directory = tmp_path_factory.mktemp("straight") / "run"
-    assert main(words(directory)) == 0
-    return directory
+pytestmark = pytest.mark.usefixtures("apart")
 
 
 @pytest.fixture
@@ -109,9 +86,9 @@ ALL_DAMAGES = DAMAGES | {"endless": lambda path: os.truncate(path, 2**40)}
 @pytest.mark.parametrize("name", [*CONTENT, MANIFEST])
 def test_every_damage_to_every_file_is_named_and_passed_over(name, damage, half):
     ALL_DAMAGES[damage](half / "checkpoint-4" / name)
-    found = newest_whole([half])
+    found = newest_valid([half])
     assert found.path == half / "checkpoint-2"
-    (reason,) = found.passed_over
+    (reason,) = found.skipped
     assert reason.startswith(f"{half / 'checkpoint-4'} is damaged: ")
     assert name in reason or MANIFEST in reason
 
@@ -123,7 +100,7 @@ def test_any_one_bit_is_noticed(seed, half):
     content = bytearray(path.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
-    assert newest_whole([half]).path.name == "checkpoint-2", path.name
+    assert newest_valid([half]).path.name == "checkpoint-2", path.name
 
 
 MANIFESTS = {
@@ -150,9 +127,9 @@ MANIFESTS = {
 @pytest.mark.parametrize("kind", MANIFESTS)
 def test_manifests_that_are_none(kind, half):
     MANIFESTS[kind](half / "checkpoint-4" / MANIFEST)
-    found = newest_whole([half])
+    found = newest_valid([half])
     assert found.path.name == "checkpoint-2"
-    assert MANIFEST in found.passed_over[0]
+    assert MANIFEST in found.skipped[0]
 
 
 def test_a_manifest_may_name_thousands_of_sources(half):
@@ -161,7 +138,7 @@ def test_a_manifest_may_name_thousands_of_sources(half):
     body = json.loads((place / MANIFEST).read_text())
     rehash(place, experiment=body["experiment"] | {"data.files": files})
     assert (place / MANIFEST).stat().st_size > 1_000_000
-    assert newest_whole([half]).identity.experiment["data.files"] == files
+    assert newest_valid([half]).identity.experiment["data.files"] == files
 
 
 @pytest.mark.parametrize("name", ["checkpoint-40", "checkpoint-5"])
@@ -169,7 +146,7 @@ def test_a_checkpoint_under_another_name_is_passed_over(name, half, straight, ca
     shutil.copytree(half / "checkpoint-4", half / name)
     assert main(words(half)) == 0
     said = capsys.readouterr().out.replace("\n", "")
-    assert f"passed over      {half / name} is damaged: manifest.json says that it is of another update" in said
+    assert f"skipped checkpoint {half / name} is damaged: manifest.json has another update than the name" in said
     assert "resumed          after update 4" in said
     shutil.rmtree(half / name)
     assert contents(half) == contents(straight)
@@ -181,7 +158,7 @@ def test_with_nothing_whole_left_the_run_does_not_start_over(half, capsys):
     before = {path: path.read_bytes() for path in half.rglob("*") if path.is_file() and path.name != LOCK_FILE}
     assert main(words(half)) == 2
     said = capsys.readouterr().err
-    assert "no whole checkpoint is left" in said
+    assert "no valid checkpoint is left" in said
     assert f"{half / 'checkpoint-4'} is damaged: state.json" in said
     assert f"{half / 'checkpoint-2'} is damaged: manifest.json: not valid JSON" in said
     assert "--fresh" in said
@@ -192,7 +169,7 @@ def test_checkpoints_that_have_gone_are_missed(half, capsys):
     for place in checkpoints(half):
         shutil.rmtree(place)
     assert main(words(half)) == 2
-    assert "its checkpoints have gone" in capsys.readouterr().err
+    assert "the checkpoints of this run are missing" in capsys.readouterr().err
     assert main(words(half, options=("--fresh",))) == 0
 
 
@@ -208,9 +185,9 @@ def test_a_run_goes_on_from_an_older_one_with_the_same_result(name, damage, half
     assert f"{half / 'checkpoint-4'} is damaged: {name}" in said.replace("\n", "")
     assert "resumed          after update 2" in said
     assert contents(half) == contents(straight)
-    assert newest_whole([half]).path.name == "checkpoint-6"
+    assert newest_valid([half]).path.name == "checkpoint-6"
     shutil.rmtree(half / "checkpoint-6")
-    assert newest_whole([half]).path.name == "checkpoint-4", "the damaged one was written anew"
+    assert newest_valid([half]).path.name == "checkpoint-4", "the damaged one was written anew"
 
 
 # --- whole, but of something else
@@ -220,7 +197,7 @@ def test_another_experiments_checkpoint_is_refused_whatever_lies_beside_it(half,
     (half / "config.yaml").unlink()
     assert main(words(half, "optimizer.learning_rate=1e-4", "training.global_batch_size=16")) == 2
     said = capsys.readouterr().err
-    assert "checkpoint-4 is of another experiment" in said
+    assert "checkpoint-4 belongs to another experiment" in said
     assert "optimizer.learning_rate: 0.01 there, 0.0001 now" in said
     assert "training.global_batch_size: 8 there, 16 now" in said
     assert "lora.init_from=" in said
@@ -236,7 +213,10 @@ def test_another_base_model_is_refused(half, tmp_path, capsys):
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main(words(half, options=("--model", str(base)))) == 2
-    assert "checkpoint-4 was trained on other data, tokens or base model: the base model: " in capsys.readouterr().err
+    assert (
+        "checkpoint-4 was trained with other data, token ids or another base model: base model: "
+        in capsys.readouterr().err
+    )
 
 
 def test_another_tokenizer_and_other_data_are_refused(half, tmp_path, capsys):
@@ -248,9 +228,9 @@ def test_another_tokenizer_and_other_data_are_refused(half, tmp_path, capsys):
     data.write_text(MEDQUAD_CSV.read_text().replace("fever", "Fever"))
     assert main(words(half, options=("--model", str(base), "--medquad", str(data)))) == 2
     said = capsys.readouterr().err
-    assert "the token ids of the data: " in said
-    assert "the data: " in said
-    assert "the base model" not in said.replace("tokens or base model", "")
+    assert "token ids: " in said
+    assert " data: " in said
+    assert "base model" not in said.replace("another base model", "")
 
 
 # --- hostile
@@ -294,7 +274,7 @@ def test_made_up_states_are_refused(state, half, capsys):
     (half / "checkpoint-4" / "state.json").write_bytes(state)
     rehash(half / "checkpoint-4")
     assert main(words(half)) == 2
-    assert f"{half / 'checkpoint-4'}: whole, but its content does not fit" in capsys.readouterr().err
+    assert f"{half / 'checkpoint-4'}: valid, but its content does not fit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["empty", "other shapes", "other names", "half an optimizer", "no scheduler"])
@@ -436,7 +416,9 @@ def test_files_that_are_open_elsewhere_stop_no_save(straight, tmp_path, capsys):
     assert first.startswith("checkpoint-1.")
     what = "the old checkpoint-1 cannot be removed (.nfs0000000000abcdef: still open in another process)"
     assert said.count("cannot be removed") == 1
-    assert f"{run}: {what}; what is left of it stays, as {first}; the same is not said again of others" in said
+    assert (
+        f"{run}: {what}; the rest of it stays, as {first}. This message is not repeated for other checkpoints" in said
+    )
     assert steps(run) == [4, 6], "4 is the best"
     assert len(leftovers(run)) == 4, "of 1, 2, 3 and 5"
     for left in leftovers(run):
@@ -448,10 +430,10 @@ def test_files_that_are_open_elsewhere_stop_no_save(straight, tmp_path, capsys):
 def test_what_is_left_of_a_removal_is_no_checkpoint_and_in_nobodys_way(half, straight):
     prune(half, 1, set())
     (left,) = leftovers(half)
-    assert newest_whole([half]).path.name == "checkpoint-4"
-    assert newest_whole([half]).passed_over == []
+    assert newest_valid([half]).path.name == "checkpoint-4"
+    assert newest_valid([half]).skipped == []
     shutil.rmtree(half / "checkpoint-4")
-    assert newest_whole([half]) is None
+    assert newest_valid([half]) is None
     shutil.copytree(straight / "checkpoint-4", half / "checkpoint-4")
     shutil.copytree(straight / "checkpoint-6", half / "checkpoint-6")
     os.truncate(half / "checkpoint-6" / "state.json", 3)  # which a save finds in its way
@@ -492,7 +474,7 @@ def test_a_checkpoint_of_which_nothing_can_be_removed_stays_whole(many, busy):
     manifest = (many / "checkpoint-3" / MANIFEST).read_bytes()
     busy(many / "checkpoint-3" / MANIFEST)
     (said,) = prune(many, 2, set())
-    what = "the old checkpoint-3 cannot be removed (manifest.json: Device or resource busy); it stays; "
+    what = "the old checkpoint-3 cannot be removed (manifest.json: Device or resource busy); it stays. "
     assert said.startswith(f"{many}: {what}")
     assert steps(many) == [3, 8, 9]
     subprocess.run(["umount", str(many / "checkpoint-3" / MANIFEST)], check=True)
@@ -501,7 +483,7 @@ def test_a_checkpoint_of_which_nothing_can_be_removed_stays_whole(many, busy):
     (said,) = prune(many, 1, set())
     (left,) = leftovers(many)
     assert "the old checkpoint-8 cannot be removed (state.json: Device or resource busy)" in said
-    assert f"; what is left of it stays, as {left.name}; " in said
+    assert f"; the rest of it stays, as {left.name}. " in said
     assert steps(many) == [9]
 
 
@@ -520,7 +502,7 @@ def test_what_stays_of_an_old_checkpoint_is_said_in_one_sentence_with_its_cause(
     assert [path.name.split(".")[0] for path in left] == ["checkpoint-1", "checkpoint-2"]
     what = "the old checkpoint-1 cannot be removed (state.json: Operation not permitted)"
     assert said == (
-        f"{many}: {what}; what is left of it stays, as {left[0].name}; the same is not said again of others"
+        f"{many}: {what}; the rest of it stays, as {left[0].name}. This message is not repeated for other checkpoints"
     )
     assert prune(many, 3, set()) == [said]
     assert len(leftovers(many)) == 6
@@ -559,13 +541,13 @@ def test_a_write_protected_checkpoint_stays_and_fresh_removes_nothing(many, nobo
     (many / "checkpoint-3").chmod(0o555)
     try:
         before = {path: path.read_bytes() for path in many.rglob("*") if path.is_file()}
-        with pytest.raises(UserError, match=r"no permission to remove what is in .*checkpoint-3; nothing was removed"):
+        with pytest.raises(UserError, match=r"no permission to remove files in .*checkpoint-3; nothing was removed"):
             clear(many)
         assert {path: path.read_bytes() for path in many.rglob("*") if path.is_file()} == before
         (said,) = prune(many, 2, set())
-        assert "the old checkpoint-3 cannot be removed (manifest.json: Permission denied); it stays; " in said
+        assert "the old checkpoint-3 cannot be removed (manifest.json: Permission denied); it stays. " in said
         assert steps(many) == [3, 8, 9]
-        assert newest_whole([many]).path.name == "checkpoint-9"
+        assert newest_valid([many]).path.name == "checkpoint-9"
     finally:
         (many / "checkpoint-3").chmod(0o755)
 
@@ -628,28 +610,32 @@ def test_saving_time_is_reported(straight):
 
 def test_a_second_run_is_refused_at_once(half, capsys):
     with RunLock(half) as held:
-        held.take()
+        held.acquire()
         assert main(words(half)) == 2
     said = capsys.readouterr()
-    assert f"another run is on in it (process {os.getpid()} on " in said.err
+    assert f"another run is using it (process {os.getpid()} on " in said.err
     assert not said.out
 
 
 def test_another_process_that_died_holds_nobody_up(half):
-    code = (
-        "import sys; from pathlib import Path; from medqa.training.run_dir import RunLock; "
-        "lock = RunLock(Path(sys.argv[1])); lock.take(); print('held', flush=True); input()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(half)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout.readline() == "held\n"
-        with RunLock(half) as mine, pytest.raises(UserError, match=f"process {other.pid} on "):
-            mine.take_if_there()
-        other.kill()
-        other.wait()
+    forked = multiprocessing.get_context("fork")
+    held = forked.Event()
+
+    def hold() -> None:
+        lock = RunLock(half)
+        lock.acquire()
+        held.set()
+        time.sleep(600)
+
+    other = forked.Process(target=hold)
+    other.start()
+    assert held.wait(60)
+    with RunLock(half) as mine, pytest.raises(UserError, match=f"process {other.pid} on "):
+        mine.acquire_if_exists()
+    other.kill()
+    other.join()
     with RunLock(half) as mine:
-        mine.take()
+        mine.acquire()
 
 
 @pytest.fixture
@@ -677,12 +663,12 @@ OTHERS = {
 def test_where_there_are_no_locks_a_left_one_holds_nobody_up(kind, half):
     (half / LOCK_FILE).write_text(json.dumps(OTHERS[kind]))
     with RunLock(half) as mine:
-        mine.take()
+        mine.acquire()
     assert json.loads((half / LOCK_FILE).read_text()) == this_process()
 
 
 @pytest.mark.usefixtures("no_flock")
 def test_where_there_are_no_locks_a_living_process_is_known_by_its_file(half):
     (half / LOCK_FILE).write_text(json.dumps(this_process() | ALIVE))
-    with RunLock(half) as mine, pytest.raises(UserError, match="another run is on"):
-        mine.take()
+    with RunLock(half) as mine, pytest.raises(UserError, match="another run is using it"):
+        mine.acquire()

@@ -25,7 +25,7 @@ from medqa.training.checkpoint import (
     MANIFEST,
     QUANTIZED,
     load_checkpoint,
-    newest_whole,
+    newest_valid,
     read_training_state,
     save_checkpoint,
     write_manifest,
@@ -59,7 +59,7 @@ class Kept:
         return place
 
     def load(self, directory: Path) -> Progress:
-        load_checkpoint(newest_whole([directory]), self.parts.state)
+        load_checkpoint(newest_valid([directory]), self.parts.state)
         return self.parts.state.progress
 
 
@@ -103,7 +103,7 @@ def assert_refused(kept: Kept, directory: Path, reason: str) -> None:
     weights, state = adapter_weights(kept.parts.adapted), copy.deepcopy(kept.parts.optimizer.state_dict())
     with pytest.raises(UserError, match=reason) as caught:
         kept.load(directory)
-    assert f"{directory / kept.place.name}: whole, but its content does not fit" in str(caught.value)
+    assert f"{directory / kept.place.name}: valid, but its content does not fit" in str(caught.value)
     assert "--fresh" in str(caught.value)
     assert all(torch.equal(value, weights[name]) for name, value in adapter_weights(kept.parts.adapted).items())
     assert flat(kept.parts.optimizer.state_dict()) == flat(state)
@@ -475,7 +475,7 @@ def test_files_that_are_none(kind, adamw, tmp_path):
     place = adamw.changed(tmp_path, lambda saved: None)
     FILES[kind](place / "training_state.pt", adamw.saved)
     sign(place)
-    assert_refused(adamw, tmp_path, "training_state.pt: (cannot be read|is packed|has [0-9,]+ bytes, more than)")
+    assert_refused(adamw, tmp_path, "training_state.pt: (cannot be read|is compressed|has [0-9,]+ bytes, more than)")
     assert not (place / "ran").exists()
 
 

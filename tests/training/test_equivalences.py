@@ -16,9 +16,9 @@ from medqa.data.batches import MicroBatch, Stream, collate
 from medqa.errors import Interrupted
 from medqa.model.base import adapter_weights, load_adapter_weights
 from medqa.model.loss import target_count, token_losses
-from medqa.training.checkpoint import checkpoints, newest_whole, save_adapter, save_checkpoint
+from medqa.training.checkpoint import checkpoints, newest_valid, save_adapter, save_checkpoint
 from medqa.training.loop import StepResult
-from medqa.training.run_dir import resume
+from medqa.training.run import load_into
 from medqa.training.state import Progress
 from medqa.training.stopping import Stopper
 
@@ -224,7 +224,7 @@ def assert_same_state(ours, theirs) -> None:
 @pytest.mark.parametrize("recipe", CONTINUED.values(), ids=CONTINUED)
 def test_continued_is_uninterrupted_bit_for_bit(tiny, tmp_path, recipe):
     name = recipe[0]
-    experiment = tiny(*recipe, "training.max_steps=6", "training.global_batch_size=16", "tokenization.max_length=96")
+    experiment = tiny(*recipe, "training.max_steps=6", "training.global_batch_size=8", "tokenization.max_length=64")
     assert experiment.lora.lora_dropout == 0.05
     straight = build(experiment)
     straight_records = run_train(straight, Progress(), directory(tmp_path, "straight"))
@@ -250,8 +250,8 @@ def test_continued_is_uninterrupted_bit_for_bit(tiny, tmp_path, recipe):
     second = build(experiment)
     move_b(second)
     torch.rand(17)
-    found = newest_whole([place])
-    resume(found, second.state, second.identity)
+    found = newest_valid([place])
+    load_into(second.state, found, second.identity)
     state = second.state.progress
     assert not state.not_bitwise
     assert state.step == 3

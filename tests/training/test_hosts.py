@@ -12,7 +12,7 @@ from hosts import Hosts, refusal
 from launching import PYTHON, SECONDS, Group, finish, metrics, output, summary, torchrun, wait_for_update
 
 from medqa.errors import Busy, UserError
-from medqa.training.checkpoint import newest_whole
+from medqa.training.checkpoint import newest_valid
 from medqa.training.recorder import MetricsFile, Tracker
 from medqa.training.run_dir import LOCK_FILE, RunLock, this_process
 
@@ -78,7 +78,7 @@ def test_a_host_that_is_cut_off_ends_the_run_in_time_and_the_other_goes_on_alone
         before = (run / "metrics.jsonl").read_bytes()
         refused = hosts.start(survivor, tmp_path / "refused.log", [*PYTHON, "train.py", "--cpu", *words])
         assert ended(refused, tmp_path / "refused.log") == 2
-        assert f"another run is on in it (process {stuck} on alpha)" in (tmp_path / "refused.log").read_text()
+        assert f"another run is using it (process {stuck} on alpha)" in (tmp_path / "refused.log").read_text()
         assert (run / "metrics.jsonl").read_bytes() == before
         os.kill(stuck, signal.SIGCONT)
     assert ended(launched[cut], logs[cut]) == 1
@@ -87,7 +87,7 @@ def test_a_host_that_is_cut_off_ends_the_run_in_time_and_the_other_goes_on_alone
         assert f"process {rank}: another process of this run has died or has not answered" in told
         assert "the same command resumes from it" in told
     assert hosts.processes("alpha") == hosts.processes("beta") == []
-    assert newest_whole([run]).path.name == f"checkpoint-{max(r['step'] for r in metrics(run)) // 4 * 4}"
+    assert newest_valid([run]).path.name == f"checkpoint-{max(r['step'] for r in metrics(run)) // 4 * 4}"
     assert not (run / "summary.json").exists()
 
     log = tmp_path / "again.log"
@@ -106,19 +106,19 @@ def test_who_takes_a_directory_last_has_it(tmp_path):
     """Where a lock does not reach the other host."""
     with RunLock(tmp_path) as ours:
         ours.check()  # nothing is taken yet
-        ours.take()
+        ours.acquire()
         ours.check()
         other = this_process() | {"host": "beta", "pid": 5}
         (tmp_path / LOCK_FILE).write_text(json.dumps(other))
-        with pytest.raises(UserError, match=r"another run \(process 5 on beta\) has taken it over") as refused:
+        with pytest.raises(UserError, match=r"another run \(process 5 on beta\) now owns this directory") as refused:
             ours.check()
         assert not isinstance(refused.value, Busy)  # to wait for it would not help
         metrics_file = tmp_path / "metrics.jsonl"
         metrics_file.write_text("")
         tracker = Tracker(True, MetricsFile(metrics_file), check=ours.check)
         record = {"step": 1, "split": "train"}
-        for write in (lambda: tracker.log(record), tracker.flush, lambda: tracker.saved(1, 0.5)):
-            with pytest.raises(UserError, match="taken it over"):
+        for write in (lambda: tracker.log(record), tracker.flush, lambda: tracker.log_save(1, 0.5)):
+            with pytest.raises(UserError, match="now owns this directory"):
                 write()
         assert metrics_file.read_text() == ""
         (tmp_path / LOCK_FILE).write_text("")  # as it is while the other writes its name: known the next time
@@ -149,7 +149,7 @@ def test_where_locks_do_not_reach_the_other_host_the_older_run_stops_without_wri
     wait_for_update(older, run, 9)
     newer = Group(run, *WORDS, script=script)
     assert finish(older, run) == 2, output(run)
-    assert "has taken it over" in output(run)
+    assert "now owns this directory" in output(run)
     assert finish(newer, run) == 0, output(run)
     ours, theirs = metrics(run), metrics(straight)
     assert [(r["step"], r["split"]) for r in ours] == [(r["step"], r["split"]) for r in theirs]

@@ -1,11 +1,10 @@
-"""Copies elsewhere: of this run alone, where they are asked for, and again where the place had gone."""
+"""Mirror elsewhere: of this run alone, where they are asked for, and again where the place had gone."""
 
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from harness.processes import Forked
 from medqa.config import Experiment
 from medqa.errors import Interrupted, UserError
 from medqa.training import mirror as persist
 from medqa.training.checkpoint import checkpoints
-from medqa.training.mirror import Copies
+from medqa.training.mirror import Mirror
 from medqa.training.run_dir import ADAPTER_DIR, LOCK_FILE, RUN_FILE
 from train import main
 
-ROOT = Path(__file__).parents[2]
 ROOT_FILES = {"config.yaml", "data_report.json", "splits.csv", "metrics.jsonl", "summary.json", "run.json"}
 
 
@@ -60,20 +59,20 @@ def files(directory: Path) -> dict[str, bytes]:
     }
 
 
-def counted(copies: Copies) -> list[int]:
+def counted(copies: Mirror) -> list[int]:
     """Gets longer with each round of copying that has ended well."""
-    rounds, mirror = [], copies._mirror
-    copies._mirror = lambda: (mirror(), rounds.append(1))
+    rounds, copy_all = [], copies._copy_all
+    copies._copy_all = lambda: (copy_all(), rounds.append(1))
     return rounds
 
 
 @pytest.fixture
-def began(run) -> Iterator[Callable[[Path], tuple[Copies, list[str]]]]:
+def began(run) -> Iterator[Callable[[Path], tuple[Mirror, list[str]]]]:
     """Begins to copy the run, and waits until all is there."""
     kept = []
 
-    def begin(there: Path) -> tuple[Copies, list[str]]:
-        copies, said = Copies(there, run), []
+    def begin(there: Path) -> tuple[Mirror, list[str]]:
+        copies, said = Mirror(there, run), []
         rounds = counted(copies)
         copies.start(3, False, said.append)
         kept.append(copies)
@@ -97,11 +96,12 @@ def test_a_place_that_was_removed_is_said_and_not_made_again(run, began, tmp_pat
     copies.wake({6})
     until(lambda: bool(said))
     assert said == [
-        f"--persist-to {there}: it has gone; mount it, or make it, again; training goes on, it is tried again"
+        f"--persist-to {there}: it does not exist any more; mount or create it again; training continues, and copying "
+        "is tried again"
     ]
     copies.__exit__(None, None, None)
     assert not there.exists()
-    assert said[-1] == f"--persist-to {there}: not everything is there yet: {run} has all"
+    assert said[-1] == f"--persist-to {there}: the copy is incomplete; the complete run is in {run}"
 
 
 def test_a_signal_that_ends_the_waiting_leaves_the_last_word(run, began, tmp_path, monkeypatch):
@@ -109,7 +109,7 @@ def test_a_signal_that_ends_the_waiting_leaves_the_last_word(run, began, tmp_pat
     copies, said = began(there)
     shutil.rmtree(there)
     monkeypatch.setattr(persist, "LAST_WAIT_S", 60.0)
-    monkeypatch.setattr(persist, "UNSAID_WAIT_S", 0.1)
+    monkeypatch.setattr(persist, "SILENT_WAIT_S", 0.1)
 
     def interrupt(signum, frame):
         raise Interrupted(signum)
@@ -122,7 +122,7 @@ def test_a_signal_that_ends_the_waiting_leaves_the_last_word(run, began, tmp_pat
     finally:
         signal.signal(signal.SIGALRM, before)
     assert "copying the rest, for at most 60 s" in said[-2]
-    assert said[-1] == f"--persist-to {there}: not everything is there yet: {run} has all"
+    assert said[-1] == f"--persist-to {there}: the copy is incomplete; the complete run is in {run}"
 
 
 def test_a_place_that_comes_back_empty_gets_everything_again(run, began, tmp_path):
@@ -134,7 +134,7 @@ def test_a_place_that_comes_back_empty_gets_everything_again(run, began, tmp_pat
     there.mkdir()
     until(lambda: len(said) == 2)
     copies.__exit__(None, None, None)
-    assert said[1:] == [f"--persist-to {there}: everything is copied again"]
+    assert said[1:] == [f"--persist-to {there}: the mirror is up to date again"]
     assert files(there) == files(run)
     assert set(files(there)) >= ROOT_FILES
 
@@ -196,15 +196,15 @@ def test_nothing_is_copied_below_where_a_disk_was_mounted(below, run, began, dis
     (run / "metrics.jsonl").write_text("")
     copies.wake({6})
     until(lambda: bool(said))
-    assert "training goes on, it is tried again" in said[0]
-    assert "mount it" in said[0]
+    assert "training continues, and copying is tried again" in said[0]
+    assert "mount" in said[0]
     assert not list(place.iterdir())
     mount()
     there.mkdir(exist_ok=True)
     until(lambda: len(said) == 2)
     copies.__exit__(None, None, None)
     assert files(there) == files(run)
-    assert said[1].endswith("everything is copied again")
+    assert said[1].endswith("the mirror is up to date again")
     assert set(files(there)) >= ROOT_FILES
 
 
@@ -227,7 +227,7 @@ def test_an_old_copy_that_cannot_be_removed_is_said_once(run, began, disk, tmp_p
         subprocess.run(["umount", "-l", str(old / "manifest.json")], check=True)
     (line,) = said
     reason = f"{there}: the old checkpoint-2 cannot be removed (manifest.json: Device or resource busy); it stays"
-    assert line.startswith(f"--persist-to {there}: {reason}; ")
+    assert line.startswith(f"--persist-to {there}: {reason}. ")
     assert [path.name for path in checkpoints(there)] == ["checkpoint-2", "checkpoint-6"]
 
 
@@ -240,7 +240,7 @@ def test_of_two_runs_that_start_at_once_one_is_refused(tiny_run, run, tmp_path):
         barrier, refused, all_said = threading.Barrier(2), [], []
 
         def begin(source: Path) -> None:
-            with Copies(there, source) as copies:
+            with Mirror(there, source) as copies:
                 barrier.wait()  # noqa: B023
                 try:
                     copies.start(3, False, all_said.append)  # noqa: B023
@@ -253,7 +253,7 @@ def test_of_two_runs_that_start_at_once_one_is_refused(tiny_run, run, tmp_path):
         for thread in threads:
             thread.join()
         ((loser, reason),) = refused
-        assert reason.startswith(f"--persist-to {there}: another run copies to it (")
+        assert reason.startswith(f"--persist-to {there}: another run uses it as its mirror (")
         assert "wait for it or stop it, or choose another directory" in reason
         winner = other if loser == run else run
         assert files(there) == files(winner)
@@ -271,9 +271,9 @@ def test_a_place_that_another_run_has_taken_is_left_to_it(tiny_run, run, began, 
     copies.wake({6})
     copies.__exit__(None, None, None)
     assert said == [
-        f"--persist-to {there}: another run copies to it, or has; choose another place, or, once that run has ended, "
-        "start over there with --fresh; nothing more is copied",
-        f"--persist-to {there}: not everything is there yet: {run} has all",
+        f"--persist-to {there} is in use by another run, or holds its copy; choose another directory, or, when that "
+        "run has ended, start over with --fresh; nothing more is copied",
+        f"--persist-to {there}: the copy is incomplete; the complete run is in {run}",
     ]
     assert files(there) == before
 
@@ -288,9 +288,10 @@ def words(output_dir: Path, there: Path, *options: str) -> list[str]:
 
 def test_a_run_that_is_killed_before_its_first_checkpoint_goes_on_on_a_new_machine(tmp_path, own_accelerator):
     there = tmp_path / "there"
-    with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words(tmp_path / "run", there)]) as process:
-        until(lambda: (there / "config.yaml").exists() or process.poll() is not None)
-        process.kill()
+    process = Forked(words(tmp_path / "run", there), tmp_path / "log")
+    until(lambda: (there / "config.yaml").exists() or process.poll() is not None)
+    process.kill()
+    process.wait()
     assert not checkpoints(there)
     before = json.loads((there / RUN_FILE).read_text())
     assert not before["saved"]
@@ -308,12 +309,12 @@ def test_a_place_that_a_living_run_copies_to_is_refused(run, tmp_path, capsys, o
     (run / RUN_FILE).write_text(json.dumps(session | {"saved": False}))
     for path in checkpoints(run):
         shutil.rmtree(path)
-    with Copies(there, run) as copies:
+    with Mirror(there, run) as copies:
         copies.start(3, False, pytest.fail)
         before = files(there)
         assert main(words(tmp_path / "other", there, *options)) == 2
         assert files(there) == before
-    reason = f"--persist-to {there}: another run copies to it (process {os.getpid()} on "
+    reason = f"--persist-to {there}: another run uses it as its mirror (process {os.getpid()} on "
     assert reason in (said := capsys.readouterr().err)
     assert "; wait for it or stop it, or choose another directory" in said
     assert not (tmp_path / "other").exists()
@@ -328,7 +329,7 @@ def test_a_run_that_another_host_has_taken_over_copies_no_more(run, began, tmp_p
     before = files(there)
     copies.wake({6})
     copies.__exit__(None, None, None)
-    assert said[0].startswith(f"--persist-to {there}: another run copies to it, or has; ")
+    assert said[0].startswith(f"--persist-to {there} is in use by another run, or holds its copy; ")
     assert files(there) == before
 
 
@@ -338,8 +339,8 @@ def test_only_what_was_noted_before_the_first_checkpoint_is_gone_on_with(run, tm
     session = json.loads((run / RUN_FILE).read_text())
     for saved in (False, True):
         (there / RUN_FILE).write_text(json.dumps(session | {"saved": saved}))
-        with Copies(there, tmp_path / "new") as copies:
-            found = copies.take()
+        with Mirror(there, tmp_path / "new") as copies:
+            found = copies.acquire()
             assert (found is None) == saved
 
 
@@ -379,10 +380,10 @@ def test_the_output_directory_by_another_name_is_refused(kind, fresh, run):
     try:
         before = files(run)
         for attempt in (
-            lambda: Copies(place, run).check(Experiment(), fresh),
-            lambda: Copies(place, run).start(3, fresh, pytest.fail),
+            lambda: Mirror(place, run).check(Experiment(), fresh),
+            lambda: Mirror(place, run).start(3, fresh, pytest.fail),
         ):
-            with pytest.raises(UserError, match="that is the output directory itself") as caught:
+            with pytest.raises(UserError, match="this is the output directory") as caught:
                 attempt()
             assert str(caught.value).startswith(f"--persist-to {place}: ")
         assert files(run) == before
@@ -395,8 +396,8 @@ def test_the_output_directory_mounted_elsewhere_is_refused(run, disk):
     mount()  # whether that is possible at all
     subprocess.run(["umount", str(place)], check=True)
     subprocess.run(["mount", "--bind", str(run), str(place)], check=True)
-    with pytest.raises(UserError, match="that is the output directory itself"):
-        Copies(place, run).check(Experiment(), True)
+    with pytest.raises(UserError, match="this is the output directory"):
+        Mirror(place, run).check(Experiment(), True)
 
 
 def test_only_what_a_run_writes_is_copied(run, began, tmp_path):
@@ -406,7 +407,7 @@ def test_only_what_a_run_writes_is_copied(run, began, tmp_path):
     os.mkfifo(run / ADAPTER_DIR / "pipe")
     os.mkfifo(run / "evaluation.json")
     (run / "checkpoint-4" / "notes.txt").write_text("mine")
-    copies, said = Copies(tmp_path / "there", run), []
+    copies, said = Mirror(tmp_path / "there", run), []
     with copies:
         copies.start(3, False, said.append)
     assert not said

@@ -2,32 +2,29 @@
 
 import csv
 import json
-import signal
 
 import pytest
 import torch
 from accelerate import Accelerator
 from launching import (
-    QUIET,
+    FAULTY,
     SECONDS,
-    Forked,
     Group,
     finish,
-    free_port,
-    log_of,
     metrics,
+    on_two_hosts,
     output,
     start,
+    stop_after,
     summary,
     torchrun,
-    wait_for_update,
     wait_until_gone,
 )
-from moved import WITHIN, runs_apart
+from moved import assert_same_run
 from safetensors.torch import load_file
 
 from medqa.tiny import MEDQUAD_CSV
-from medqa.training.checkpoint import newest_whole
+from medqa.training.checkpoint import newest_valid
 
 WORDS = (
     "--exp", "exp_001", "--tiny", "--set", "training.max_steps=10", "training.save_steps=50", "evaluation.steps=5",
@@ -39,21 +36,19 @@ CLOSE = 1e-5
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The same run on one process, on two, begun on two and ended on one, and the reverse."""
+    words = (*WORDS, "model.quantization=none")
     place = tmp_path_factory.mktemp("processes")
     one, two, fewer, more = (place / name for name in ("one", "two", "fewer", "more"))
-    alone = Group(one, *WORDS)
-    together = Group(two, *WORDS, processes=2)
+    alone = Group(one, *words)
+    together = Group(two, *words, processes=2)
     assert finish(alone, one) == 0, output(one)
     assert finish(together, two) == 0, output(two)
-    for directory, first in ((more, Group(more, *WORDS)), (fewer, start(torchrun(2), fewer, *WORDS))):
-        wait_for_update(first, directory, 3)
-        first.send_signal(signal.SIGTERM)
-        assert finish(first, directory) != 0
-    wait_until_gone(fewer)
+    for directory, processes in ((more, 1), (fewer, 2)):
+        stop_after(Group(directory, *words, processes=processes), directory, 3)
     for directory in (more, fewer):
         assert not (directory / "summary.json").exists()
         assert len(list(directory.glob("checkpoint-*"))) == 1
-    second = {fewer: Group(fewer, *WORDS), more: Group(more, *WORDS, processes=2)}
+    second = {fewer: Group(fewer, *words), more: Group(more, *words, processes=2)}
     for directory, process in second.items():
         assert finish(process, directory) == 0, output(directory)
     return one, two, fewer, more
@@ -85,16 +80,6 @@ def test_what_is_told_of_the_processes(runs):
     assert output(runs[1]).count("update 10/10") == 1
 
 
-def on_two_hosts(first, second):
-    """The words of each of two processes that do not see the same files; their exit codes."""
-    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
-    processes = [
-        Forked(["--cpu", "--output-dir", str(directory), *words], log_of(directory), QUIET | together | {"RANK": rank})
-        for rank, (directory, words) in (("0", first), ("1", second))
-    ]
-    return [process.wait(SECONDS) for process in processes]
-
-
 def test_processes_that_have_read_other_rows_are_refused(tmp_path):
     """On a first session there is no checkpoint to compare with: they would train on two data sets, without a word."""
     other = tmp_path / "other.csv"
@@ -108,7 +93,7 @@ def test_processes_that_have_read_other_rows_are_refused(tmp_path):
     assert on_two_hosts((here, WORDS), (there, (*words, *WORDS))) == [2, 2], output(here)
     for directory in (here, there):
         told = " ".join(output(directory).split())
-        assert "not all processes have read the same: the data, the token ids of the data differ" in told
+        assert "processes loaded different data, token ids: " in told
         assert not directory.exists()
 
 
@@ -133,26 +118,20 @@ WITHOUT_PADDING = ("training.padding_free=true", "training.micro_batch_tokens=70
 
 def begun_on_two_ended_on_one(directory, *words):
     """A run without padding, stopped in the middle of it on two processes."""
-    process = Group(directory, *words, processes=2)
-    wait_for_update(process, directory, 3)
-    process.send_signal(signal.SIGTERM)
-    assert finish(process, directory) == 128 + signal.SIGTERM
+    stop_after(Group(directory, *words, processes=2), directory, 3)
+    assert len(list(directory.glob("checkpoint-*"))) == 1
     assert not (directory / "summary.json").exists()
     assert finish(Group(directory, *words), directory) == 0, output(directory)
 
 
-def assert_same_run(ours, theirs):
-    """Losses, gradient norms and, after all updates, the adapter."""
+def assert_same_whole_run(ours, theirs):
+    """All that is measured, as much padding, and after all updates the adapter."""
+    assert_same_run(ours, theirs, updates=10)
     pairs = list(zip(metrics(ours), metrics(theirs), strict=True))
     assert len(pairs) == 10 + 2 + 1 + 1
     for one, other in pairs:
-        for key in ("loss", "grad_norm", "answer_loss"):
-            assert one.get(key) == (None if key not in other else pytest.approx(other[key], rel=CLOSE))
-        for key in ("step", "split", "order", "tokens", "tokens_seen"):
-            assert one.get(key) == other.get(key)
         if one["split"] == "train":  # one token of a process that has nothing else to do is the most
             assert other["padding_share"] == pytest.approx(one["padding_share"], abs=1e-3)
-    assert runs_apart(ours, theirs) <= WITHIN
 
 
 @pytest.mark.slow
@@ -162,8 +141,8 @@ def test_without_padding_two_processes_compute_what_one_does(tmp_path):
     alone = Group(tmp_path / "one", *words)
     begun_on_two_ended_on_one(tmp_path / "fewer", *words)
     assert finish(alone, tmp_path / "one") == 0, output(tmp_path / "one")
-    assert_same_run(tmp_path / "one", tmp_path / "fewer")
-    assert "micro-batches of at most 1 tokens: as when the run began" in output(tmp_path / "fewer")
+    assert_same_whole_run(tmp_path / "one", tmp_path / "fewer")
+    assert "micro-batches of at most 1 tokens: the size with which the run began" in output(tmp_path / "fewer")
 
 
 @pytest.mark.slow
@@ -173,7 +152,7 @@ def test_without_padding_one_process_goes_on_with_the_noise_of_two(tmp_path):
     both = Group(tmp_path / "two", *words, processes=2)
     begun_on_two_ended_on_one(tmp_path / "fewer", *words)
     assert finish(both, tmp_path / "two") == 0, output(tmp_path / "two")
-    assert_same_run(tmp_path / "two", tmp_path / "fewer")
+    assert_same_whole_run(tmp_path / "two", tmp_path / "fewer")
 
 
 @pytest.mark.slow
@@ -181,59 +160,45 @@ def test_a_process_without_a_piece_takes_part(tmp_path):
     """Begun on one process with whole updates as one piece, ended on two, of which the second then has none."""
     words = (*WORDS, *WITHOUT_PADDING, "training.micro_batch_tokens=100000")
     alone = Group(tmp_path / "one", *words)
-    process = Group(tmp_path / "more", *words)
-    wait_for_update(process, tmp_path / "more", 4)
-    process.send_signal(signal.SIGTERM)
-    assert finish(process, tmp_path / "more") == 128 + signal.SIGTERM
+    stop_after(Group(tmp_path / "more", *words), tmp_path / "more", 4)
     assert finish(Group(tmp_path / "more", *words, processes=2), tmp_path / "more") == 0, output(tmp_path / "more")
     assert finish(alone, tmp_path / "one") == 0, output(tmp_path / "one")
-    assert_same_run(tmp_path / "one", tmp_path / "more")
-
-
-# A rank of its own mind: out of memory, dead, or hanging in its third update.
-FAULTY = """
-import os, signal, sys, time
-import torch
-import medqa.training.loop as loop
-import train
-
-step, calls = loop.train_step, []
-
-def faulty(*arguments, **more):
-    calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 3:
-        if sys.argv[1] == "full":
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        os.kill(os.getpid(), signal.SIGKILL if sys.argv[1] == "dead" else signal.SIGSTOP)
-    return step(*arguments, **more)
-
-loop.train_step = faulty
-sys.exit(train.main(sys.argv[2:]))
-"""
+    assert_same_whole_run(tmp_path / "one", tmp_path / "more")
 
 
 def test_when_one_process_fails_all_stop_in_time_and_the_checkpoint_is_whole(tmp_path):
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY)
-    sets = ("training.save_steps=1", "training.process_timeout_s=10", "evaluation.rows=4")
-    runs = {"dead": start(torchrun(2), tmp_path / "dead", *WORDS, *sets, script=[str(script), "dead"])}
-    for fault in ("full", "hangs"):
-        runs[fault] = Group(tmp_path / fault, *WORDS, *sets, processes=2, script=script, leading=[fault])
-    assert finish(runs["dead"], tmp_path / "dead") != 0  # its launcher ends those that are left
-    wait_until_gone(tmp_path / "dead")
-    assert finish(runs["full"], tmp_path / "full") == 3
-    alive, hanging = runs["hangs"].processes
-    assert alive.wait(SECONDS) == 3, output(tmp_path / "hangs")
-    hanging.kill()
-    for fault in runs:
-        assert newest_whole([tmp_path / fault]).path.name == "checkpoint-2", fault
+    sets = ("training.save_steps=1", "training.process_timeout_s=20", "evaluation.rows=4", "model.quantization=none")
+    for fault in ("dead", "full", "hangs"):  # one after another: on a busy machine six would start too slowly
+        run = Group(tmp_path / fault, *WORDS, *sets, processes=2, script=script, leading=[fault])
+        alive, other = run.processes
+        assert alive.wait(SECONDS) == 3, output(tmp_path / fault)
+        if fault == "hangs":
+            other.kill()
+        assert (other.wait(SECONDS) == 3) == (fault == "full")
+        assert newest_valid([tmp_path / fault]).path.name == "checkpoint-2", fault
         assert {r["step"] for r in metrics(tmp_path / fault)} == {0, 1, 2}
     told = output(tmp_path / "full")
-    assert "update 3: CUDA out of memory., in one of several processes; set training.per_device_batch_size=2" in told
+    assert "update 3: CUDA out of memory., in one of several processes; start again" in told
+    assert "with --set training.per_device_batch_size=2" in told
     for fault in ("dead", "hangs"):
         told = output(tmp_path / fault)
         assert "process 0: another process of this run has died or has not answered" in told, told
         assert "the same command resumes from it" in told
+
+
+@pytest.mark.slow
+def test_when_one_process_dies_its_launcher_ends_those_that_are_left(tmp_path):
+    script, run = tmp_path / "faulty.py", tmp_path / "run"
+    script.write_text(FAULTY)
+    words = (*WORDS, "training.save_steps=1", "training.process_timeout_s=10", "evaluation.rows=4")
+    assert finish(start(torchrun(2), run, *words, script=[str(script), "dead"]), run) != 0
+    wait_until_gone(run)
+    assert newest_valid([run]).path.name == "checkpoint-2"
+    assert {r["step"] for r in metrics(run)} == {0, 1, 2}
+    assert "process 0: another process of this run has died or has not answered" in output(run)
+    assert "the same command resumes from it" in output(run)
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch, capsys):
@@ -248,7 +213,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypa
         monkeypatch.setenv(name, value)
     assert main(["--exp", "exp_001", "--tiny", "--cpu", "--output-dir", str(tmp_path / "run")]) == 2
     told = capsys.readouterr().err
-    assert "2 processes were launched, but this one knows of 1" in told
+    assert "2 processes were launched, but this one is connected to 1 in all" in told
     assert not (tmp_path / "run").exists()
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -1,5 +1,6 @@
 """A run's directory: whose it is, what may change when a run goes on, and what starting over removes."""
 
+import contextlib
 import errno
 import json
 import os
@@ -27,9 +28,8 @@ from medqa.training.run_dir import (
     Session,
     check_run_dir,
     clear,
-    find_checkpoint,
-    finished,
-    left_alone,
+    find_saved,
+    other_files,
     read_session,
     read_summary,
     start_run,
@@ -128,7 +128,7 @@ def test_what_the_place_of_the_copies_holds_is_answered_with_its_own_option(acce
         return str(caught.value)
 
     said = advice()
-    assert said.startswith(f"--persist-to {run} holds the run of another experiment")
+    assert said.startswith(f"--persist-to {run} contains a run of another experiment")
     assert said.endswith("\nchoose another --persist-to")
     (run / "checkpoint-2" / "notes.txt").write_text("mine")
     assert advice(fresh=True).endswith("or choose another --persist-to")
@@ -145,11 +145,11 @@ def test_a_copied_checkpoint_of_another_experiment_is_answered_with_the_option_o
     for place, option in (("there", "--persist-to"), ("here", "--output-dir")):
         identity = SimpleNamespace(experiment=flat(experiment("lora.r=4")))
         found = Found(tmp_path / place / "checkpoint-2", identity, [])
-        monkeypatch.setattr("medqa.training.run_dir.newest_whole", lambda places, found=found: found)
+        monkeypatch.setattr("medqa.training.run_dir.newest_valid", lambda places, found=found: found)
         with pytest.raises(
-            UserError, match=rf"checkpoint-2 is of another experiment: lora.r: .*\nchoose another {option}"
+            UserError, match=rf"checkpoint-2 belongs to another experiment: lora.r: .*\nchoose another {option}"
         ):
-            find_checkpoint(tmp_path / "here", tmp_path / "there", experiment())
+            find_saved(tmp_path / "here", tmp_path / "there", experiment())
 
 
 def test_what_fresh_cannot_remove_is_named_with_its_cause(accelerator, tmp_path, monkeypatch):
@@ -161,9 +161,7 @@ def test_what_fresh_cannot_remove_is_named_with_its_cause(accelerator, tmp_path,
         unlink(path, **more)
 
     monkeypatch.setattr(os, "unlink", refuse)
-    with pytest.raises(
-        UserError, match=r"--fresh: cannot be removed: .*/lora_adapters/README\.md: Operation not permitted"
-    ):
+    with pytest.raises(UserError, match=r"--fresh cannot remove .*/lora_adapters/README\.md: Operation not permitted"):
         clear(run)
 
 
@@ -285,13 +283,13 @@ SUMMARY = {
 
 def test_finished_only_with_a_whole_summary_of_as_many_updates(tmp_path):
     run = experiment("training.max_steps=4")
-    assert finished(tmp_path, run) is None
+    assert find_saved(tmp_path, None, run)[1] is None
     whole = SUMMARY | {"of a later version": [1]}
     for content, complete in [(whole, True), (whole | {"updates": 3}, False), ({"updates": 4}, False), ([], False)]:
         (tmp_path / "summary.json").write_text(json.dumps(content))
-        assert (finished(tmp_path, run) is not None) == complete
+        assert (find_saved(tmp_path, None, run)[1] is not None) == complete
     (tmp_path / "summary.json").write_text(json.dumps(whole)[:-5])
-    assert finished(tmp_path, run) is None
+    assert find_saved(tmp_path, None, run)[1] is None
 
 
 @pytest.mark.parametrize(
@@ -306,9 +304,9 @@ def test_finished_only_with_a_whole_summary_of_as_many_updates(tmp_path):
 def test_a_summary_with_a_part_of_another_kind_is_not_believed(change, tmp_path):
     run = experiment("training.max_steps=4")
     (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
-    show_result(Console(quiet=True), finished(tmp_path, run))
+    show_result(Console(quiet=True), find_saved(tmp_path, None, run)[1])
     (tmp_path / "summary.json").write_text(json.dumps(SUMMARY | change))
-    assert finished(tmp_path, run) is None
+    assert find_saved(tmp_path, None, run)[1] is None
 
 
 @pytest.mark.parametrize(
@@ -332,8 +330,8 @@ def test_a_damaged_run_file_does_not_start_the_run_over(content, tmp_path):
     assert read_session(tmp_path) == Session(run_id="a", resumes=1, saved=True)
     (tmp_path / "run.json").write_text(content)
     assert read_session(tmp_path) is None
-    with pytest.raises(UserError, match="its checkpoints have gone"):
-        find_checkpoint(tmp_path, None, experiment())
+    with pytest.raises(UserError, match="the checkpoints of this run are missing"):
+        find_saved(tmp_path, None, experiment())
 
 
 # --- what is no regular file, and links
@@ -371,9 +369,10 @@ def test_what_is_no_regular_file_is_refused_by_name_at_the_start(name, kind, acc
     run = run_dir(tmp_path / "run", accelerator)
     (run / name).unlink(missing_ok=True)
     odd_file(run / name, kind)
-    with pytest.raises(UserError, match=rf"--output-dir .*{name}.*(not the kind of file|no run wrote)"):
+    with pytest.raises(UserError, match=rf"--output-dir .*{name}.*(not the kind of file|no run created)"):
         check_run_dir(run, experiment(), False)
-    assert finished(run, experiment()) is None
+    with contextlib.suppress(UserError):
+        assert find_saved(run, None, experiment())[1] is None
     read_session(run)
     read_summary(run)
 
@@ -389,7 +388,7 @@ def test_a_directory_where_a_file_is_begun_is_refused_by_name_at_the_start(name,
 @pytest.mark.parametrize("kind", ["pipe", "directory", "device", "socket"])
 def test_a_lock_file_that_is_none_is_refused(kind, tmp_path):
     odd_file(tmp_path / "run.lock", kind)
-    for attempt in ("take_if_there", "take"):
+    for attempt in ("acquire_if_exists", "acquire"):
         with RunLock(tmp_path) as lock, pytest.raises(UserError, match=r"run.lock is not a regular file; remove it"):
             getattr(lock, attempt)()
 
@@ -419,7 +418,7 @@ def test_lora_adapters_that_is_no_directory_is_found_at_the_start(kind, fresh, a
         place.symlink_to(place if kind == "link in a circle" else tmp_path / "nowhere")
     with pytest.raises(UserError, match="lora_adapters") as caught:
         check_run_dir(run, experiment(), fresh)
-    assert (f"{place} is a link to {tmp_path}/nowhere, which is not there" in str(caught.value)) == ("dang" in kind)
+    assert (f"{place} is a link to {tmp_path}/nowhere, which does not exist" in str(caught.value)) == ("dang" in kind)
 
 
 @pytest.mark.parametrize("suffix", ["", ".tmp"])
@@ -439,7 +438,7 @@ def test_what_links_lead_to_stays_as_it_is(suffix, accelerator, tmp_path):
     check_run_dir(run, experiment(), False)
     begin(run, accelerator)
     write_config(run, experiment(), 8, {})
-    MetricsFile(run / "metrics.jsonl").resume(4, 8)
+    MetricsFile(run / "metrics.jsonl").truncate_after(4, 8)
     for name in ("data_report.json", "summary.json"):
         write_json({}, run / name)
     write_evaluation({"limit": None, "tasks": {}} | dict.fromkeys(SAME_ADAPTER), run)
@@ -455,13 +454,13 @@ def test_what_links_lead_to_stays_as_it_is(suffix, accelerator, tmp_path):
 @pytest.mark.parametrize(
     "place, problem",
     [
-        ("gone", "is a link to /scratch/not/mounted, which is not there"),
-        ("gone/a/b", "gone is a link to /scratch/not/mounted, which is not there"),
-        ("circle", "is a link that leads back to itself"),
-        ("circle/a", "is a link that leads back to itself"),
-        ("file", "is not a directory one can write to"),
-        ("file/a", "is not a directory one can write to"),
-        ("linked file/a", "is not a directory one can write to"),
+        ("gone", "is a link to /scratch/not/mounted, which does not exist"),
+        ("gone/a/b", "gone is a link to /scratch/not/mounted, which does not exist"),
+        ("circle", "is a link that leads to itself"),
+        ("circle/a", "is a link that leads to itself"),
+        ("file", "is not a directory"),
+        ("file/a", "is not a directory"),
+        ("linked file/a", "is not a directory"),
         ("x" * 256, "name too long"),
         ("a/" + "x" * 256 + "/b", "name too long"),
         ("/".join(["x" * 200] * 21), "name too long"),
@@ -491,7 +490,7 @@ def test_a_place_may_be_a_link_to_a_directory_and_have_any_name(tmp_path):
 
 def test_a_path_that_is_not_utf_8_is_refused_where_libraries_would_fail_on_it(tmp_path):
     for option in ("--output-dir", "--persist-to"):
-        with pytest.raises(UserError, match=rf"^{option} .*: not a path in UTF-8; choose another"):
+        with pytest.raises(UserError, match=rf"^{option} .*: the path is not UTF-8; choose another"):
             check_run_dir(tmp_path / "caf\udce9", experiment(), False, option)
     check_run_dir(tmp_path / "café \u2028", experiment(), False)
 
@@ -500,15 +499,15 @@ def test_what_is_no_runs_is_named_and_left_alone(accelerator, tmp_path):
     run = run_dir(tmp_path / "run", accelerator)
     (run / "wandb").mkdir()
     (run / "summary.json.tmp").write_text("a killed write")
-    assert left_alone(run) == []
+    assert other_files(run) == []
     (run / "thesis.txt").write_text("mine")
-    ((_, line),) = left_alone(run)
-    assert line.startswith("thesis.txt: no run's")
+    ((_, line),) = other_files(run)
+    assert line.startswith("thesis.txt (not part of a run; ignored)")
     for name in ("b", "c", "a", "checkpoint-2.aside-00000000"):
         (run / name).write_text("mine")
-    ((_, line),) = left_alone(run)
-    assert line.startswith("a, b, c and 2 more: no run's")
-    assert left_alone(tmp_path / "another host's") == []
+    ((_, line),) = other_files(run)
+    assert line.startswith("a, b, c and 2 more (not part of a run; ignored)")
+    assert other_files(tmp_path / "another host's") == []
 
 
 # --- the lock
@@ -539,7 +538,7 @@ def test_a_lock_file_that_names_nobody_holds_nobody_up(name, flock, tmp_path, mo
         monkeypatch.setattr("medqa.training.run_dir.fcntl.flock", no_locks)  # as some network mounts
     (tmp_path / "run.lock").write_bytes(holders()[name])
     with RunLock(tmp_path) as lock:
-        lock.take_if_there()
-        lock.take()
+        lock.acquire_if_exists()
+        lock.acquire()
         lock.check()
     assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()

@@ -220,6 +220,7 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves(parts):
 # --- the gradient scaler
 
 HIGH_SCALE = 2.0**22  # the embedded model's gradients overflow float16 from 2**20 on
+FEW = ("training.global_batch_size=4", "tokenization.max_length=48")  # float16 is slow on a CPU
 
 
 def fp16(scale: float):
@@ -236,8 +237,7 @@ def fp16(scale: float):
 
 def scaled_updates(tiny, scale: float, name: str):
     """Two updates from an initial scale: their results and overflows, the weights, and the scale afterwards."""
-    sets = ("training.global_batch_size=8", "tokenization.max_length=48", "scheduler.warmup_steps=0")
-    parts = build(tiny(name, *sets), fp16(scale))
+    parts = build(tiny(name, *FEW, "scheduler.warmup_steps=0"), fp16(scale))
     results, overflows = [], []
     for _ in range(2):
         before = parts.state.progress.overflows
@@ -262,7 +262,7 @@ def test_an_overflow_is_the_same_update_once_more_at_half_the_scale(tiny, own_ac
 
 
 def test_overflows_are_counted_over_the_run(tiny, own_accelerator, tmp_path):
-    sets = ("training.max_steps=2", "training.global_batch_size=8", "tokenization.max_length=48")
+    sets = ("model.quantization=none", "training.max_steps=2", *FEW)
     parts, state = build(tiny("exp_001", *sets), fp16(HIGH_SCALE)), Progress()
     run_train(parts, state, tmp_path)
     assert state.overflows >= 2
@@ -271,7 +271,7 @@ def test_overflows_are_counted_over_the_run(tiny, own_accelerator, tmp_path):
 
 
 def test_an_overflow_starts_the_scalers_count_of_good_updates_anew(tiny, own_accelerator):
-    parts = build(tiny("exp_001", "training.global_batch_size=8", "tokenization.max_length=48"), fp16(HIGH_SCALE))
+    parts = build(tiny("exp_001", "model.quantization=none", *FEW), fp16(HIGH_SCALE))
     scaler = parts.accelerator.scaler
     parts.update()
     assert parts.state.progress.overflows > 0
@@ -287,7 +287,7 @@ def test_an_overflow_starts_the_scalers_count_of_good_updates_anew(tiny, own_acc
 
 def test_an_overflow_even_without_scale_is_a_fault(tiny, own_accelerator):
     """Large A matrices and a large alpha overflow float16 in B's gradient at any scale; B = 0 keeps the loss finite."""
-    parts = build(tiny("exp_001", *PLAIN, "tokenization.max_length=48", "lora.lora_alpha=4096"), fp16(4.0))
+    parts = build(tiny("exp_001", *PLAIN, *FEW, "lora.lora_alpha=4096"), fp16(4.0))
     with torch.no_grad():
         for parameter in lora(parts, "lora_A").values():
             parameter.fill_(1e3)
@@ -299,7 +299,7 @@ def test_an_overflow_even_without_scale_is_a_fault(tiny, own_accelerator):
 
 
 def test_out_of_memory_under_a_scaler_is_done_again(tiny, own_accelerator, tmp_path, monkeypatch):
-    sets = ("training.max_steps=2", "training.global_batch_size=8", "tokenization.max_length=48")
+    sets = ("model.quantization=none", "training.max_steps=2", *FEW)
     parts, state, calls = build(tiny("exp_001", *sets), fp16(2.0**10)), Progress(), []
     clip = parts.accelerator.clip_grad_norm_
 
@@ -315,7 +315,7 @@ def test_out_of_memory_under_a_scaler_is_done_again(tiny, own_accelerator, tmp_p
 
 
 def test_a_loss_that_is_not_finite_is_no_overflow(tiny, own_accelerator):
-    parts = build(tiny("exp_001", *PLAIN), fp16(2.0**10))
+    parts = build(tiny("exp_001", *PLAIN, *FEW), fp16(2.0**10))
     before = state_of(parts)
     with torch.no_grad():
         parts.base.get_input_embeddings().weight.fill_(math.nan)
@@ -482,7 +482,7 @@ def test_only_the_answer_and_its_eos_are_targets_where_asked(parts):
 @pytest.mark.parametrize("scaled", [False, True])
 def test_an_update_without_any_target_moves_nothing(tiny, own_accelerator, scaled):
     """Also once the optimizer has momentum, with weight decay, and with a scaler, which goes on from there."""
-    sets = (*PLAIN, "optimizer.weight_decay=0.1", "scheduler.name=linear", "training.max_steps=9")
+    sets = (*PLAIN, *FEW, "optimizer.weight_decay=0.1", "scheduler.name=linear", "training.max_steps=9")
     parts = build(tiny("exp_001", *sets), fp16(2.0**10) if scaled else None)
     for update in range(2):
         parts.step(parts.micro_batches(update))
@@ -542,5 +542,5 @@ def test_the_stopper_leaves_time_for_a_save_and_an_update(parts, monkeypatch):
         assert stopper.agree(parts.accelerator, 1, 9, last=False) == (None, False)
         now[0] = 1060.0
         stop, _ = stopper.agree(parts.accelerator, 2, 9, last=False)
-        assert str(stop) == "stopped in time after update 2 of 9"
+        assert str(stop) == "stopped before the --stop-after deadline, after update 2 of 9"
         assert stopper.agree(parts.accelerator, 9, 9, last=True)[0] is None  # there is nothing left to stop

@@ -30,7 +30,7 @@ from medqa.data.tokens import prompt_ids
 from medqa.errors import UserError
 from medqa.hub import connects
 from medqa.tiny import BASE_DIR
-from medqa.training.recorder import MetricsFile, Spent, Tracker, read_metrics
+from medqa.training.recorder import EarlierUsage, MetricsFile, Tracker, read_metrics
 from medqa.training.wandb import (
     PRIVATE,
     SAMPLE_COLUMNS,
@@ -124,7 +124,7 @@ EVENTS = [(0, "eval"), (1, "train"), (2, "train"), (2, "eval"), (3, "train"), (4
 @pytest.fixture
 def file(tmp_path) -> MetricsFile:
     found = MetricsFile(tmp_path / "metrics.jsonl")
-    found.resume(-1, 4)
+    found.truncate_after(-1, 4)
     for step, split in EVENTS:
         found.append(line(step, split))
     return found
@@ -142,7 +142,7 @@ def file(tmp_path) -> MetricsFile:
     ],
 )
 def test_a_resume_keeps_what_came_before_its_checkpoint(step, max_steps, kept, file):
-    file.resume(step, max_steps)
+    file.truncate_after(step, max_steps)
     assert content(file.path) == kept
     for later in EVENTS[len(kept) :]:
         file.append(line(*later))
@@ -154,7 +154,7 @@ def test_a_resume_keeps_what_came_before_its_checkpoint(step, max_steps, kept, f
 def test_a_torn_last_line_is_dropped(torn, file):
     with file.path.open("a") as stream:
         stream.write(torn)
-    file.resume(4, 8)
+    file.truncate_after(4, 8)
     assert content(file.path) == EVENTS
     assert file.path.read_text().endswith("\n")
     assert torn not in file.path.read_text()
@@ -180,23 +180,23 @@ def test_a_damaged_line_is_passed_over_and_counted(damaged, file):
     assert content(file.path) == EVENTS
     for record in read_metrics(file.path):
         wandb_names(record)
-    spent = file.resume(4, 8)
-    assert spent.damaged == 1
+    spent = file.truncate_after(4, 8)
+    assert spent.unreadable == 1
     assert file.path.read_bytes() == before
-    assert file.resume(4, 8).damaged == 0
+    assert file.truncate_after(4, 8).unreadable == 0
 
 
 def test_a_pair_that_stands_twice_stands_once_after_a_resume(file):
     before = file.path.read_bytes()
     file.path.write_bytes(before + before.replace(b"1.0", b"2.0"))
-    file.resume(4, 8)
+    file.truncate_after(4, 8)
     assert file.path.read_bytes() == before
 
 
 @pytest.mark.parametrize("value", [1e300, -1.0, None, 0])
 def test_times_that_cannot_be_are_not_believed(value, file):
     file.append({"step": 5, "split": "train", "elapsed_s": value, "peak_memory_bytes": value})
-    assert file.resume(4, 8) == Spent(1.0, 0, 0)
+    assert file.truncate_after(4, 8) == EarlierUsage(1.0, 0, 0)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "directory", "device", "nothing"])
@@ -212,7 +212,7 @@ def test_only_a_regular_file_is_read(kind, tmp_path):
         list(read_metrics(path))
     if kind != "nothing":
         with pytest.raises(UserError, match=re.escape(str(path))):
-            MetricsFile(path).resume(1, 4)
+            MetricsFile(path).truncate_after(1, 4)
 
 
 def test_a_line_is_not_added_through_a_link(file, tmp_path):
@@ -241,14 +241,14 @@ def test_a_resume_has_the_disk_hold_the_file_before_the_name_is_its(file, monkey
 
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(os, "replace", note_replace)
-    file.resume(2, 4)
+    file.truncate_after(2, 4)
     assert held == {"metrics.jsonl": True}
     assert os.stat(file.path.parent).st_ino in flushed, "the directory's entry too"
 
 
 def test_a_file_that_is_not_there_is_begun(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl")
-    file.resume(-1, 4)
+    file.truncate_after(-1, 4)
     assert file.path.read_text() == ""
 
 
@@ -480,7 +480,7 @@ def test_again_is_complete_and_changes_nothing(run, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert main(command(run)) == 0
     said = capsys.readouterr()
-    assert "is complete already" in said.out
+    assert "the run is already complete" in said.out
     assert "before and after" in said.out
     assert not said.err
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
@@ -524,10 +524,10 @@ def test_saves_between_logged_updates_leave_file_and_wandb_alike(tmp_path):
             logged.append((step, values))
 
     tracker = Tracker(True, MetricsFile(tmp_path / "metrics.jsonl"), Recorder())
-    tracker.resume(-1, 20)
+    tracker.truncate_after(-1, 20)
     tracker.log(line(10, "train", loss=1.0))
-    tracker.saved(10, 0.5)
-    tracker.saved(15, 0.5)  # no line of its own
+    tracker.log_save(10, 0.5)
+    tracker.log_save(15, 0.5)  # no line of its own
     assert [step for step, values in logged if "perf/save_seconds" in values] == [10]
     assert [r["save_s"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [0.5]
 
@@ -561,7 +561,7 @@ def test_without_a_key_it_is_offline_at_once_and_without_a_prompt(asked, monkeyp
     monkeypatch.setattr("medqa.training.wandb.connects", lambda url: pytest.fail("no network is needed to know"))
     assert wandb_mode(tracking(f"tracking.wandb={asked}").tracking) == (
         "offline",
-        " (no API key: run `wandb login` for online)",
+        " (no API key: run `wandb login` to log online)",
     )
 
 
@@ -623,7 +623,7 @@ def odd_netrc(request, tmp_path, monkeypatch):
 def test_a_netrc_file_that_cannot_be_read_is_said_and_keeps_nobody_waiting(odd_netrc, accelerator, tmp_path):
     told = started(accelerator, tmp_path / "run")
     assert told.startswith(f"W&B: offline ({odd_netrc} cannot be read: ")
-    assert "mend the file, or set WANDB_API_KEY)" in told
+    assert "correct the file, or set WANDB_API_KEY)" in told
     assert os.environ["NETRC"] == os.devnull
     assert offline_run(tmp_path / "run").finished
 
@@ -665,7 +665,7 @@ def test_where_the_home_cannot_be_written_wandb_keeps_its_files_with_the_run(acc
 )
 def test_variables_that_mean_nothing_are_the_users_to_mend(name, value, said, accelerator, monkeypatch, tmp_path):
     monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"(?i)W&B: .*{said}.*mend `tracking` or the WANDB_"):
+    with pytest.raises(UserError, match=f"(?i)W&B: .*{said}.*correct `tracking` or the WANDB_"):
         started(accelerator, tmp_path / "run")
 
 
@@ -732,7 +732,7 @@ def test_project_and_name_of_the_file(accelerator, monkeypatch, tmp_path):
     told = started(accelerator, Path(), "tracking.wandb=offline", "tracking.project=ours")
     found = offline_run(tmp_path)
     assert (found.project, found.name) == ("ours", tmp_path.name), "the directory's name, however it is written"
-    assert told.startswith("W&B: offline, ")
+    assert told.startswith("W&B: offline in ")
 
 
 def test_settings_that_wandb_refuses_are_the_users_to_mend(accelerator, monkeypatch, tmp_path):
@@ -794,5 +794,5 @@ def test_a_key_but_no_network_is_offline_within_15_seconds(unusable_url, acceler
 def test_a_complete_run_of_other_data_is_not_complete(run, capsys):
     before = (run / "summary.json").read_bytes()
     assert main(command(run, "--afrimedqa", "none")) == 2
-    assert "trained on other data" in capsys.readouterr().err
+    assert "trained with other data" in capsys.readouterr().err
     assert (run / "summary.json").read_bytes() == before

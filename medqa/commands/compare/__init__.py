@@ -1,1 +1,1 @@
-"""`medqa compare`: runs are read, set side by side and shown on the console and as a page."""
+"""`medqa compare`: read several runs, compare them, and show the result on the console and as a page."""

@@ -1,4 +1,4 @@
-"""How the recipes of runs differ, what a pair of runs shows, its warnings, and which runs would show more."""
+"""How the recipes of runs differ, what a pair of runs shows, warnings, and which further runs would show more."""
 
 import functools
 import hashlib
@@ -26,10 +26,10 @@ TRAIN = Path(__file__).resolve().parents[3] / "train.py"
 SEED = "training.seed"
 BASE = "model.base"
 LOCATIONS = ("data.medquad", "data.afrimedqa", "data.files")
-CONTENTS = "the data's contents"  # differ although the configurations say the same
+CONTENTS = "the data's contents"  # a difference although the configurations are the same
 BASE_CONTENTS = "the base model's contents"  # likewise
 
-# What only says how much is written down, and when.
+# Keys that only decide how much is recorded, and when.
 RECORDING = {
     "training.log_steps",
     "training.save_steps",
@@ -41,8 +41,8 @@ RECORDING = {
 EVALUATED = {
     "evaluation.steps",
     "evaluation.rows",
-}  # recording too, but where it decides when a run ends or what it keeps
-# How an update is computed: its result changes by rounding and by other dropout noise, its cost by much.
+}  # also only recording, unless evaluation decides when a run ends or which adapter it keeps
+# How an update is computed: the result changes by rounding and by other dropout masks, the cost by much.
 COST = {
     "model.dequantize",
     "model.attn_implementation",
@@ -52,13 +52,13 @@ COST = {
     "training.padding_free",
     "training.micro_batch_tokens",
 }
-# With these, the answer tokens that perplexity is of change too.
+# A change of these also changes the answer tokens that perplexity is over.
 MEASURED = (BASE, "tokenization.max_length", "tokenization.append_eos")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two runs, and every setting of the recipe in which they differ, as it was in effect."""
+    """Two runs, and every setting of the recipe that differs between them, as it was in effect."""
 
     first: Run
     second: Run
@@ -66,13 +66,13 @@ class Pair:
 
     @property
     def doubted(self) -> tuple[str, ...]:
-        """Those of the two of which it is not known how they were trained."""
+        """Which of the two were trained in a way that is not known."""
         return tuple(run.label for run in (self.first, self.second) if run.doubts)
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A run that differs from one that is there in one change alone."""
+    """A run that differs from an existing one in a single change."""
 
     base: Run
     change: dict[str, Any]
@@ -80,14 +80,14 @@ class Proposal:
 
 
 def recipe(values: dict[str, Any]) -> dict[str, Any]:
-    """Of all `section.key`, those that what is computed depends on."""
+    """The settings, by `section.key`, that the computed result depends on."""
     decides = evaluation_decides(values["training.keep"], values["training.early_stopping_patience"])
     recording = RECORDING if decides else RECORDING | EVALUATED
     return {key: value for key, value in values.items() if key not in recording and not key.startswith("tracking.")}
 
 
 def differing(first: Run, second: Run) -> tuple[str, ...]:
-    """The settings in which two runs differ. Where data lie does not count if they are known to be the same."""
+    """The settings in which two runs differ. The location of data does not count if the data are known to be equal."""
     one, two = recipe(first.settings), recipe(second.settings)
     keys = [key for key in two | one if first.settings[key] != second.settings[key]]
     if BASE not in keys and len({first.base_fingerprint, second.base_fingerprint} - {None}) == 2:
@@ -101,12 +101,12 @@ def differing(first: Run, second: Run) -> tuple[str, ...]:
 
 
 def pairs(runs: Sequence[Run]) -> list[Pair]:
-    """Every two runs, in the order given."""
+    """Every pair of runs, in the given order."""
     return [Pair(one, two, differing(one, two)) for one, two in itertools.combinations(runs, 2)]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """`section.key` to its value in each run, where these differ, as asked or in effect; recording left out."""
+    """`section.key` to its value in each run, where requested values or those in effect differ; without recording."""
     asked, used = [flat(run.experiment) for run in runs], [run.settings for run in runs]
     keys = [
         key
@@ -117,7 +117,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def told(asked: Any, used: Any) -> str:
-    """A setting in words: what was asked for, and what it came to."""
+    """A setting in words: the requested value, and the one in effect if it differs."""
     return shown(asked) if asked == used else f"{shown(asked)} (in effect: {shown(used)})"
 
 
@@ -127,29 +127,29 @@ def shown(value: Any) -> str:
 
 
 def conclusion(pair: Pair, all_pairs: Sequence[Pair]) -> str:
-    """What the difference between two runs says, and what it does not."""
+    """What the difference between two runs shows, and what it does not show."""
     if pair.doubted:
-        return f"nothing: how {' and '.join(pair.doubted)} was trained is not known, see the warnings"
+        return f"nothing: it is not known how {' and '.join(pair.doubted)} was trained, see the warnings"
     unfinished = [run.label for run in (pair.first, pair.second) if not run.finished]
     if len(pair.keys) > 1:
-        text = f"{len(pair.keys)} settings at once: does not say which of them made the difference"
-        return text + f"; and {' and '.join(unfinished)} not finished" * bool(unfinished)
+        text = f"{len(pair.keys)} settings differ: does not show which of them made the difference"
+        return text + f"; unfinished: {', '.join(unfinished)}" * bool(unfinished)
     if unfinished:
-        return f"nothing yet: {' and '.join(unfinished)} not finished"
+        return f"nothing yet; unfinished: {', '.join(unfinished)}"
     if not pair.keys:
-        return "the same recipe twice: any difference is that of the machines"
+        return "the same recipe twice: differences come from the machines"
     if pair.keys == (SEED,):
-        return f"another seed alone: the noise that other differences have to exceed{_gap(pair)}"
+        return f"only the seed differs: the noise that other differences have to exceed{_gap(pair)}"
     key = pair.keys[0]
     if key in MEASURED or key.startswith("data.") or key == CONTENTS:
-        return f"{key} alone, but with it the tokens that perplexity is of: the perplexities are not comparable"
-    what = f"the cost of {key} (results differ by rounding and noise alone)" if key in COST else f"the effect of {key}"
+        return f"only {key} differs, but it changes the tokens that perplexity is over: perplexities are not comparable"
+    what = f"the cost of {key} (results differ only by rounding and noise)" if key in COST else f"the effect of {key}"
     seeds = [other for other in _believed(all_pairs) if other.keys == (SEED,)]
     mine = [o for o in seeds if {id(o.first), id(o.second)} & {id(pair.first), id(pair.second)}]
     if mine:
         other = mine[0]
         return f"isolates {what}; the noise of a seed, {other.first.label} against {other.second.label}{_gap(other)}"
-    return f"isolates {what}, for one seed: one seed is one seed; repeat both with --set {SEED}=... to know the noise"
+    return f"isolates {what}, for one seed only; repeat both with --set {SEED}=... to measure the noise"
 
 
 def _believed(found: Sequence[Pair]) -> list[Pair]:
@@ -164,14 +164,14 @@ def _gap(pair: Pair) -> str:
 
 
 def proposals(runs: Sequence[Run], found: Sequence[Pair]) -> list[Proposal]:
-    """The runs that differ from the first one in one change toward another, but for those that are there already.
+    """Runs that differ from the first one in one change toward another run, without those that exist already.
 
-    Each setting that differs between any two runs differs from the first one in one of them. Where no two runs differ
-    by the seed alone, the last one proposed does: it says how large the noise is.
+    Every setting that differs between any two runs differs from the first one in one of the proposed runs. If no two
+    runs differ only in the seed, the last proposed run does: it shows how large the noise is.
     """
     base, found = runs[0], _believed(found)
     if base.doubts or printable(str(base.directory)) != str(base.directory):
-        return []  # what it would be compared with is not known, or no command that can be shown names it
+        return []  # it is not known what to compare with, or its path cannot be shown in a command
     changes = [change for p in found if p.first is base and len(p.keys) > 1 for change in one_changes(p)]
     if not any(pair.keys == (SEED,) for pair in found):
         another = {SEED: (base.experiment.training.seed + 1) % 2**63}
@@ -187,7 +187,7 @@ def proposals(runs: Sequence[Run], found: Sequence[Pair]) -> list[Proposal]:
 
 
 def one_changes(pair: Pair) -> Iterator[tuple[dict[str, Any], Experiment]]:
-    """The changes from the first run toward the second, one setting each; two where one alone is refused."""
+    """The changes from the first run toward the second, one setting each; two if one alone is refused."""
     asked, toward = flat(pair.first.experiment), flat(pair.second.experiment)
     keys = [key for key in pair.keys if key in asked and asked[key] != toward[key]]
     for key in keys:
@@ -199,7 +199,7 @@ def one_changes(pair: Pair) -> Iterator[tuple[dict[str, Any], Experiment]]:
 
 
 def changed(run: Run, change: dict[str, Any]) -> Experiment | None:
-    """The experiment of a run with one change, None where it cannot be run or written on a command line."""
+    """The experiment of a run with one change; None if it cannot be run or written on a command line."""
     words = [written for key, value in change.items() if (written := word(key, value)) is not None]
     if len(words) < len(change):
         return None
@@ -213,7 +213,7 @@ def changed(run: Run, change: dict[str, Any]) -> Experiment | None:
 
 
 def longest_input(base: str) -> float:
-    """How many tokens a base model takes, where it lies on the disk and says so."""
+    """The context length of a base model in a local directory; infinity if it is not known."""
     try:
         said = read_json(Path(os.path.expanduser(base), "config.json"))
     except Damaged:
@@ -223,7 +223,7 @@ def longest_input(base: str) -> float:
 
 
 def word(key: str, value: Any) -> str | None:
-    """`section.key=value` that `--set` reads as exactly this value, None where there is none."""
+    """`section.key=value` that `--set` reads as exactly this value; None if there is none."""
     texts = [value] if isinstance(value, str) else []
     for text in (*texts, json.dumps(value, ensure_ascii=False)):
         overrides, problems = parse_sets([f"{key}={text}"])
@@ -233,10 +233,10 @@ def word(key: str, value: Any) -> str | None:
 
 
 def command(run: Run, change: dict[str, Any]) -> str:
-    """The launch line of a run with one change, as it is typed into a shell here.
+    """The command that starts a run with one change, for a shell in the current directory.
 
-    Its base is the run's own configuration: `--tiny`, `--model` and earlier `--set` are in that. The directory is
-    named, because it would be called after the file, `config`, for any run.
+    It starts from the run's own configuration, which includes `--tiny`, `--model` and earlier `--set`. It names the
+    output directory, because otherwise every run would be named after the file, `config`.
     """
     words = [str(word(key, value)) for key, value in change.items()]
     said = [
@@ -247,20 +247,20 @@ def command(run: Run, change: dict[str, Any]) -> str:
         name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     train = "train.py" if os.path.realpath("train.py") == str(TRAIN) else str(TRAIN)
     config = str(run.directory / CONFIG)
-    if config.startswith(("-", "~")):  # an option, a home directory
+    if config.startswith(("-", "~")):  # it would be taken for an option or a home directory
         config = f"./{config}"
     launch = ["accelerate", "launch", train, "--exp", config, "--output-dir", f"outputs/{name}", "--set", *words]
     return shlex.join(launch)
 
 
 # ----------------------------------------------------------------------------------------------------
-# What a comparison does not allow to conclude, by name.
+# Warnings: what the comparison does not show.
 
 OPTIONS = {"model.base": "--model", "data.medquad": "--medquad", "data.afrimedqa": "--afrimedqa"}
 
 
 def warnings(runs: Sequence[Run], found: Sequence[Pair]) -> list[str]:
-    """Every warning, the gravest first."""
+    """All warnings, the most serious first."""
     believed = _believed(found)
     said = [
         *_doubted(runs),
@@ -280,7 +280,7 @@ def warnings(runs: Sequence[Run], found: Sequence[Pair]) -> list[str]:
 
 
 def groups(runs: Sequence[Run], key: Callable[[Run], Hashable]) -> dict[Any, str]:
-    """The names of the runs that have each value in common."""
+    """The names of the runs that share a value, by value."""
     found: dict[Any, list[str]] = defaultdict(list)
     for run in runs:
         found[key(run)].append(run.label)
@@ -293,32 +293,32 @@ def _setting(key: str, run: Run) -> str:
 
 
 def _summarized(key: str, run: Run) -> str:
-    """What a run's summary says of something, as text."""
+    """A value of a run's summary, as text."""
     return str(run.summary[key])
 
 
 def _doubted(runs: Sequence[Run]) -> list[str]:
-    """Runs whose files say different things of how they were trained."""
+    """Runs whose files contradict each other about how they were trained."""
     return [
-        f"{run.label}: how it was trained is not known, and nothing is concluded from it, because its files do not say "
-        f"the same: {'; '.join(run.doubts)}. Put back what was changed since it was trained"
+        f"{run.label}: it is not known how it was trained, and nothing is concluded from it: its files contradict "
+        f"each other: {'; '.join(run.doubts)}. Restore what was changed since it was trained"
         for run in runs
         if run.doubts
     ]
 
 
 def _unfinished(runs: Sequence[Run]) -> list[str]:
-    """Runs that did not go to their end."""
-    return [f"{run.label} is {run.state}; its figures are those so far" for run in runs if not run.finished]
+    """Runs that are not finished."""
+    return [f"{run.label} is {run.state}; its metrics are those so far" for run in runs if not run.finished]
 
 
 def _damaged(runs: Sequence[Run]) -> list[str]:
-    """What of a run could not be read."""
+    """Files of runs that could not be read."""
     return [f"{run.label}: {damage}" for run in runs for damage in run.damage]
 
 
 def _several_changes(runs: Sequence[Run], found: Sequence[Pair]) -> list[str]:
-    """Runs of which no difference has a single cause, and all in which they differ."""
+    """Runs that differ in several settings, so that no difference has a single cause."""
     keys = list(dict.fromkeys(key for pair in found if len(pair.keys) > 1 for key in pair.keys))
     if not keys:
         return []
@@ -326,12 +326,12 @@ def _several_changes(runs: Sequence[Run], found: Sequence[Pair]) -> list[str]:
     labels = dict.fromkeys(run.label for pair in within for run in (pair.first, pair.second))
     return [
         f"{', '.join(labels)} differ in several settings at once, {len(keys)} in all: {', '.join(keys)}. The "
-        "comparison does not say which of them made the difference"
+        "comparison does not show which of them made the difference"
     ]
 
 
 def _other_rows(runs: Sequence[Run]) -> list[str]:
-    """Runs whose losses and perplexities are of other tokens."""
+    """Runs whose losses and perplexities are over other tokens."""
     said = []
     for key in MEASURED:
         if len(by := groups(runs, functools.partial(_setting, key))) > 1:
@@ -339,10 +339,10 @@ def _other_rows(runs: Sequence[Run]) -> list[str]:
             said.append(f"{key} ({values})")
     by = groups(runs, lambda run: run.data_fingerprint)
     if None in by:
-        said.append(f"which rows they held out is not known of {by.pop(None)}")
+        said.append(f"it is not known which rows {by.pop(None)} held out")
     if len(by) > 1:
         said.append(f"other rows, answers or splits ({' / '.join(by.values())})")
-    return [f"perplexities and losses are not of the same tokens, and not comparable: {', '.join(said)}"] * bool(said)
+    return [f"perplexities and losses are over different tokens, and not comparable: {', '.join(said)}"] * bool(said)
 
 
 def _other_loss(runs: Sequence[Run]) -> list[str]:
@@ -351,9 +351,9 @@ def _other_loss(runs: Sequence[Run]) -> list[str]:
     if len(by) < 2:
         return []
     return [
-        f"the loss of {by['answer']} is over the answer alone, that of {by['all']} over prompt and answer: they are "
-        "not comparable and drawn apart; answer loss and answer perplexity are the same of all. Target tokens, also a "
-        "second, are other tokens too"
+        f"the loss of {by['answer']} is over the answer only, that of {by['all']} over prompt and answer: they are "
+        "not comparable and have separate plots; answer loss and answer perplexity are comparable. Target tokens, and "
+        "target tokens per second, differ in the same way"
     ]
 
 
@@ -364,7 +364,7 @@ def _evaluations(runs: Sequence[Run]) -> list[str]:
     if without:
         how = [shlex.join(["python", "-m", "medqa", "evaluate", str(run.directory)]) for run in without]
         names = ", ".join(run.label for run in without)
-        said.append(f"{names}: no interval of the perplexity and no sample answers; {' && '.join(how)} gives them")
+        said.append(f"{names}: no interval of the perplexity and no sample answers; run {' && '.join(how)}")
     for run in runs:
         if not run.evaluation:
             continue
@@ -374,13 +374,13 @@ def _evaluations(runs: Sequence[Run]) -> list[str]:
             said.append(f"{run.label}: {EVALUATION} has no interval of the answer perplexity")
     by = groups([run for run in runs if run.evaluation], lambda run: number(run.evaluation.get("limit")))
     if set(by) - {None}:
-        whole = "; ".join(f"{labels}: {'all rows' if n is None else f'{n:.0f} rows'}" for n, labels in by.items())
-        said.append(f"evaluated on a part of the rows ({whole})")
+        parts = "; ".join(f"{labels}: {'all rows' if n is None else f'{n:.0f} rows'}" for n, labels in by.items())
+        said.append(f"evaluated on a part of the rows ({parts})")
     return said
 
 
 def _other_update(run: Run) -> str | None:
-    """What to say of an evaluation that is of another update than the run's adapter."""
+    """A warning if the evaluation is of another update than the run's adapter."""
     step = number(run.evaluation.get("step"))
     if step is None or step == run.adapter_step:
         return None
@@ -389,22 +389,22 @@ def _other_update(run: Run) -> str | None:
 
 
 def _other_base(run: Run) -> str | None:
-    """What to say of an evaluation that is of another base model than the run, or may be."""
+    """A warning if the evaluation is of another base model than the run, or may be."""
     if "base_fingerprint" not in run.evaluation:
-        return None  # of the first versions
+        return None  # an evaluation of the first versions
     said = run.evaluation["base_fingerprint"]
     if not isinstance(said, str) or not said:
-        return f"{EVALUATION} does not say of which base model it is"
+        return f"{EVALUATION} does not record its base model"
     if run.base_fingerprint is None:
         return (
-            f"whether {EVALUATION} is of the base model that the run was trained on is not known: neither {SUMMARY} "
-            "nor a checkpoint says which one that was"
+            f"it is not known whether {EVALUATION} is of the run's base model, which neither {SUMMARY} nor a "
+            "checkpoint records"
         )
     return f"{EVALUATION} is of another base model than the run's" if said != run.base_fingerprint else None
 
 
 def _overlap(runs: Sequence[Run]) -> list[str]:
-    """Runs that were tested on what they were trained on."""
+    """Runs whose held-out rows overlap with training."""
     said = []
     for run in runs:
         share = number(part(run.data_report, "overlap", "held_out", "question_or_answer", "share"))
@@ -423,49 +423,48 @@ def _overlap(runs: Sequence[Run]) -> list[str]:
 
 
 def _subset(runs: Sequence[Run]) -> list[str]:
-    """Curves whose points are not of the same rows."""
+    """Curves whose points are over different rows."""
     return [
         f"{labels}: validation during training is on a fixed subset of {counts[0]:.0f} of {counts[1]:.0f} rows, before "
-        "and after it on all: the ends of the curve are of other rows than its middle"
+        "and after it on all: the ends of the curve are not comparable with its middle"
         for counts, labels in groups(runs, _fewest_and_first).items()
         if counts is not None and counts[0] < counts[1]
     ]
 
 
 def _fewest_and_first(run: Run) -> tuple[float, float] | None:
-    """The fewest rows of a run's validations, and those of its first one; None where not recorded."""
+    """The smallest number of rows of a run's validations, and that of the first one; None if not recorded."""
     rows = [record["rows"] for _, record in sorted(run.validation.items()) if "rows" in record]
     return (min(rows), rows[0]) if rows else None
 
 
 def _machines(runs: Sequence[Run]) -> list[str]:
-    """Runs whose cost was not measured on one machine."""
+    """Runs whose cost was measured on different machines."""
     said = []
     for key in ("memory_device", "processes", "cpu_threads"):
         by = groups([run for run in runs if key in run.summary], functools.partial(_summarized, key))
         if len(by) > 1:
             said.append(f"{key} ({'; '.join(f'{labels}: {value}' for value, labels in by.items())})")
-    return [f"speed, memory and time are of other machines: {', '.join(said)}"] * bool(said)
+    return [f"speed, memory and time were measured on different machines: {', '.join(said)}"] * bool(said)
 
 
 def _one_seed(found: Sequence[Pair]) -> list[str]:
-    """Whether nothing tells how much a seed makes."""
+    """A warning if nothing shows how much a seed changes."""
     if any(pair.keys == (SEED,) for pair in found) or not any(set(pair.keys) - {CONTENTS} for pair in found):
         return []
-    return [
-        "one seed each: how far two runs of one recipe are apart is not known here; the last of the proposed runs "
-        "would tell"
-    ]
+    return ["one seed each: the noise of a seed is not known; the last of the proposed runs would show it"]
 
 
 def _moved(base: Run) -> list[str]:
-    """What the proposed runs would read, but is not where it was."""
+    """Files that the proposed runs would read, but that have moved."""
     if printable(str(base.directory)) != str(base.directory):
-        return [f"{base.label}: no command can name its directory, so no runs are proposed; rename it"]
+        return [f"{base.label}: its directory cannot be named in a command, so no runs are proposed; rename it"]
     values = {(key, option): flat(base.experiment)[key] for key, option in OPTIONS.items()}
-    values |= {(f"data.files {name}", f"--data {name}="): place for name, place in base.experiment.data.files.items()}
+    values |= {
+        (f"data.files {name}", f"--data {name}="): location for name, location in base.experiment.data.files.items()
+    }
     return [
-        f"{base.label}: {key} = {value} is not there, so the proposed commands need {option}"
+        f"{base.label}: {key} = {value} does not exist, so the proposed commands need {option}"
         for (key, option), value in values.items()
         if value.startswith((".", "/", "~")) and not os.path.exists(os.path.expanduser(value))
     ]

@@ -1,6 +1,6 @@
-"""A comparison as one HTML page with its plots. The page loads nothing: no script, font, image or network.
+"""A comparison as one HTML page with plots. The page loads nothing: no script, font, image or network.
 
-What comes from runs, their names and answers, is escaped by Jinja; only the SVG that this module makes is not.
+Text from runs, such as names and answers, is escaped by Jinja; only the SVG that this module creates is not.
 """
 
 import functools
@@ -34,15 +34,15 @@ from medqa.files import write_file
 from medqa.terminal import printable
 
 # ----------------------------------------------------------------------------------------------------
-# Plots as inline SVG, by matplotlib. Words in them are text; colours are the page's, which knows light and dark.
+# Plots as inline SVG, made with matplotlib. Text stays text; colours are those of the page, in light and dark mode.
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-# By the name that the page's style sheet has for it: drawn with the first, shown on a dark page as the second.
+# Colours by their names in the page's style sheet: (drawn in light mode, shown in dark mode).
 INK, GRID = ("#1b1f24", "#e6edf3"), ("#d0d7de", "#3d444d")
-# Okabe and Ito's colours, told apart by the colour-blind; yellow and black would not show on one of the two pages.
+# The colours of Okabe and Ito, which colour-blind people can tell apart, without yellow and black.
 RUNS = (
     ("#0072b2", "#56b4e9"),
     ("#d55e00", "#e69f00"),
@@ -53,20 +53,20 @@ RUNS = (
 )
 COLOURS = {"plot-ink": INK, "plot-grid": GRID} | {f"plot-run-{i}": pair for i, pair in enumerate(RUNS)}
 MARKERS, LINES = "osD^vP", ("-", "--", ":", "-.")
-HOLLOW = {"linestyle": "", "markerfacecolor": "none"}  # a point on other rows than the rest of its line
-LONGEST_NAME = 32  # in a plot
+HOLLOW = {"linestyle": "", "markerfacecolor": "none"}  # a point over other rows than the rest of its line
+LONGEST_NAME = 32  # characters of a name in a plot
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure of the page: its title, and its SVG."""
+    """A plot of the page: its title, and its SVG."""
 
     title: str
     svg: str
 
 
 def plots(runs: Sequence[Run]) -> list[list[Plot]]:
-    """All plots, in rows: loss of the runs that have one in common, answer loss of all, answer perplexity."""
+    """All plots, in rows: loss of comparable runs, answer loss of all, answer perplexity."""
     rows = []
     hollow = any(not all(_validation_answer(run).on_the_usual_rows()) for run in runs)
     validated = "validation answer loss" + ", hollow where on other rows than the rest" * hollow
@@ -81,7 +81,7 @@ def plots(runs: Sequence[Run]) -> list[list[Plot]]:
 
 
 def styles(index: int) -> dict[str, Any]:
-    """How the run at this place is drawn."""
+    """The style of the run with this index."""
     return {
         "color": RUNS[index % len(RUNS)][0],
         "marker": MARKERS[index % len(MARKERS)],
@@ -97,17 +97,17 @@ def of_the_page(style: str) -> str:
 
 
 def _train(run: Run) -> Curve:
-    """Loss of each recorded update."""
+    """The loss of each logged update."""
     return curve(run, run.train, "loss")
 
 
 def _validation(run: Run) -> Curve:
-    """Loss of each validation."""
+    """The loss of each validation."""
     return curve(run, run.validation, "loss")
 
 
 def _validation_answer(run: Run) -> Curve:
-    """Answer loss of each validation."""
+    """The answer loss of each validation."""
     return curve(run, run.validation, "answer_loss")
 
 
@@ -118,7 +118,7 @@ def _against_all(
     from matplotlib.ticker import EngFormatter
 
     def draw(axes: "Axes", axis: str) -> None:
-        """All layers against this axis."""
+        """Draw all layers against this axis."""
         for curve_of, kind, drawn in layers:
             for run in drawn:
                 found, style = curve_of(run), styles(runs.index(run))
@@ -134,26 +134,26 @@ def _against_all(
                     if chosen:
                         axes.plot([found.x[axis][i] for i in chosen], [found.y[i] for i in chosen], **(style | more))
         axes.set_xlabel(AXES[axis])
-        axes.set_ylabel("nats a token")
+        axes.set_ylabel("nats per token")
         axes.locator_params(axis="x", nbins=5)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k: on a phone there is no room for 20000
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, because a phone has no room for 20000
 
     return [_plot(f"{title}, against {words}", functools.partial(draw, axis=axis)) for axis, words in AXES.items()]
 
 
 def _intervals(axes: "Axes", runs: Sequence[Run]) -> None:
-    """Answer perplexity of each run, with its interval where an evaluation gives one."""
-    for place, run in enumerate(runs):
-        figure, style = perplexity(run).test, styles(place)
+    """The answer perplexity of each run, with its interval if an evaluation has one."""
+    for index, run in enumerate(runs):
+        figure, style = perplexity(run).test, styles(index)
         if figure.value is not None:
-            axes.plot([figure.value], [place], **style)
+            axes.plot([figure.value], [index], **style)
             if figure.low is not None and figure.high is not None:
-                axes.plot([figure.low, figure.high], [place, place], color=style["color"], linewidth=2)
+                axes.plot([figure.low, figure.high], [index, index], color=style["color"], linewidth=2)
     axes.set_yticks(range(len(runs)), [_short(run.label) for run in runs])
     for label in axes.get_yticklabels():
-        label.set_parse_math(False)  # a dollar sign in a name is a dollar sign
+        label.set_parse_math(False)  # a dollar sign in a name is not math
     axes.set_ylim(len(runs) - 0.5, -0.5)
-    axes.set_xlabel("answer perplexity, with its interval where there is one")
+    axes.set_xlabel("answer perplexity, with its interval if available")
 
 
 def _short(name: str) -> str:
@@ -162,7 +162,7 @@ def _short(name: str) -> str:
 
 
 def _plot(title: str, draw: Callable[["Axes"], None], lines: int | None = None) -> Plot:
-    """A plot, of `lines` named lines where it has such: the same bytes for the same runs."""
+    """A plot, with `lines` named lines if given: the same bytes for the same runs."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -182,13 +182,13 @@ def _plot(title: str, draw: Callable[["Axes"], None], lines: int | None = None) 
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
-    # `rc_context` begins from the user's matplotlibrc, which is not to change the page.
+    # `rc_context` starts from the user's matplotlibrc, which must not change the page.
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **settings}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser has it
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser's font has it
         if lines is None:
             figure = Figure(figsize=(4.2, 3.0))
             figure.subplots_adjust(left=0.16, bottom=0.17, right=0.97, top=0.97)
-        else:  # names take the room that they need
+        else:  # make room for the names
             figure = Figure(figsize=(7.0, 1.0 + 0.32 * lines), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -203,7 +203,7 @@ def _plot(title: str, draw: Callable[["Axes"], None], lines: int | None = None) 
 
 
 def _inline(document: bytes, title: str) -> str:
-    """An SVG document as an element of a page: no other has its ids, its colours and width are those of its place."""
+    """An SVG document as an element of the page, with unique ids, and with colours and width set by the page."""
     ElementTree.register_namespace("", SVG)
     ElementTree.register_namespace("xlink", XLINK)
     root = ElementTree.fromstring(document)
@@ -231,7 +231,7 @@ def _inline(document: bytes, title: str) -> str:
 
 GENERATOR = "python -m medqa compare"
 OWN_MARK = f'<meta name="generator" content="{GENERATOR}">'.encode()
-HEAD_BYTES = 4096  # within which a page of ours has the mark
+HEAD_BYTES = 4096  # a page of this command has the mark within so many bytes
 SHAPES = {
     "o": '<circle cx="18" cy="9" r="5"/>',
     "s": '<path d="M13 4h10v10h-10z"/>',
@@ -244,7 +244,7 @@ DASHES = {"-": "", "--": "6 3", ":": "2 3", "-.": "6 3 2 3"}
 
 
 def render(comparison: Comparison) -> str:
-    """The page: the same text for the same files."""
+    """Render the page: the same text for the same files."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -268,12 +268,12 @@ def render(comparison: Comparison) -> str:
 
 
 def changes(proposal: Proposal) -> str:
-    """What a proposed run changes, in words."""
+    """The changes of a proposed run, in words."""
     return printable(", ".join(f"{key} = {shown(value)}" for key, value in proposal.change.items()))
 
 
 def mark(index: int) -> str:
-    """A piece of the line, with its mark, that a run has in the plots."""
+    """The line and marker of a run in the plots."""
     style = styles(index)
     colour = of_the_page(style["color"])
     return (
@@ -284,22 +284,22 @@ def mark(index: int) -> str:
 
 
 def check_place(out: Path, force: bool) -> None:
-    """See whether the page can be written there, changing nothing.
+    """Check whether the page can be written there, without changing anything.
 
     Raises:
-        UserError: there is something else, or no directory to write into.
+        UserError: there is something else, or no directory.
     """
     places.check_place(out.absolute().parent, "--out")
     if not os.path.isdir(out.absolute().parent):
-        raise UserError(f"--out {out}: no directory {out.absolute().parent}; make it, or choose another file")
+        raise UserError(f"--out {out}: no directory {out.absolute().parent}; create it, or choose another file")
     try:
         os.lstat(out)
     except FileNotFoundError:
         return
-    except OSError as error:  # such as a name that is too long
+    except OSError as error:  # for example a name that is too long
         raise UserError(f"--out {out}: cannot be written: {error.strerror}; choose another name") from error
     if not os.path.isfile(out):
-        raise UserError(f"--out {out}: there is something that is no file; choose another name")
+        raise UserError(f"--out {out}: is not a regular file; choose another name")
     try:
         with out.open("rb") as file:
             ours = OWN_MARK in file.read(HEAD_BYTES)
@@ -310,12 +310,12 @@ def check_place(out: Path, force: bool) -> None:
 
 
 def write_page(page: str, out: Path) -> None:
-    """Write the page: whole, or what was there stays.
+    """Write the page atomically.
 
     Raises:
-        UserError: no room or permission.
+        UserError: there is no space or no permission.
     """
     try:
         write_file(out, page, among_others=True)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror}; make room, or choose another") from error
+        raise UserError(f"--out {out}: cannot be written: {error.strerror}; free space, or choose another") from error

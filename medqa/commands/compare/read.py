@@ -1,6 +1,6 @@
-"""The files of runs, read for a comparison. A run may be active, killed, or edited by hand.
+"""Read the files of runs for a comparison. A run may be in progress, killed, or edited by hand.
 
-Not here: what several runs show together (`conclusions.py`), and how it is shown.
+`conclusions.py` decides what several runs show together.
 """
 
 import json
@@ -25,9 +25,9 @@ from medqa.terminal import printable
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 EVALUATION, DATA_REPORT = "evaluation.json", "data_report.json"
 ADAPTER_DIR, ADAPTER_CONFIG = "lora_adapters", "adapter_config.json"
-IN_ADAPTER_CONFIG = ("r", "lora_alpha", "lora_dropout", "target_modules")  # keys of `lora` that are there too
+IN_ADAPTER_CONFIG = ("r", "lora_alpha", "lora_dropout", "target_modules")  # keys of `lora` that it has too
 
-MOST_SHOWN = 12  # values of a file that are named in a message
+MOST_SHOWN = 12  # values of a file that a message names
 
 Json = dict[str, Any]
 
@@ -37,14 +37,14 @@ class Run:
     """One run.
 
     Attributes:
-        label: how it is called here: the name of its directory, or all of its path where that is not unique.
-        in_effect: `section.key` to what was used where that is not what the configuration asks for.
-        train, validation, test: its records by update, figures that are not finite left out.
-        summary, evaluation, data_report: empty where there is none.
-        figures: of the evaluation, by path (`loss.test.tuned.answer_perplexity`).
+        label: the name of its directory, or its path if the name is not unique.
+        in_effect: `section.key` to what was used where that is not what the configuration requests.
+        train, validation, test: its metrics by update, without values that are not finite.
+        summary, evaluation, data_report: empty if the file is missing.
+        figures: the metrics of the evaluation, by path (`loss.test.tuned.answer_perplexity`).
         damage: what could not be read, in words.
-        doubts: what its files say otherwise of how it was trained than `experiment` and `in_effect`, in words.
-        fingerprints: of data and base model, as the newest checkpoint has them; empty where there is none.
+        doubts: how its files contradict `experiment` and `in_effect`, in words.
+        fingerprints: of data and base model, from the newest checkpoint; empty if there is none.
     """
 
     label: str
@@ -64,13 +64,13 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """`section.key` to what was in effect."""
+        """`section.key` to the value in effect."""
         asked = flat(self.experiment)
         return asked | {key: used for key, used in self.in_effect.items() if key in asked}
 
     @property
     def planned(self) -> int | None:
-        """Updates that the run is to have; None where epochs say it and the report does not say of how many rows."""
+        """The planned number of updates; None if it depends on an unknown number of rows."""
         rows = number(part(self.data_report, "splits", "train", "rows"))
         try:
             return planned_updates(self.experiment, int(rows or 0)) or None
@@ -79,23 +79,23 @@ class Run:
 
     @property
     def max_steps(self) -> int:
-        """Updates that the run is to have; where that is not known, those that it has."""
+        """The planned number of updates; if that is not known, the recorded number."""
         return self.planned or self.updates
 
     @property
     def updates(self) -> int:
-        """Updates that are recorded."""
+        """The number of recorded updates."""
         return max((*self.train, *self.validation, int(number(self.summary.get("updates")) or 0)))
 
     @property
     def adapter_step(self) -> int:
-        """The update that the adapter is from: of a finished run the one that it has kept."""
+        """The update of the adapter: for a finished run, the one that was kept."""
         kept = number(self.summary.get("adapter_step"))
         return self.updates if kept is None or not self.finished else int(kept)
 
     @property
     def finished(self) -> bool:
-        """Whether it went to its end, as `training/run_dir.py` has it."""
+        """Whether the run is complete, as in `training/run_dir.py`."""
         return isinstance(self.summary.get("final"), dict) and is_complete(self.summary, self.experiment)
 
     @property
@@ -104,17 +104,17 @@ class Run:
         if self.finished:
             early = self.summary.get("stopped_early") is True
             return f"finished early, after {self.updates:,} of {self.max_steps:,} updates" if early else "finished"
-        end = ", its end is not recorded" if self.all_updates_done else ""
+        end = ", without its final evaluation" if self.all_updates_done else ""
         return f"unfinished: {self.updates:,} of {self.max_steps:,} updates{end}"
 
     @property
     def all_updates_done(self) -> bool:
-        """Whether the last of the planned updates is recorded."""
+        """Whether the last planned update is recorded."""
         return self.planned is not None and self.updates >= self.planned
 
     @property
     def data_fingerprint(self) -> str | None:
-        """Of rows and their splits; None where nothing says it."""
+        """The fingerprint of rows and splits; None if it is not recorded."""
         found = (
             self.data_report.get("fingerprint"),
             self.summary.get("data_fingerprint"),
@@ -124,30 +124,30 @@ class Run:
 
     @property
     def base_fingerprint(self) -> str | None:
-        """Of the base model's configuration and weights; None where nothing says it."""
+        """The fingerprint of the base model's configuration and weights; None if it is not recorded."""
         found = (self.summary.get("base_fingerprint"), self.fingerprints.get("base"))
         return next((said for said in found if isinstance(said, str) and said), None)
 
 
 def part(record: Any, *keys: str) -> Any:
-    """What lies at `keys` in nested objects, None where it does not."""
+    """The value at `keys` in nested objects; None if there is none."""
     for key in keys:
         record = record.get(key) if isinstance(record, dict) else None
     return record
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs in these directories.
+    """Read the runs in these directories.
 
     Raises:
-        UserError: fewer than two, one of them twice, or directories of which nothing can be shown, in one message.
+        UserError: fewer than two, one of them twice, or directories that are not runs, in one message.
     """
     real = [os.path.realpath(path) for path in paths]
     twice = sorted({str(path) for i, path in enumerate(paths) if real[i] in real[:i]})
     if twice:
         raise UserError(f"{', '.join(twice)}: given twice; name each run once")
     if len(paths) < 2:
-        raise UserError("compare: name two runs or more, outputs/exp_001 outputs/exp_002 say")
+        raise UserError("compare: name two or more runs, for example outputs/exp_001 outputs/exp_002")
     names = [os.path.basename(path) for path in real]
     labels = [_one_line(name if names.count(name) == 1 else str(path)) for name, path in zip(names, paths, strict=True)]
     named = zip(paths, labels, strict=True)
@@ -155,15 +155,15 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def read_run(directory: Path, label: str) -> Run:
-    """The run in this directory.
+    """Read the run in this directory.
 
     Raises:
-        UserError: it holds no run, or its configuration cannot be read.
+        UserError: it is not a run, or its configuration cannot be read.
     """
     config = directory / CONFIG
     if not os.path.isfile(config):
-        what = "holds no run (no config.yaml)" if os.path.isdir(directory) else "no such directory"
-        raise UserError(f"{directory}: {what}; give the directory that train.py wrote, outputs/exp_002 say")
+        what = "not a run (no config.yaml)" if os.path.isdir(directory) else "no such directory"
+        raise UserError(f"{directory}: {what}; give the directory that train.py wrote, for example outputs/exp_002")
     experiment = load_experiment(str(config.absolute()))
     damage: list[str] = []
     evaluation, found = _evaluation(directory / EVALUATION, damage)
@@ -175,7 +175,7 @@ def read_run(directory: Path, label: str) -> Run:
         summary=_summary(_object(directory / SUMMARY, damage), damage),
         evaluation=evaluation,
         data_report=_object(directory / DATA_REPORT, damage),
-        figures={_one_line(".".join(place)): figure for place, figure in found.items()},
+        figures={_one_line(".".join(path)): figure for path, figure in found.items()},
     )
     updates = run.summary.get("updates", run.planned) if run.finished else run.planned
     records = _metrics(directory / METRICS, updates, damage)
@@ -183,8 +183,8 @@ def read_run(directory: Path, label: str) -> Run:
     damage += _not_as_recorded(run)
     if run.all_updates_done and not os.path.lexists(directory / SUMMARY):
         missing = (
-            f"{SUMMARY} is missing, though all {run.max_steps:,} updates are recorded: the evaluation at the end is "
-            "not done, or the file was removed; the command that trained the run writes it"
+            f"{SUMMARY} is missing, though all {run.max_steps:,} updates are recorded: the final evaluation is "
+            "not done, or the file was removed; start the training command again to write it"
         )
         damage.append(missing)
     checkpoint, manifest = _newest_manifest(directory)
@@ -195,31 +195,31 @@ def read_run(directory: Path, label: str) -> Run:
 
 
 def _newest_manifest(directory: Path) -> tuple[str, Json]:
-    """The name of a run's newest checkpoint whose manifest can be believed, and that; empty where there is none."""
-    for place in reversed(checkpoints(directory)):
+    """The name and the manifest of a run's newest checkpoint with an intact manifest; empty if there is none."""
+    for path in reversed(checkpoints(directory)):
         try:
-            return place.name, read_manifest(place)
+            return path.name, read_manifest(path)
         except Damaged:
             continue
     return "", {}
 
 
 def _doubts(run: Run, checkpoint: str, manifest: Json) -> Iterator[str]:
-    """What the other files of a run say otherwise than its configuration: one of them was changed after training.
+    """How the other files of a run contradict its configuration, because one of them was changed after training.
 
     The weights are not read. `medqa evaluate` refuses such a run.
 
     Args:
-        checkpoint: the newest one's name.
-        manifest: what it says.
+        checkpoint: the name of the newest checkpoint.
+        manifest: its manifest.
     """
     experiment, directory = run.experiment, run.directory
-    for place in (directory / ADAPTER_DIR, *checkpoints(directory)[-1:]):
-        said = _adapter_config(place / ADAPTER_CONFIG)
+    for path in (directory / ADAPTER_DIR, *checkpoints(directory)[-1:]):
+        said = _adapter_config(path / ADAPTER_CONFIG)
         for key in IN_ADAPTER_CONFIG:
             here = getattr(experiment.lora, key)
             if key in said and not _alike(said[key], here):
-                where = place.relative_to(directory) / ADAPTER_CONFIG
+                where = path.relative_to(directory) / ADAPTER_CONFIG
                 yield f"lora.{key} = {_shown(here)} in {CONFIG}, {_shown(said[key])} in {where}"
         if said:
             break
@@ -232,15 +232,15 @@ def _doubts(run: Run, checkpoint: str, manifest: Json) -> Iterator[str]:
     ):
         there = part(manifest, "fingerprints", what)
         if isinstance(there, str) and here not in (None, there):
-            yield f"the fingerprint of the {name} is another in {checkpoint} than in {DATA_REPORT} or {SUMMARY}"
+            yield f"the fingerprint of the {name} in {checkpoint} differs from that in {DATA_REPORT} or {SUMMARY}"
     for key, name in (("model.quantization", "quantization"), ("training.mixed_precision", "mixed_precision")):
         used = run.summary.get(name)
         if run.finished and isinstance(used, str) and used != run.settings[key]:
-            yield f"{key} = {_shown(run.settings[key])} in effect by {CONFIG}, {_shown(used)} in {SUMMARY}"
+            yield f"{key} = {_shown(run.settings[key])} in {CONFIG}, {_shown(used)} in {SUMMARY}"
 
 
 def _adapter_config(path: Path) -> Json:
-    """What an adapter's configuration says; empty where there is none to be read."""
+    """An adapter's configuration; empty if it is missing or cannot be read."""
     try:
         said = read_json(path)
     except Damaged:
@@ -249,7 +249,7 @@ def _adapter_config(path: Path) -> Json:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two values of a configuration are the same; names in any order."""
+    """Whether two values of a configuration are equal; names in any order."""
     if isinstance(one, list) and isinstance(other, list):
         return sorted(map(str, one)) == sorted(map(str, other))
     return type(one) is not bool and one == other
@@ -261,25 +261,25 @@ def _shown(value: Any) -> str:
 
 
 def _one_line(text: str) -> str:
-    """A name as it can be shown; a file name may have line ends, and bytes that are no text."""
+    """A name on one line; a file name may have line ends and undecodable bytes."""
     return " ".join(printable(text).split())
 
 
 def _in_effect(config: Path) -> dict[str, Any]:
-    """What was used instead of what was asked for, by `section.key`."""
+    """What was used instead of what was requested, by `section.key`."""
     said = part(read_yaml(config), "in_effect")
     changes = said if isinstance(said, dict) else {}
     return {key: used for key, change in changes.items() if isinstance(used := part(change, "used"), str | int | float)}
 
 
 def _object(path: Path, damage: list[str]) -> Json:
-    """A JSON file's object; empty where the file is absent, or damaged, which is noted."""
+    """The object in a JSON file; empty if the file is missing, or damaged, which is added to `damage`."""
     try:
         found = read_json(path)
         if not isinstance(found, dict):
-            raise Damaged("it holds no JSON object")
+            raise Damaged("it is not a JSON object")
         if not found:
-            raise Damaged("it holds an empty JSON object")
+            raise Damaged("it is an empty JSON object")
     except Missing:
         return {}
     except Damaged as error:
@@ -289,8 +289,8 @@ def _object(path: Path, damage: list[str]) -> Json:
 
 
 def _note(damage: list[str], path: Path, error: Exception) -> None:
-    """Add that a file is left out, and why."""
-    damage.append(_one_line(f"{path.name} cannot be read and is left out: {str(error).removeprefix(f'{path}: ')}"))
+    """Add that a file is ignored, and why."""
+    damage.append(_one_line(f"{path.name} cannot be read and is ignored: {str(error).removeprefix(f'{path}: ')}"))
 
 
 Size = Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -299,7 +299,7 @@ Finite = Annotated[float, Field(gt=-1e18, lt=1e18)]
 
 
 class _Figures(BaseModel):
-    """The figures of a split in a summary."""
+    """The metrics of a split in a summary."""
 
     model_config = ConfigDict(strict=True)
 
@@ -310,7 +310,7 @@ class _Figures(BaseModel):
 
 
 class _Summary(BaseModel):
-    """What a run writes into its summary, as far as it is used here. What has a default the first versions had not."""
+    """The values of a summary that are used here. The first versions did not write those with a default."""
 
     model_config = ConfigDict(strict=True)
 
@@ -337,22 +337,22 @@ class _Summary(BaseModel):
 
 
 def _summary(said: Json, damage: list[str]) -> Json:
-    """A summary without the values that no run writes; these, and what every run writes and is not there, are noted."""
+    """A summary without invalid values. Invalid and missing values are added to `damage`."""
     if not said:
         return said
     try:
         _Summary.model_validate(said)
     except ValidationError as error:
-        places = [(tuple(map(str, each["loc"]))[:2], each["type"] == "missing") for each in error.errors()]
+        locations = [(tuple(map(str, each["loc"]))[:2], each["type"] == "missing") for each in error.errors()]
     else:
         return said
-    left_out = dict.fromkeys(place for place, missing in places if not missing)
+    left_out = dict.fromkeys(location for location, missing in locations if not missing)
     if left_out:
-        values = [f"{'.'.join(place)} = {_shown(part(said, *place))}" for place in left_out]
+        values = [f"{'.'.join(location)} = {_shown(part(said, *location))}" for location in left_out]
         more = f" and {len(values) - MOST_SHOWN:,} more" if len(values) > MOST_SHOWN else ""
-        damage.append(f"{SUMMARY} holds what no run writes; it is left out: {', '.join(values[:MOST_SHOWN])}{more}")
-    if missing := [".".join(place) for place, missing in places if missing]:
-        damage.append(f"{SUMMARY} lacks what every run writes: {', '.join(missing)}")
+        damage.append(f"{SUMMARY} has invalid values, which are ignored: {', '.join(values[:MOST_SHOWN])}{more}")
+    if missing := [".".join(location) for location, missing in locations if missing]:
+        damage.append(f"{SUMMARY} lacks values: {', '.join(missing)}")
     kept = {key: dict(value) if isinstance(value, dict) else value for key, value in said.items()}
     for *above, key in left_out:
         (kept[above[0]] if above else kept).pop(key, None)
@@ -360,9 +360,9 @@ def _summary(said: Json, damage: list[str]) -> Json:
 
 
 def _not_as_recorded(run: Run) -> Iterator[str]:
-    """Where a summary has other figures than the records of the same updates."""
+    """Where a summary contradicts the metrics of the same updates."""
     last: Any = run.summary.get("updates")
-    whole = run.summary.get("adapter_step", last) == last  # else `final` is of a checkpoint, and has no record
+    whole = run.summary.get("adapter_step", last) == last  # otherwise `final` is of a checkpoint, without metrics
     for name, records, step in (
         ("baseline", run.validation, 0),
         ("final", run.validation, last),
@@ -376,12 +376,12 @@ def _not_as_recorded(run: Run) -> Iterator[str]:
             if ours is not None and theirs is not None and not math.isclose(ours, theirs, rel_tol=1e-6):
                 yield (
                     f"{name}.{key} = {ours:.6g} in {SUMMARY}, {theirs:.6g} in {METRICS} at update {step:,}: one of "
-                    "them was changed, and which is right is not known"
+                    "them was changed, and it is not known which"
                 )
 
 
 def _evaluation(path: Path, damage: list[str]) -> tuple[Json, dict[tuple[str, ...], Figure]]:
-    """An evaluation and its figures."""
+    """An evaluation and its metrics."""
     evaluation = _object(path, damage)
     try:
         return evaluation, figures(evaluation.get("tasks"))
@@ -391,12 +391,12 @@ def _evaluation(path: Path, damage: list[str]) -> tuple[Json, dict[tuple[str, ..
 
 
 def _metrics(path: Path, updates: int | None, damage: list[str]) -> dict[str, dict[int, Json]]:
-    """The records of `train`, `eval` and `test`, by update: of each the first one, as a resume keeps it.
+    """The lines of `train`, `eval` and `test`, by update; if there are several, the first one, as a resume keeps it.
 
-    A last line without its end is one that is being written, or that a kill cut short: a resume repeats it.
+    A last line without a line end is being written, or was cut short by a kill; a resume repeats it.
 
     Args:
-        updates: those that the run has or is to have, where known; what is beyond them is not of this run.
+        updates: the number of updates of the run, if known; lines beyond it do not belong to the run.
     """
     found: dict[str, dict[int, Json]] = {"train": {}, "eval": {}, "test": {}}
     try:
@@ -411,7 +411,7 @@ def _metrics(path: Path, updates: int | None, damage: list[str]) -> dict[str, di
         if not line.endswith(b"\n"):
             continue
         try:
-            record = json.loads(line)  # a figure that is not finite does not spoil the others of its line
+            record = json.loads(line)  # accepts NaN, so that the other values of the line can be used
         except (ValueError, RecursionError):
             record = None
         step, split = part(record, "step"), part(record, "split")
@@ -429,16 +429,14 @@ def _metrics(path: Path, updates: int | None, damage: list[str]) -> dict[str, di
         not_finite += len(told) - len(kept)
         found[split][step] = kept
     if bad:
-        damage.append(f"{bad} damaged line(s) of {path.name} are left out")
+        damage.append(f"{bad} damaged line(s) of {path.name} are ignored")
     if again:
-        damage.append(
-            f"{again} line(s) of {path.name} are of an update and split that it has already, and are left out"
-        )
+        damage.append(f"{again} line(s) of {path.name} repeat an update and split, and are ignored")
     if beyond:
-        damage.append(f"{beyond} line(s) of {path.name} are of updates beyond the {updates:,} of the run and left out")
+        damage.append(f"{beyond} line(s) of {path.name} are of updates beyond the {updates:,} of the run and ignored")
     if not_finite:
-        damage.append(f"{not_finite} figure(s) of {path.name} are not finite and left out")
+        damage.append(f"{not_finite} value(s) of {path.name} are not finite and ignored")
     return found
 
 
-ANSWER_PERPLEXITY = "loss.test.{}.answer_perplexity"  # of an evaluation; untuned or tuned
+ANSWER_PERPLEXITY = "loss.test.{}.answer_perplexity"  # a path in an evaluation; of `untuned` or `tuned`

@@ -1,6 +1,6 @@
 """`medqa compare` shows runs side by side on the console and as a page, with warnings.
 
-It reads the files of the runs and nothing else: no model is loaded, so that a run may be at work meanwhile.
+It only reads the files of the runs and loads no model, so that a run may be training meanwhile.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ from medqa.commands.compare.tables import (
 )
 from medqa.terminal import make_console, print_json, printable
 
-MOST_LINES = 100  # of a table on the console
-# Of an evaluation, what only the page shows.
+MOST_LINES = 100  # rows of a table on the console
+# Parts of an evaluation that only the page shows.
 LEFT_OUT = {"sources", "unseen_topics", "few_shared_13_grams", "specialties", "validation", "own_template"}
 
 
@@ -37,7 +37,8 @@ def compare(paths: Sequence[Path], out: Path, *, force: bool = False, numbers: b
         numbers: print JSON instead of tables.
 
     Raises:
-        UserError: fewer than two runs, directories that hold none, or no place for the page. Nothing is written then.
+        UserError: fewer than two runs, directories that are not runs, or the page cannot be written. Nothing is
+            written.
     """
     check_place(out, force)
     comparison = compare_runs(paths)
@@ -49,7 +50,7 @@ def compare(paths: Sequence[Path], out: Path, *, force: bool = False, numbers: b
 
 
 def as_object(comparison: Comparison) -> dict[str, Any]:
-    """The comparison's numbers, as JSON has them."""
+    """The comparison as a JSON object."""
     runs = comparison.runs
     return {
         "runs": [as_json(run) for run in runs],
@@ -74,31 +75,31 @@ def as_object(comparison: Comparison) -> dict[str, Any]:
 
 
 def show(comparison: Comparison, out: Path) -> None:
-    """The tables, the warnings and the commands, on the console."""
+    """Print the tables, the warnings and the commands."""
     console = make_console()
     for table in (*main_tables(comparison), *map(_in_short, evaluation_tables(comparison.runs))):
         _show_table(console, table)
     if comparison.warnings:
-        console.print("\nWhat this comparison does not allow to conclude", style="bold")
+        console.print("\nWhat this comparison does not show", style="bold")
     for warning in comparison.warnings:
         console.print(f"- {warning}", soft_wrap=True)
     if comparison.proposals:
-        console.print("\nThe one-change runs that are missing", style="bold")
+        console.print("\nRuns with one change each that would show more", style="bold")
     for proposal in comparison.proposals:
         console.print(f"# {proposal.base.label} with {changes(proposal)}", soft_wrap=True)
         console.print(proposal.command, soft_wrap=True)
-    console.print(f"\nplots, samples and all of this: {out}", soft_wrap=True)
+    console.print(f"\nplots, samples and everything above: {out}", soft_wrap=True)
 
 
 def _in_short(table: Table) -> Table:
-    """An evaluation without what would bury the rest: parts of the rows, validation, the base's own template."""
+    """An evaluation's table without parts of the rows, validation, and the base's own template."""
     rows = [row for row in table.rows if not LEFT_OUT & set(row[0].split("."))][:MOST_LINES]
-    left_out = "" if len(rows) == len(table.rows) else "validation, sources and more: on the page"
+    left_out = "" if len(rows) == len(table.rows) else "validation, sources and more are on the page"
     return replace(table, rows=rows, note=left_out)
 
 
 def _show_table(console: Console, table: Table) -> None:
-    """One table, its note below it."""
+    """Print one table with its note below."""
     if table.rows:
         drawn = ConsoleTable(title=table.title, title_justify="left")
         for name in table.head:

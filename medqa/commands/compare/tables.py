@@ -1,4 +1,4 @@
-"""The tables of a comparison as text. The console and the page show the same ones."""
+"""The tables of a comparison as text, for the console and the page."""
 
 import bisect
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from medqa.commands.compare.conclusions import (
     warnings,
 )
 from medqa.commands.compare.read import ANSWER_PERPLEXITY, Json, Run, part, read_runs
-from medqa.commands.evaluation_table import TOO_FEW, Figure, count, number
+from medqa.commands.evaluation_table import TOO_FEW, Figure, count, in_words, number
 from medqa.terminal import printable
 
 # ----------------------------------------------------------------------------------------------------
-# The figures of runs that are set side by side: losses against what was seen, perplexity, speed, memory, time.
+# Metrics of runs side by side: losses against updates, examples and tokens; perplexity, speed, memory, time.
 
 AXES = {"updates": "updates", "examples": "examples seen", "tokens": "target tokens seen"}
 SYSTEMS = ("untuned", "tuned")
@@ -32,7 +32,7 @@ SAMPLE_TEXTS = ("question", "reference", "untuned", "tuned")
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's loss: x by axis, y, and of how many rows each point is, where recorded."""
+    """One run's loss: x by axis, y, and the number of rows of each point, if recorded."""
 
     run: Run
     x: dict[str, list[float]]
@@ -40,7 +40,7 @@ class Curve:
     rows: list[int | None]
 
     def on_the_usual_rows(self) -> list[bool]:
-        """Of each point, whether it is of as many rows as most: before and after training a run measures them all."""
+        """For each point, whether it has the most frequent number of rows; before and after training all are used."""
         usual = max(self.rows, key=self.rows.count, default=None)
         return [rows == usual for rows in self.rows]
 
@@ -59,9 +59,9 @@ class OnSomeRows:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Answer perplexity of one run, before and after, on all validation and all test rows.
+    """Answer perplexity of one run, baseline and fine-tuned, on all validation and all test rows.
 
-    `update` says what `validation` and `test` are of; without an evaluation of all rows, `test` has no interval.
+    `update` is the update of `validation` and `test`; without an evaluation of all rows, `test` has no interval.
     """
 
     validation_untuned: float | None
@@ -76,7 +76,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Performance:
-    """What one run took, where recorded: target tokens and examples a second, shares, bytes, seconds."""
+    """What one run needed, if recorded: target tokens and examples per second, shares, bytes, seconds."""
 
     tokens_per_s: float | None
     examples_per_s: float | None
@@ -87,9 +87,9 @@ class Performance:
 
 
 def curve(run: Run, records: dict[int, Json], key: str) -> Curve:
-    """A figure of these records against updates, examples and target tokens.
+    """A metric against updates, examples and target tokens.
 
-    Between two updates whose tokens are recorded they are taken in proportion. Points beyond the last one are left out.
+    Between two updates with recorded tokens, tokens are interpolated. Points after the last one are omitted.
     """
     batch = run.experiment.training.global_batch_size
     known = {0: 0.0} | {step: found["tokens_seen"] for step, found in run.train.items() if "tokens_seen" in found}
@@ -107,7 +107,7 @@ def curve(run: Run, records: dict[int, Json], key: str) -> Curve:
 
 
 def perplexity(run: Run) -> Perplexity:
-    """Answer perplexities: of an evaluation of all rows, else of the summary, else of validation so far."""
+    """Answer perplexities: from an evaluation of all rows, else from the summary, else from the last validation."""
     newest = max(run.validation, default=None)
     first, last = run.validation.get(0, {}), run.validation.get(newest, {}) if newest else {}
     said = Figure(number(part(run.summary, "test", "answer_perplexity")) if run.finished else None)
@@ -138,17 +138,17 @@ def perplexity(run: Run) -> Perplexity:
 
 
 def limit_of(run: Run) -> int | None:
-    """How many rows of each split the evaluation was limited to, None where it looked at all."""
+    """The number of rows of each split to which the evaluation was limited; None if there was no limit."""
     return count(run.evaluation.get("limit"))
 
 
 def seed_of(run: Run) -> int | None:
-    """What chose the rows of an evaluation that looked at some of them."""
+    """The seed that chose the rows of a limited evaluation."""
     return count(run.evaluation.get("seed"))
 
 
 def performance(run: Run) -> Performance:
-    """Speed over the recorded updates, the first left out where there are more: it warms up."""
+    """Speed over the logged updates, without the first one, which warms up."""
     records = [run.train[step] for step in sorted(run.train)]
     timed = [r for r in records if r.get("update_s", 0) > 0 and "tokens" in r]
     timed = timed[1:] or timed
@@ -171,7 +171,7 @@ def performance(run: Run) -> Performance:
 
 
 def samples(runs: Sequence[Run]) -> list[Json]:
-    """Sample answers by question: `question`, `reference`, and `answers`, pairs of who answers and the answer."""
+    """Sample answers by question: `question`, `reference`, and `answers`, pairs of system and answer."""
     found: dict[tuple[str, str], Json] = {}
     for run in runs:
         listed = part(run.evaluation, "tasks", "generation", "samples")
@@ -180,37 +180,37 @@ def samples(runs: Sequence[Run]) -> list[Json]:
             said = {key: printable(text) for key, text in texts.items() if isinstance(text, str)}
             if "question" not in said:
                 continue
-            place = found.setdefault(
+            entry = found.setdefault(
                 (str(part(sample, "id")), said["question"]),
                 {"question": said["question"], "reference": said.get("reference", ""), "answers": []},
             )
-            untuned = ("untuned base", said.get("untuned", ""))
-            if untuned[1] and untuned not in place["answers"]:
-                others = [name for name, _ in place["answers"] if name.startswith("untuned base")]
-                place["answers"].append((f"untuned base of {run.label}" if others else untuned[0], untuned[1]))
+            baseline = ("baseline", said.get("untuned", ""))
+            if baseline[1] and baseline not in entry["answers"]:
+                others = [name for name, _ in entry["answers"] if name.startswith("baseline")]
+                entry["answers"].append((f"baseline of {run.label}" if others else baseline[0], baseline[1]))
             if "tuned" in said:
-                place["answers"].append((run.label, said["tuned"]))
+                entry["answers"].append((run.label, said["tuned"]))
     return list(found.values())
 
 
 def evaluation_tasks(runs: Sequence[Run]) -> dict[str, dict[str, list[Figure | None]]]:
-    """All figures of the evaluations: task and rows in words, then path, to the figure in each run.
+    """All metrics of the evaluations: by task and rows in words, then by path, one for each run (or None).
 
-    Figures of different rows stand under different keys. Where a run has none there, None stands in its place.
+    Metrics of different rows have different keys.
     """
     tasks: dict[str, dict[str, list[Figure | None]]] = {}
     sets = row_sets(runs)
-    for place, run in enumerate(runs):
+    for index, run in enumerate(runs):
         of_set = f", rows {sets[run.label]}" if sets else ""
         for path, figure in run.figures.items():
             task, _, rest = path.partition(".")
             lines = tasks.setdefault(f"{task}{_which_rows(run, task, rest)}{of_set}", {})
-            lines.setdefault(rest or task, [None] * len(runs))[place] = figure
+            lines.setdefault(rest or task, [None] * len(runs))[index] = figure
     return tasks
 
 
 def row_sets(runs: Sequence[Run]) -> dict[str, str]:
-    """By run, a letter for the rows that it held out; empty where all runs held out the same ones."""
+    """By run, a letter for its held-out rows; empty if all runs have the same held-out rows."""
     known = list(dict.fromkeys(run.data_fingerprint for run in runs))
     return {run.label: _letters(known.index(run.data_fingerprint)) for run in runs} if len(known) > 1 else {}
 
@@ -221,10 +221,10 @@ def _letters(index: int) -> str:
 
 
 def _which_rows(run: Run, task: str, path: str) -> str:
-    """In words, which rows a figure is of, where it is not of all that there are."""
+    """In words, which rows a metric is over; empty if it is all rows."""
     limit, seed = limit_of(run), "" if seed_of(run) is None else f", chosen by seed {seed_of(run)}"
     if path.endswith(".advises_care"):
-        return ""  # questions of our own, all of them always
+        return ""  # always all of our own questions
     if limit is not None:
         return f", on {limit:,} rows of each split{seed}"
     rows, there = part(run.evaluation, "tasks", task, "rows"), part(run.evaluation, "tasks", "loss", "test", "rows")
@@ -234,7 +234,7 @@ def _which_rows(run: Run, task: str, path: str) -> str:
 
 
 def as_json(run: Run) -> dict[str, Any]:
-    """One run's numbers."""
+    """The values of one run."""
     loss = run.experiment.tokenization.loss_on
     curves = {"train": curve(run, run.train, "loss"), "validation": curve(run, run.validation, "loss")}
     curves["validation_answer"] = curve(run, run.validation, "answer_loss")
@@ -257,12 +257,12 @@ def as_json(run: Run) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------
 
 NOT_THERE = "-"
-SOURCES = "where data and base model lie"
+SOURCES = "location of data and base model"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs, what their pairs say, what they do not allow to conclude, and the runs that would say more."""
+    """Runs, what their pairs show, the warnings, and runs that would show more."""
 
     runs: list[Run]
     pairs: list[Pair]
@@ -272,7 +272,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table of words; the first column names its row."""
+    """A titled table of texts; the first column names the row."""
 
     title: str
     head: tuple[str, ...]
@@ -281,10 +281,10 @@ class Table:
 
 
 def compare_runs(paths: Sequence[Path]) -> Comparison:
-    """The comparison of the runs in these directories.
+    """Compare the runs in these directories.
 
     Raises:
-        UserError: as `read_runs`.
+        UserError: as in `read_runs`.
     """
     runs = _same_base_under_one_name(read_runs(paths))
     found = pairs(runs)
@@ -292,7 +292,7 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
 
 
 def _same_base_under_one_name(runs: Sequence[Run]) -> list[Run]:
-    """The runs, a base model that is known to be the same called the same, wherever it lay."""
+    """The runs, with one name for base models that are known to be the same, wherever they were."""
     names: dict[str, str] = {}
     found = []
     for run in runs:
@@ -304,23 +304,23 @@ def _same_base_under_one_name(runs: Sequence[Run]) -> list[Run]:
 
 
 def main_tables(comparison: Comparison) -> list[Table]:
-    """What is shown of every comparison."""
+    """The tables of every comparison."""
     runs = comparison.runs
     return [_results(runs), *_on_some_rows(runs), _costs(runs), *_settings(runs), _pairs(comparison)]
 
 
 def evaluation_tables(runs: Sequence[Run]) -> list[Table]:
-    """One table for each task of the runs' evaluations, and each choice of rows; with the runs that have it."""
+    """One table for each task of the evaluations, and each choice of rows, with the runs that have it."""
     tables = []
     for task, lines in evaluation_tasks(runs).items():
         there = [i for i in range(len(runs)) if any(found[i] for found in lines.values())]
-        rows = [(path, *_alike([found[i] for i in there])) for path, found in lines.items()]
-        tables.append(Table(f"evaluation: {task}", ("figure", *(runs[i].label for i in there)), rows))
+        rows = [(in_words(path), *_alike([found[i] for i in there])) for path, found in lines.items()]
+        tables.append(Table(f"evaluation: {task}", ("metric", *(runs[i].label for i in there)), rows))
     return tables
 
 
 def _alike(figures: Sequence[Figure | None]) -> list[str]:
-    """The figures of one line, each with the number of its rows if these differ."""
+    """The metrics of one line, each with the number of its rows if these differ."""
     counts = {figure.rows for figure in figures if figure is not None}
     return [
         text if len(counts) < 2 or figure is None or figure.rows is None else f"{text}, {figure.rows:,} rows"
@@ -329,7 +329,7 @@ def _alike(figures: Sequence[Figure | None]) -> list[str]:
 
 
 def figure_text(figure: Figure | None) -> str:
-    """A figure with its interval, and of a difference how sure it is."""
+    """A metric with its interval, and for a difference its p-value."""
     if figure is None or figure.value is None:
         return NOT_THERE
     text = value_text(figure.value)
@@ -341,14 +341,14 @@ def figure_text(figure: Figure | None) -> str:
 
 
 def value_text(value: float | None) -> str:
-    """A number to four digits, whole where it is whole or large."""
+    """A number with four digits, without decimals if it is an integer or large."""
     if value is None:
         return NOT_THERE
     return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:#.4g}"
 
 
 def duration_text(seconds: float | None) -> str:
-    """A time as one says it."""
+    """A time in seconds, minutes or hours."""
     if seconds is None:
         return NOT_THERE
     if seconds < 120:
@@ -357,7 +357,7 @@ def duration_text(seconds: float | None) -> str:
 
 
 def _results(runs: Sequence[Run]) -> Table:
-    """Answer perplexity before and after, on all rows."""
+    """Answer perplexity of baseline and fine-tuned model, on all rows."""
     sets = row_sets(runs)
     rows: list[tuple[str, ...]] = []
     for run in runs:
@@ -370,17 +370,17 @@ def _results(runs: Sequence[Run]) -> Table:
         figures = (figure_text(found.test_untuned), figure_text(found.test))
         rows.append((run.label, run.state, of_rows, value_text(found.validation_untuned), after, *figures))
     head = (
-        "run", "state", "rows of validation and test", "validation, untuned", "validation, tuned", "test, untuned",
-        "test, tuned",
+        "run", "state", "rows of validation and test", "validation, baseline", "validation, fine-tuned",
+        "test, baseline", "test, fine-tuned",
     )  # fmt: skip
-    note = "lower is better; intervals come from python -m medqa evaluate"
+    note = "lower is better; medqa evaluate adds intervals"
     if sets:
-        note += f"; rows {' and '.join(dict.fromkeys(sets.values()))} are not the same: figures of them do not compare"
+        note += f"; rows {' and '.join(dict.fromkeys(sets.values()))} differ, so their metrics are not comparable"
     return Table("answer perplexity", head, rows, note)
 
 
 def _on_some_rows(runs: Sequence[Run]) -> list[Table]:
-    """Answer perplexity on fewer rows, or of another update: apart from what runs are ranked by."""
+    """Answer perplexity on fewer rows, or of another update: not in the table by which runs are ranked."""
     rows: list[tuple[str, ...]] = []
     for run in runs:
         for found in perplexity(run).on_some_rows:
@@ -388,8 +388,8 @@ def _on_some_rows(runs: Sequence[Run]) -> list[Table]:
             chosen = "" if found.seed is None else f", chosen by seed {found.seed}"
             figures = (figure_text(found.untuned), figure_text(found.tuned))
             rows.append((run.label, what, f"{value_text(found.rows)}{chosen}", *figures))
-    note = "of other rows, or of another update, than above: not to be compared with the figures there"
-    head = ("run", "figure of", "rows", "untuned", "tuned")
+    note = "over other rows, or of another update, than above: not comparable with the table above"
+    head = ("run", "split", "rows", "baseline", "fine-tuned")
     return [Table("answer perplexity on a part of the rows", head, rows, note)] * bool(rows)
 
 
@@ -397,15 +397,13 @@ def _costs(runs: Sequence[Run]) -> Table:
     """Speed, padding, memory, time."""
     rows = [(run.label, *_cost(performance(run))) for run in runs]
     head = ("run", "target tokens/s", "examples/s", "padding", "peak memory", "measured on", "time")
-    note = (
-        "speed over the recorded updates, without evaluation and saving; time with both; measured once, with whatever "
-    )
-    note += "else the machine did meanwhile"
+    note = "speed over the logged updates, without evaluation and saving; time with both; measured once, with whatever "
+    note += "else ran on the machine"
     return Table("speed, memory, time", head, rows, note)
 
 
 def _cost(found: Performance) -> tuple[str, ...]:
-    """What one run took, in words."""
+    """What one run needed, in words."""
     peak = found.peak_memory_bytes
     return (
         NOT_THERE if found.tokens_per_s is None else f"{found.tokens_per_s:,.0f}",
@@ -418,24 +416,24 @@ def _cost(found: Performance) -> tuple[str, ...]:
 
 
 def _settings(runs: Sequence[Run]) -> list[Table]:
-    """The recipe's settings that differ and, apart, where what they read lies."""
+    """The settings that differ and, in a table of its own, the locations that differ."""
     found = differences(runs)
     head = ("setting", *(run.label for run in runs))
     apart = (*LOCATIONS, BASE)
     recipe = [(key, *map(printable, values)) for key, values in found.items() if key not in apart]
-    places = [(key, *map(printable, values)) for key, values in found.items() if key in apart]
+    locations = [(key, *map(printable, values)) for key, values in found.items() if key in apart]
     same = "" if recipe else "nothing differs"
     tables = [Table("what differs between the configurations", head, recipe, same)]
-    if places:
+    if locations:
         fingerprints = {run.data_fingerprint for run in runs}
         known = len(fingerprints) == 1 and None not in fingerprints
-        note = "rows and splits are the same" if known else "rows or splits are not the same, or not known to be"
-        tables.append(Table(SOURCES, head, places, note))
+        note = "rows and splits are the same" if known else "rows or splits differ, or are not known to be the same"
+        tables.append(Table(SOURCES, head, locations, note))
     return tables
 
 
 def _pairs(comparison: Comparison) -> Table:
-    """What each two runs say."""
+    """What each pair of runs shows."""
     rows: list[tuple[str, ...]] = [
         (
             f"{pair.first.label} and {pair.second.label}",
@@ -444,4 +442,4 @@ def _pairs(comparison: Comparison) -> Table:
         )
         for pair in comparison.pairs
     ]
-    return Table("what each two runs say", ("runs", "differ in", "so the comparison"), rows)
+    return Table("what each pair of runs shows", ("runs", "differ in", "so the comparison"), rows)

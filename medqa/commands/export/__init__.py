@@ -1,1 +1,1 @@
-"""`medqa export`: the adapter is merged into its base, written as a model or a GGUF file, and measured."""
+"""`medqa export`: merge the adapter into its base, write a model or a GGUF file, and compare it with the adapter."""

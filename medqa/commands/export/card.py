@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medqa.commands.adapter import Source
-from medqa.commands.evaluation_table import count, figures, number
+from medqa.commands.evaluation_table import count, figures, in_words, number
 from medqa.commands.export.fidelity import KL_LIMITS, Fidelity
 from medqa.data.tokens import prompt
 from medqa.errors import UserError
@@ -16,7 +16,7 @@ from medqa.files import Damaged, read_json
 from medqa.training.before_after import UNKNOWN, base_words, code, data_lines, front_matter, plain, public_name
 from medqa.training.before_after import licence as licence_of
 
-# Of an evaluation, what the card leaves out: parts of the rows, differences, other baselines than the untuned base.
+# Parts of an evaluation that the card omits: parts of the rows, differences, and other baselines.
 LEFT_OUT = {
     "sources", "unseen_topics", "few_shared_13_grams", "specialties", "difference", "own_template", "copied",
     "validation", "rouge1", "rouge2", "authors_rouge1", "authors_rouge2", "loss", "perplexity", "numbers",
@@ -25,7 +25,7 @@ LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of an export on this machine. `bytes` are those of the weights' files."""
+    """Measurements of an export on this machine. `bytes` is the size of the weight files."""
 
     fidelity: Fidelity
     prompts: str
@@ -36,14 +36,14 @@ class Measured:
 
 
 def licence(source: Source) -> tuple[str, str]:
-    """The export's licence, as the hub names it and as a sentence."""
+    """The export's licence: its identifier on the hub, and a sentence."""
     if source.run is None:
-        return UNKNOWN, "what it was trained on is not recorded: the licences of that data and of the base model apply"
+        return UNKNOWN, "the training data are not recorded; the licences of that data and of the base model apply"
     return licence_of(source.experiment.data, source.experiment.model.base)
 
 
 def card(source: Source, name: str, form: str, outtype: str, measured: Measured) -> str:
-    """The card's text, Markdown with the hub's header."""
+    """The text of the model card, in Markdown with the hub's header."""
     experiment = source.experiment
     base = public_name(experiment.model.base)
     short, sentence = licence(source)
@@ -56,7 +56,7 @@ def card(source: Source, name: str, form: str, outtype: str, measured: Measured)
         "tags": ["medical", "question-answering", form],
     }
     data = "Not recorded." if source.run is None else data_lines(experiment.data)
-    weights = "the weights of its base" + (", 4-bit ones expanded" if measured.quantization == "4bit" else "")
+    weights = "the weights of its base" + (", dequantized from 4 bits" if measured.quantization == "4bit" else "")
     known = None if source.run is not None else public_name(source.name)
     adapter = "the LoRA adapter" + (f" {code(known)}" if known else "")
     of_step = "" if count(source.step) is None else f", update {count(source.step)}"
@@ -72,26 +72,26 @@ diagnosis, treatment or any decision about a person's health.
 
 Licence: {sentence}.
 
-## How far it is the adapter
+## How close it is to the adapter
 
 On {measured.fidelity.answers} of {measured.prompts}: {measured.fidelity}.
-An export above a mean of {KL_LIMITS[outtype]:g} nats is not made.
+Exports with a mean above {KL_LIMITS[outtype]:g} nats are refused.
 
 ## Size and speed
 
-{measured.bytes / 2**20:,.1f} MiB of weights; {measured.tokens_per_s:,.1f} tokens a second, one greedy answer at a time,
-with {measured.engine} of the machine that made this export.
+{measured.bytes / 2**20:,.1f} MiB of weights; {measured.tokens_per_s:,.1f} tokens per second, one greedy answer at a
+time, with {measured.engine} of the machine that made this export.
 
-## Figures
+## Metrics
 
 {_figures(source)}
 
-They are the adapter's, on held-out rows, and measure likeness to the reference answers, not whether one is right. The
-interval, where there is one, is of the sample of rows, not of the training.
+They are the adapter's, on held-out rows, and measure similarity to the reference answers, not whether one is right.
+The intervals, where given, are over the sample of rows, not over training runs.
 
 ## Prompt
 
-One BOS, then this, a question without outer whitespace; generation stops at EOS.
+One BOS, then this text, with the question stripped of outer whitespace; generation stops at EOS.
 {_carried(form)}
 
 ```
@@ -105,21 +105,21 @@ Each question stands alone, as in training; there is no system message.
 
 ## Limits
 
-English; short questions; a small model that answers fluently and wrongly. What follows EOS, and answers to other
-prompts than the one above, it was never trained on. A special token spelled in a question (`</s>`) was text in
-training; servers make a token of it. Decode greedily (temperature 0), as it was evaluated.
+English; short questions; a small model that answers fluently and wrongly. It was not trained on text after EOS, or on
+other prompts than the one above. A special token that is spelled out in a question (`</s>`) was text in training, but
+servers make a token of it. Use greedy decoding (temperature 0), as in the evaluation.
 """
 
 
 def _carried(form: str) -> str:
-    """Where the prompt is."""
+    """Where the prompt is stored."""
     if form == "gguf":
-        return "The file's chat template and the Modelfile carry it; Ollama does not trim a question."
-    return "The tokenizer's chat template carries it, for chat endpoints too; it refuses a system message."
+        return "The file's chat template and the Modelfile have it; Ollama does not strip whitespace around a question."
+    return "The tokenizer's chat template has it, also for chat endpoints; it refuses a system message."
 
 
 def _figures(source: Source) -> str:
-    """A table of what the run was measured at: with intervals where `evaluate` has measured them."""
+    """A table of the run's metrics, with intervals if `medqa evaluate` measured them."""
     if source.run is None or not source.final:
         return "Not measured for this adapter."
     evaluation = _read(source.run / "evaluation.json")
@@ -141,21 +141,21 @@ def _figures(source: Source) -> str:
 
 
 def _with_interval(evaluation: dict[str, Any]) -> Iterator[str]:
-    """A line of the table for each figure that has an interval; not for those of some of the rows alone."""
+    """A line of the table for each metric with an interval; not for metrics of parts of the rows."""
     try:
         found = figures(evaluation.get("tasks"))
-    except ValueError:  # more than an evaluation has
+    except ValueError:  # more metrics than any evaluation has
         return
     for path, figure in found.items():
         if LEFT_OUT & set(path[1:]) or None in (figure.value, figure.low, figure.high):  # the task "loss" stays
             continue
-        name = plain(" ".join(path).replace("_", " "))
+        name = plain(in_words(" ".join(path)).replace("_", " "))
         rows = "" if figure.rows is None else f"{figure.rows:,}"
         yield f"| {name} | {figure.value:.4g} | {figure.low:.4g} to {figure.high:.4g} | {rows} |"
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object of the run; an empty one where it has none that can be read."""
+    """A JSON object of the run; an empty one if it is missing or cannot be read."""
     try:
         found = read_json(path)
     except Damaged:
@@ -164,22 +164,22 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Ollama's Modelfile, and the commands that make a model of it.
+# Ollama's Modelfile, and the commands that create a model from it.
 
 GGUF_NAME = "model.gguf"
 MODELFILE = "Modelfile"
 NOT_QUOTED = ('"', "\\", "{{", "}}")
-MOST_TOKENS = 512  # of an answer: Ollama's own default is no limit at all
+MOST_TOKENS = 512  # of an answer; Ollama has no limit by default
 
 
 def modelfile(eos: str, context: int, licence: str) -> str:
-    """The training prompt in Go's template language, without BOS (llama.cpp puts it in front), greedy as evaluated.
+    """The training prompt in Go's template language, without BOS (llama.cpp adds it), with greedy decoding.
 
-    Each `{{ .Response }}` is followed by EOS where the conversation goes on; of the last one Ollama leaves out what
-    follows. A system message has no place in the training prompt and none here.
+    Each `{{ .Response }}` is followed by EOS where the conversation continues; for the last one, Ollama drops what
+    follows. There is no system message, because the training prompt has none.
 
     Raises:
-        UserError: an EOS that the format cannot quote, or that the template language would take for its own.
+        UserError: an EOS that the format cannot quote, or that the template language would interpret.
     """
     if not eos.isprintable() or any(mark in eos for mark in NOT_QUOTED):
         raise UserError(f"EOS {eos!r}: a Modelfile cannot quote it; use --format merged")
@@ -197,7 +197,7 @@ LICENSE """{licence}"""
 
 
 def ollama_commands(directory: Path, outtype: str) -> list[str]:
-    """What to type. Ollama quantizes 16-bit files only."""
+    """The commands to type. Ollama quantizes only 16-bit files."""
     name = re.sub(r"[^a-z0-9_-]+", "-", directory.absolute().name.lower()).strip("-_") or "medqa"
     file = shlex.quote(str(directory / MODELFILE))
     create = [f"ollama create {name} -f {file}"]

@@ -1,6 +1,6 @@
-"""`medqa export`: base and adapter as one model, plain or GGUF, kept only if it measures as the adapter does.
+"""`medqa export`: base and adapter as one model, plain or GGUF, kept only if it agrees with the adapter.
 
-All is built in a directory beside the wanted one, and renamed into place when it is whole and has passed.
+The export is built in a directory beside the target, and renamed when it is complete and has passed.
 """
 
 import contextlib
@@ -31,15 +31,15 @@ from medqa.terminal import printable
 from medqa.training.before_after import public_name
 
 OUTTYPES = {"merged": ("f32", "f16", "bf16"), "gguf": ("f16", "q8_0")}
-BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # of a weight; q8_0 has a float16 scale per 32
-BESIDE = 1.1  # of the weights' own size: the tokenizer and other files are beside them
+BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # per weight; q8_0 has a float16 scale for 32 weights
+BESIDE = 1.1  # times the size of the weights, to leave room for the tokenizer and other files
 CARD = "README.md"
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command was asked for; `outtype` None: float32 for a base kept in float32, else float16."""
+    """The options of the command; `outtype` None: float32 if the base's file is float32, else float16."""
 
     run: str
     to: Path
@@ -52,10 +52,10 @@ class Wanted:
 
 
 def export(wanted: Wanted, say: Say) -> None:
-    """Make the export, say what was measured, and how to use it.
+    """Create the export, print what was measured, and how to use it.
 
     Raises:
-        UserError: something that the user can mend; nothing is left then.
+        UserError: an error that the user can fix; nothing is left then.
     """
     _check_words(wanted)
     _check_target(wanted.to)
@@ -67,7 +67,7 @@ def export(wanted: Wanted, say: Say) -> None:
     if wanted.form == "gguf":
         check_expressible(exact.config, source.experiment.model.base)
     if source.run is None:
-        say(f"{wanted.run}: not a run's directory: taken as trained on a base that is not quantized")
+        say(f"{wanted.run}: not a run's directory, so its base is assumed not to be quantized")
     if (unchecked := unchecked_base(source)) is not None:
         say(unchecked)
     with _beside(wanted.to) as directory:
@@ -89,10 +89,10 @@ def export(wanted: Wanted, say: Say) -> None:
 
 
 def push(directory: Path, repo: str) -> str:
-    """Hand the folder to the hub, as a private repository; says where it is.
+    """Upload the directory to the hub, as a private repository; returns a line with its address.
 
     Raises:
-        UserError: the hub refuses or does not answer. The folder stays.
+        UserError: the hub refuses or does not answer. The directory is kept.
     """
     import httpx
     from huggingface_hub import HfApi
@@ -105,19 +105,19 @@ def push(directory: Path, repo: str) -> str:
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"--push {repo}: the hub did not take it: {reason}; the export is whole in {directory}: "
-            f"`hf auth login` if need be, then `hf upload {repo} {directory}`"
+            f"--push {repo}: upload failed: {reason}; the export is complete in {directory}: run "
+            f"`hf auth login` if needed, then `hf upload {repo} {directory}`"
         ) from error
-    return f"pushed to {url} (private, unless it was there before and public)"
+    return f"pushed to {url} (private, unless it existed as a public repository)"
 
 
 def _build(directory: Path, exact: Exact, wanted: Wanted, outtype: str, say: Say) -> Measured:
-    """Write the export into the directory, load it again as its users will, and compare it with the adapter.
+    """Write the export into the directory, load it as its users will, and compare it with the adapter.
 
-    Whatever can be refused without a weight is refused before one is loaded.
+    Everything that can be checked without weights is checked before weights are loaded.
 
     Raises:
-        UserError: it differs by more than the limits, or cannot be expressed.
+        UserError: it differs by more than the limits, or the format cannot express it.
     """
     source, tokenizer, config, device = exact.source, exact.tokenizer, exact.config, exact.device
     longest = getattr(config, "max_position_embeddings", None) or source.experiment.tokenization.max_length
@@ -132,13 +132,13 @@ def _build(directory: Path, exact: Exact, wanted: Wanted, outtype: str, say: Say
         text = modelfile(tokenizer.eos_token, config.max_position_embeddings, ": ".join(licence(source)))
         write_file(directory / MODELFILE, text)
         if not has_llama_cpp():
-            say("llama.cpp: not tried, llama-cpp-python is not installed (requirements-llama.txt)")
+            say("llama.cpp: not tested, because llama-cpp-python is not installed (requirements-llama.txt)")
     adapted = exact.load()
     quantization = adapted.settings.quantization
     say(f"measuring on {len(held_out.ids)} of {held_out.where_from}")
     reference = fidelity.observe(adapted.model, tokenizer, held_out.ids)
     merged = merge(adapted.model)
-    del adapted  # before the export is loaded: one model at a time
+    del adapted  # before the export is loaded, so that only one model is in memory
     if words is None:
         save_merged(merged, tokenizer, DTYPES[outtype], directory)
         del merged
@@ -165,7 +165,7 @@ def _build(directory: Path, exact: Exact, wanted: Wanted, outtype: str, say: Say
 
 
 def _about(source: Source, wanted: Wanted) -> dict[str, str]:
-    """What a GGUF file says of itself."""
+    """The description in a GGUF file."""
     base = public_name(source.experiment.model.base) or "a model"
     return {
         "name": printable(_name(wanted)),
@@ -175,12 +175,12 @@ def _about(source: Source, wanted: Wanted) -> dict[str, str]:
 
 
 def _name(wanted: Wanted) -> str:
-    """What the export is called: its directory's name."""
+    """The name of the export: that of its directory."""
     return wanted.to.absolute().name
 
 
 def _default_outtype(form: str, config: Any) -> str:
-    """16 bits, as every server has them; float32 where the base's own file is."""
+    """16 bits, which every server supports; float32 if the base's own file has it."""
     return "f32" if form == "merged" and getattr(config, "dtype", None) == torch.float32 else "f16"
 
 
@@ -188,7 +188,7 @@ def _check_words(wanted: Wanted) -> None:
     """Refuse a type that the format does not have.
 
     Raises:
-        UserError: it has others.
+        UserError: the format has other types.
     """
     known = OUTTYPES[wanted.form]
     if wanted.outtype is not None and wanted.outtype not in known:
@@ -196,26 +196,26 @@ def _check_words(wanted: Wanted) -> None:
 
 
 def _check_target(to: Path) -> None:
-    """Refuse a place where something is.
+    """Refuse a target that is in use.
 
     Raises:
-        UserError: not an empty directory, nor one that can be made.
+        UserError: it exists and is not an empty directory, or cannot be created.
     """
     if os.path.lexists(to) and not (os.path.isdir(to) and not os.path.islink(to)):
-        raise UserError(f"--to {to}: there, and not a directory; give another one")
+        raise UserError(f"--to {to}: exists and is not a directory; give another one")
     require_utf8(to, "--to")
     check_place(to, "--to")
     if os.path.ismount(to) or os.path.realpath(to) == os.path.realpath("."):
         raise UserError(f"--to {to}: cannot be replaced by the finished export; give a directory inside it")
     if os.path.isdir(to) and any(os.scandir(to)):
-        raise UserError(f"--to {to}: not empty; give a directory that is not there yet, or remove what is in it")
+        raise UserError(f"--to {to}: is not empty; give a directory that does not exist yet, or remove its content")
 
 
 def _check_push(repo: str) -> None:
-    """Before the work is done: can it be handed over afterwards?
+    """Check before the work whether the upload will be possible.
 
     Raises:
-        UserError: no name of a repository, nobody logged in, or no hub.
+        UserError: an invalid name of a repository, no login, or the hub does not answer.
     """
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
@@ -224,15 +224,15 @@ def _check_push(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"--push {repo}: no name of a repository: {error}; give NAME or OWNER/NAME") from error
+        raise UserError(f"--push {repo}: invalid name of a repository: {error}; give NAME or OWNER/NAME") from error
     if get_token() is None:
-        raise UserError(f"--push {repo}: nobody is logged in; run `hf auth login`, or leave --push out")
+        raise UserError(f"--push {repo}: not logged in to the hub; run `hf auth login`, or leave --push out")
     if not hub_reachable():
-        raise UserError(f"--push {repo}: the hub does not answer; leave --push out, and `hf upload` the folder later")
+        raise UserError(f"--push {repo}: the hub does not answer; leave --push out, and run `hf upload` later")
 
 
 def _check_space(directory: Path, weights: int, outtype: str) -> None:
-    """Before writing: is there room?
+    """Check before writing whether there is enough free space.
 
     Raises:
         UserError: there is not.
@@ -247,10 +247,10 @@ def _check_space(directory: Path, weights: int, outtype: str) -> None:
 
 @contextlib.contextmanager
 def _beside(to: Path) -> Iterator[Path]:
-    """A new directory beside `to`, renamed to it at the end; removed, with every folder made for it, on any error.
+    """A new directory beside `to`, which is renamed to it at the end; on an error, all created directories are removed.
 
     Raises:
-        UserError: no space, or no permission.
+        UserError: there is no space, or no permission.
     """
     made, directory, kept = [], None, False
     try:
@@ -259,10 +259,10 @@ def _beside(to: Path) -> Iterator[Path]:
                 parent.mkdir()
                 made.append(parent)
         directory = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.absolute().parent))
-        directory.chmod(0o755)  # a temporary directory is its owner's alone
+        directory.chmod(0o755)  # a temporary directory is private to its owner
         yield directory
         for path in directory.iterdir():
-            path.chmod(0o644)  # safetensors' files, too
+            path.chmod(0o644)  # also the files of safetensors
         os.rename(directory, to)
         kept = True
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Whether an export computes what the adapter computes, measured on held-out prompts; llama.cpp runs GGUF files."""
+"""Whether an export computes what the adapter computes, measured on held-out prompts; GGUF files run in llama.cpp."""
 
 import contextlib
 import itertools
@@ -21,11 +21,11 @@ from medqa.errors import UserError
 from medqa.evaluation.answers import plain_greedy
 from medqa.tiny import AFRIMEDQA_CSV, MEDQUAD_CSV
 
-# Mean KL divergence, nats a token. float32 leaves only the order of summation; float16 stays far below its limit,
-# bfloat16's seven bits do not always; one that merged into the wrong weights (unquantized for 4-bit) is far above all.
+# Limits of the mean KL divergence in nats per token. In float32 only the order of summation differs; float16 stays far
+# below its limit, bfloat16 with its seven bits not always; a merge into wrong weights is far above all limits.
 KL_LIMITS = {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-3, "q8_0": 1e-3}
-# Where greedy answers part, how much more probable, in nats, the adapter may hold its token than the other one: a near
-# tie may fall to either side in 16 or 8 bits.
+# Where greedy answers diverge, by how many nats the adapter may prefer its own token to the other one. At a near tie,
+# either token may win in 16 or 8 bits.
 TIE_LIMITS = {"f32": 1e-4, "f16": 0.1, "bf16": 0.25, "q8_0": 0.25}
 ANSWER_TOKENS = 48
 SPEED_TOKENS = 32
@@ -33,7 +33,7 @@ SPEED_TOKENS = 32
 
 @dataclass(frozen=True)
 class Reference:
-    """What the adapter says: of each prompt its greedy answer, and the log-probabilities after every token of both.
+    """The adapter's greedy answer to each prompt, and the log-probabilities after every token of prompt and answer.
 
     `log_probs` are [prompt + answer, vocabulary], float32, on the CPU.
     """
@@ -49,8 +49,8 @@ class Fidelity:
 
     Attributes:
         kl: mean KL divergence of the export from the adapter, in nats, over `positions`.
-        equal: greedy answers that are the same token for token, of `answers`.
-        parted: where others part, the largest difference of the adapter's own log-probabilities; 0 if none do.
+        equal: how many of the `answers` greedy answers are equal token for token.
+        parted: where others diverge, the largest difference of the adapter's log-probabilities; 0 if none diverge.
     """
 
     kl: float
@@ -63,11 +63,11 @@ class Fidelity:
         """Refuse an export that is not the adapter's model.
 
         Raises:
-            UserError: the divergence, or a difference between greedy answers, is above its limit.
+            UserError: the divergence, or a difference between greedy answers, exceeds its limit.
         """
         advice = "the export is not kept" if kind == "f32" else "choose f16 or f32 with --outtype; it is not kept"
         advice = "choose f16 with --outtype; it is not kept" if kind == "q8_0" else advice
-        if not self.kl <= KL_LIMITS[kind]:  # not a number, too, when float16 overflows
+        if not self.kl <= KL_LIMITS[kind]:  # also true for NaN, when float16 overflows
             raise UserError(
                 f"the export ({kind}) differs from the adapter: mean KL divergence {self.kl:.2e} nats, above the limit "
                 f"of {KL_LIMITS[kind]:g}; {advice}"
@@ -80,9 +80,9 @@ class Fidelity:
             )
 
     def answers_text(self) -> str:
-        """The greedy answers in words."""
+        """The comparison of greedy answers in words."""
         text = f"greedy answers equal: {self.equal} of {self.answers}"
-        near = f"the adapter itself prefers its token by at most {self.parted:.3f} nats where others part"
+        near = f"where others diverge, the adapter prefers its token by at most {self.parted:.3f} nats"
         return text if self.equal == self.answers else f"{text} ({near})"
 
     def __str__(self) -> str:
@@ -90,14 +90,14 @@ class Fidelity:
 
 
 def observe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> Reference:
-    """What the model, the adapter on its base, says after these prompts."""
+    """The reference: what the adapter on its base computes for these prompts."""
     answers = greedy(model, tokenizer, prompts)
     log_probs = [_log_probs(model, ids + answer).cpu() for ids, answer in zip(prompts, answers, strict=True)]
     return Reference(prompts, answers, log_probs)
 
 
 def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reference: Reference) -> Fidelity:
-    """How close the model is to what was observed."""
+    """How close a model is to the reference."""
     total, positions = 0.0, 0
     for ids, answer, expected in zip(reference.prompts, reference.answers, reference.log_probs, strict=True):
         found = _log_probs(model, ids + answer).cpu().double()
@@ -111,7 +111,7 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, referenc
 
 
 def parting(reference: Reference, answers: Sequence[Sequence[int]]) -> tuple[int, int, float]:
-    """Of answers to the reference's prompts: how many, how many equal, and the largest difference where others part."""
+    """Compare answers with the reference: how many, how many equal, and the largest difference where others diverge."""
     gaps = []
     for ids, expected, answer, log_probs in zip(
         reference.prompts, reference.answers, answers, reference.log_probs, strict=True
@@ -119,7 +119,7 @@ def parting(reference: Reference, answers: Sequence[Sequence[int]]) -> tuple[int
         if list(answer) == expected:
             continue
         first = next((i for i, (a, b) in enumerate(zip(expected, answer, strict=False)) if a != b), None)
-        if first is None:  # one is the beginning of the other: no near tie, an answer cut short
+        if first is None:  # one is a prefix of the other: an answer that was cut short, not a near tie
             gaps.append(math.inf)
             continue
         after = log_probs[len(ids) - 1 + first]
@@ -128,7 +128,7 @@ def parting(reference: Reference, answers: Sequence[Sequence[int]]) -> tuple[int
 
 
 def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> list[list[int]]:
-    """The ids of each greedy answer, up to `ANSWER_TOKENS`; EOS, where it ends by itself, included."""
+    """The ids of each greedy answer, up to `ANSWER_TOKENS`, including EOS if it ends by itself."""
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     output = _generate(model, tokenizer, batch["input_ids"], batch["attention_mask"], ANSWER_TOKENS)
     answers = output[:, batch["input_ids"].shape[1] :].tolist()
@@ -137,7 +137,7 @@ def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: 
 
 
 def tokens_per_second(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> float:
-    """Tokens a second of one greedy answer, its prompt's computation included, of a warm model."""
+    """Tokens per second of one greedy answer, including its prompt, after a warmup."""
     ids = torch.tensor([prompt], device=model.device)
     _generate(model, tokenizer, ids, torch.ones_like(ids), 4)
     start = time.perf_counter()
@@ -153,7 +153,7 @@ def _generate(
     most: int,
     least: int = 0,
 ) -> torch.Tensor:
-    """Prompts and their greedy continuations, [rows, places]."""
+    """Prompts with their greedy continuations, [rows, tokens]."""
     with torch.no_grad(), plain_greedy(model):
         return model.generate(
             input_ids=ids,
@@ -175,15 +175,15 @@ def _log_probs(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Prompts that a run never trained on, to measure an export with.
+# Prompts that a run was not trained on, to measure an export with.
 
 PROMPTS = 16
-LONGEST = 256  # tokens of a prompt: what is measured is the weights, and long prompts cost time
+LONGEST = 256  # tokens of a prompt, because longer ones take more time but show no more about the weights
 
 
 @dataclass(frozen=True)
 class HeldOutPrompts:
-    """Questions, the ids of their prompts, and where they are from."""
+    """Questions, the ids of their prompts, and where they come from."""
 
     questions: list[str]
     ids: list[list[int]]
@@ -191,20 +191,20 @@ class HeldOutPrompts:
 
 
 def held_out_prompts(source: Source, tokenizer: PreTrainedTokenizerBase, room: int) -> HeldOutPrompts:
-    """Some of the run's test questions.
+    """Some test questions of the run.
 
-    Where its data cannot be had or are others than it was trained on, and for an adapter without a run, they are the
-    embedded sample's: of other data nobody knows which rows it was trained on.
+    If its data are not available or have changed, and for an adapter without a run, they come from the embedded sample,
+    because of other data it is not known which rows were trained on.
 
     Args:
-        room: tokens that a prompt may have at most.
+        room: the maximum number of tokens of a prompt.
 
     Raises:
-        UserError: the base takes too few tokens for any of them.
+        UserError: the base's context is too short for any question.
     """
     why = ""
     if source.run is not None:
-        why = " (the run's data cannot be had, or have changed)"
+        why = " (the run's data are not available, or have changed)"
         with contextlib.suppress(UserError):
             splits = _splits(source.experiment.data)
             if source.data in (None, splits.fingerprint) and (found := _chosen(splits.test, tokenizer, room)):
@@ -212,7 +212,7 @@ def held_out_prompts(source: Source, tokenizer: PreTrainedTokenizerBase, room: i
     sample = Data(medquad=str(MEDQUAD_CSV), afrimedqa=str(AFRIMEDQA_CSV))
     if found := _chosen(_splits(sample).test, tokenizer, room):
         return HeldOutPrompts(*found, f"the embedded sample's test questions{why}")
-    raise UserError(f"{source.name}: its base takes {room} tokens beside an answer: too few for any question")
+    raise UserError(f"{source.name}: its base has room for {room} tokens beside an answer: too few for any question")
 
 
 def _splits(data: Data) -> Splits:
@@ -231,19 +231,19 @@ def _chosen(
 
 
 # ----------------------------------------------------------------------------------------------------
-# A GGUF file in llama.cpp itself, where llama-cpp-python is installed: the same tokens, and what it answers.
+# A GGUF file in llama.cpp itself, if llama-cpp-python is installed: its tokens and its answers.
 
 
 @dataclass(frozen=True)
 class Ran:
-    """Greedy answers as ids, EOS included, and how fast they came, prompts included."""
+    """Greedy answers as ids, including EOS, and their tokens per second, including prompts."""
 
     answers: list[list[int]]
     tokens_per_s: float
 
 
 def has_llama_cpp() -> bool:
-    """Whether llama-cpp-python is installed and fits the machine."""
+    """Whether llama-cpp-python is installed and works on this machine."""
     try:
         import llama_cpp  # noqa: F401
     except (ImportError, OSError, RuntimeError):  # the last two: a library that does not fit the machine
@@ -255,7 +255,7 @@ def run_llama_cpp(path: Path, held_out: HeldOutPrompts, eos: int) -> Ran:
     """llama.cpp's greedy answers to the prompts.
 
     Raises:
-        UserError: it does not load the file, or makes other tokens of a prompt.
+        UserError: it does not load the file, or tokenizes a prompt differently.
     """
     import llama_cpp
 
@@ -267,7 +267,7 @@ def run_llama_cpp(path: Path, held_out: HeldOutPrompts, eos: int) -> Ran:
     for question, ids in zip(held_out.questions, held_out.ids, strict=True):
         if (found := model.tokenize(prompt(question).encode(), add_bos=True, special=False)) != ids:
             raise UserError(
-                f"llama.cpp makes {found[:8]}... of the prompt for {question[:60]!r}, not {ids[:8]}... as in training; "
+                f"llama.cpp tokenizes the prompt for {question[:60]!r} as {found[:8]}..., training as {ids[:8]}...; "
                 "use --format merged"
             )
     answers, start = [], time.perf_counter()

@@ -1,4 +1,4 @@
-"""A Llama model as a GGUF file for llama.cpp and Ollama, with its vocabulary; read back to be measured."""
+"""Write a Llama model with its vocabulary as a GGUF file for llama.cpp and Ollama, and read it back to compare it."""
 
 import heapq
 import json
@@ -15,27 +15,27 @@ from medqa.data.tokens import prompt
 from medqa.errors import UserError
 
 # ----------------------------------------------------------------------------------------------------
-# A tokenizer as GGUF has it: pieces with scores (SentencePiece's kind of BPE), or bytes with merges (GPT-2's kind).
+# A tokenizer in GGUF's form: pieces with scores (SentencePiece's BPE), or bytes with merges (GPT-2's BPE).
 #
-# llama.cpp knows neither the merges of the first kind nor its `tokenizer.json`: it joins the neighbours whose union
-# has the highest score. From the order of the merges follow scores that have it join the same ones, if every way to
-# join two pieces into a third is a merge. Whether that is so, `joined_by_score` tells on real prompts.
+# For the first kind llama.cpp uses neither merges nor `tokenizer.json`: it joins the neighbours whose union has the
+# highest score. Scores that follow the order of the merges make it join the same pieces, if every way to join two
+# pieces into a third is a merge. `joined_by_score` tests on real prompts whether that is so.
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's kinds of token
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
 WORD_START = "▁"
 NO_SCORE = -1e9
-ODD = "  two  spaces\n\n\t5 µg/ml € 漢字 🙂 naïve  "  # what few questions have
+ODD = "  two  spaces\n\n\t5 µg/ml € 漢字 🙂 naïve  "  # characters that few questions have
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What goes into the file.
+    """A vocabulary in GGUF's form.
 
     Attributes:
         model: `llama` (pieces with scores) or `gpt2` (bytes with merges).
-        tokens: text of each id; `kinds` and `scores` go with it.
-        merges: of `gpt2` only, in order.
-        space_prefix: a space is put before text (of `llama` only).
+        tokens: the text of each id; `kinds` and `scores` belong to them.
+        merges: only for `gpt2`, in order.
+        space_prefix: whether a space is put before text (only for `llama`).
     """
 
     model: str
@@ -47,10 +47,10 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
-    """The tokenizer's vocabulary, padded with unused tokens up to `size`, the model's.
+    """The tokenizer's vocabulary, padded with unused tokens to the model's `size`.
 
     Raises:
-        UserError: of a kind that GGUF has no word for; says which part of it.
+        UserError: GGUF cannot express the tokenizer; the message says which part.
     """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     model = described["model"]
@@ -62,7 +62,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
         return Vocabulary("gpt2", tokens, kinds, [], [f"{left} {right}" for left, right in merges])
     if not model["byte_fallback"] or not _marks_words(described):
         what = (described["pre_tokenizer"] or described["normalizer"] or {}).get("type", "nothing")
-        raise _cannot(tokenizer, f"its text is prepared by {what}, in a way that llama.cpp is not known to have")
+        raise _cannot(tokenizer, f"its text is prepared by {what}, which llama.cpp may not support")
     rank: dict[str, int] = {}
     for left, right in merges:
         rank.setdefault(left + right, len(rank))
@@ -77,10 +77,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, found: Vocabulary, ques
     """Tokenize prompts by the written scores, as llama.cpp does, and compare.
 
     Raises:
-        UserError: they give other ids than the tokenizer: the export would send prompts it was not trained on.
+        UserError: they give other ids than the tokenizer, so that prompts would differ from those in training.
     """
     if found.model != "llama":
-        return  # the merges themselves are in the file
+        return  # the file has the merges themselves
     ids = {token: i for i, token in enumerate(found.tokens)}
     for question in (*questions, ODD):
         text = prompt(question)
@@ -88,14 +88,14 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, found: Vocabulary, ques
             joined_by_score(found, text, ids)
             != tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         ):
-            raise _cannot(tokenizer, f"its merges cannot be told by scores ({question[:60]!r} gives other tokens)")
+            raise _cannot(tokenizer, f"its merges cannot be expressed as scores ({question[:60]!r} gives other tokens)")
 
 
 def joined_by_score(found: Vocabulary, text: str, ids: Mapping[str, int]) -> list[int]:
-    """The ids of a text, without BOS: neighbours joined by the best score, leftmost first; what is left, by bytes.
+    """The ids of a text, without BOS: neighbours are joined by the best score, leftmost first; the rest by bytes.
 
     Args:
-        ids: of each of `found.tokens`.
+        ids: the id of each of `found.tokens`.
     """
     symbols: list[str | None] = list((" " * found.space_prefix + text).replace(" ", WORD_START))
     before, after = list(range(-1, len(symbols) - 1)), [*range(1, len(symbols)), -1]
@@ -110,7 +110,7 @@ def joined_by_score(found: Vocabulary, text: str, ids: Mapping[str, int]) -> lis
     while waiting:
         _, left, right, joined = heapq.heappop(waiting)
         if symbols[left] is None or symbols[right] is None or f"{symbols[left]}{symbols[right]}" != joined:
-            continue  # one of them has been joined to another since
+            continue  # one of them has been joined to another since then
         symbols[left], symbols[right] = joined, None
         after[left] = after[right]
         if after[left] >= 0:
@@ -124,14 +124,14 @@ def joined_by_score(found: Vocabulary, text: str, ids: Mapping[str, int]) -> lis
 
 
 def gguf_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template for llama.cpp, which puts the space before a first word after a BOS written as text, too."""
+    """The chat template for llama.cpp, which itself puts the space before a first word after a BOS written as text."""
     return tokenizer.chat_template.replace("{{ bos_token }} ", "{{ bos_token }}", 1)
 
 
 def _tokens_and_kinds(
     tokenizer: PreTrainedTokenizerBase, described: dict[str, Any], size: int
 ) -> tuple[list[str], list[int]]:
-    """Text and kind of every id."""
+    """The text and type of every id."""
     known = {i: text for text, i in tokenizer.get_vocab().items()}
     tokens = [known.get(i, f"<unused{i}>") for i in range(size)]
     kinds = [NORMAL if i in known else UNUSED for i in range(size)]
@@ -143,14 +143,14 @@ def _tokens_and_kinds(
 
 
 def _is_byte_level(described: dict[str, Any]) -> bool:
-    """Whether text is split by GPT-2's pattern and no other, and then by bytes."""
+    """Whether text is split by GPT-2's pattern only, and then by bytes."""
     before = described["pre_tokenizer"] or {}
     plain = before.get("use_regex") and not before.get("add_prefix_space")
     return before.get("type") == "ByteLevel" and bool(plain) and described["normalizer"] is None
 
 
 def _marks_words(described: dict[str, Any]) -> bool:
-    """Whether all that is done to a text is a mark in place of each space, and perhaps one in front."""
+    """Whether the only change to a text is a mark in place of each space, and perhaps one in front."""
     normalizer, before = described["normalizer"], described["pre_tokenizer"]
     if before is not None:
         metaspace = before.get("type") == "Metaspace" and before.get("replacement") == WORD_START
@@ -161,12 +161,12 @@ def _marks_words(described: dict[str, Any]) -> bool:
 
 
 def _is_byte(text: str) -> bool:
-    """Whether it is a token for one byte, `<0x0A>` say."""
+    """Whether it is a token for one byte, for example `<0x0A>`."""
     return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
 def _cannot(tokenizer: PreTrainedTokenizerBase, why: str) -> UserError:
-    """What the user is told of a tokenizer that GGUF cannot express."""
+    """The error about a tokenizer that GGUF cannot express."""
     return UserError(
         f"model.base = {tokenizer.name_or_path}: its tokenizer cannot be written as GGUF: {why}; use --format merged"
     )
@@ -178,21 +178,21 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 ARCHITECTURE = "llama"
-# Of config.json, what llama.cpp's Llama takes for granted.
+# Values of config.json that llama.cpp's Llama assumes.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 Q8_BLOCK = 32  # weights that share one scale
 
 
 def check_expressible(config: Any, base: str) -> None:
-    """Before anything is loaded or written: can this model be a GGUF file?
+    """Check before anything is loaded or written whether this model can be a GGUF file.
 
     Raises:
-        UserError: another architecture, a Llama with parts that llama.cpp's has not, or no library to write it.
+        UserError: another architecture, a Llama with unsupported parts, or the library is not installed.
     """
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise UserError("--format gguf: the library that writes it is not installed: pip install gguf") from error
+        raise UserError("--format gguf: run `pip install gguf` to use it") from error
     advice = "use --format merged, and llama.cpp's own convert_hf_to_gguf.py if it knows it"
     if config.model_type != ARCHITECTURE:
         raise UserError(f"model.base = {base}: a {config.model_type} model; only llama is written as GGUF; {advice}")
@@ -201,7 +201,7 @@ def check_expressible(config: Any, base: str) -> None:
     if rope.get("rope_type", "default") != "default":
         odd.append(f"rope_type = {rope['rope_type']}")
     if odd:
-        raise UserError(f"model.base = {base}: {', '.join(odd)} is not written as GGUF; {advice}")
+        raise UserError(f"model.base = {base}: {', '.join(odd)} cannot be written as GGUF; {advice}")
 
 
 def write_gguf(
@@ -212,14 +212,14 @@ def write_gguf(
     outtype: str,
     about: dict[str, str],
 ) -> None:
-    """Write the model, in float32, as a GGUF file.
+    """Write the model, which is in float32, as a GGUF file.
 
     Args:
-        outtype: `f16` or `q8_0`; norms are float32 in either.
+        outtype: `f16` or `q8_0`; norms are float32 in both.
         about: `name`, `license`, `description`.
 
     Raises:
-        UserError: no space.
+        UserError: there is no space.
     """
     from gguf import GGUFWriter
 
@@ -235,12 +235,12 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, tensor in _tensors(model):  # one at a time: the whole once more would double the memory
+        for _, tensor in _tensors(model):  # one at a time, because a second copy would double the memory
             writer.write_tensor_data(_stored(tensor, outtype))
     except OSError as error:
         if error.errno is not None:
             raise
-        # numpy tells of a full disk by how many items were not written, and no more.
+        # numpy reports a full disk only by the number of items that were not written.
         raise UserError(
             f"{path.parent.parent}: cannot be written: {error}; free space, or give another --to"
         ) from error
@@ -249,10 +249,10 @@ def write_gguf(
 
 
 def load_gguf(path: Path, config: Any, device: torch.device) -> torch.nn.Module:
-    """The model that is in the file, for transformers: what it has is read back, in float32.
+    """Read the model back from the file into transformers, in float32.
 
     Raises:
-        RuntimeError: the file does not hold exactly the weights that such a model has.
+        RuntimeError: the file does not have exactly the weights of such a model.
     """
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     weights = dict(read_weights(path, config))
@@ -263,7 +263,7 @@ def load_gguf(path: Path, config: Any, device: torch.device) -> torch.nn.Module:
 
 
 def read_weights(path: Path, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight of a file, dequantized to float32, by transformers' name and in its order of rows."""
+    """Every weight of a file, dequantized to float32, with transformers' name and order of rows."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
@@ -276,20 +276,20 @@ def read_weights(path: Path, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def rotate_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of queries or keys, [heads x size, hidden], from transformers' order to llama.cpp's.
+    """Reorder rows of queries or keys, [heads x size, hidden], from transformers' order to llama.cpp's.
 
-    RoPE turns pairs of a head's rows: (i, i + size/2) in transformers, (2i, 2i + 1) in llama.cpp and in Meta's files.
+    RoPE rotates pairs of a head's rows: (i, i + size/2) in transformers, (2i, 2i + 1) in llama.cpp and in Meta's files.
     """
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def rotate_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """The way back of `rotate_pairs`."""
+    """The inverse of `rotate_pairs`."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight by llama.cpp's name and in its order of rows, float32, on the CPU."""
+    """Every weight with llama.cpp's name and order of rows, float32, on the CPU."""
     weights = model.state_dict()
     for here, there in _names(model.config).items():
         heads = _rotated_heads(here, model.config)
@@ -297,15 +297,15 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _names(config: Any) -> dict[str, str]:
-    """From transformers' name of each weight to llama.cpp's. Tied embeddings stand once, as llama.cpp has them.
+    """Map transformers' name of each weight to llama.cpp's. Tied embeddings occur once, as in llama.cpp.
 
     Raises:
-        RuntimeError: llama.cpp has no name for a weight; `check_expressible` has refused such models before.
+        RuntimeError: llama.cpp has no name for a weight; `check_expressible` should have refused the model.
     """
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     known = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    with torch.device("meta"):  # names alone
+    with torch.device("meta"):  # only the names are needed
         names = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict().keys()
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     found = {name: known.get_name(name, (".weight",)) for name in names if name not in tied}
@@ -315,14 +315,14 @@ def _names(config: Any) -> dict[str, str]:
 
 
 def _rotated_heads(name: str, config: Any) -> int:
-    """The number of heads of a weight whose rows RoPE turns; 0 for the others."""
+    """The number of heads of a weight whose rows RoPE rotates; 0 for other weights."""
     if name.endswith("q_proj.weight"):
         return config.num_attention_heads
     return config.num_key_value_heads if name.endswith("k_proj.weight") else 0
 
 
 def _kind(shape: torch.Size, outtype: str) -> Any:
-    """How a weight is stored: norms in float32; rows that 8-bit blocks do not divide, in float16."""
+    """The type in which a weight is stored: norms in float32; rows that 8-bit blocks do not divide in float16."""
     from gguf import GGMLQuantizationType
 
     if len(shape) == 1:
@@ -332,7 +332,7 @@ def _kind(shape: torch.Size, outtype: str) -> Any:
 
 
 def _stored_shape(tensor: torch.Tensor, outtype: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of the array that is written for a weight."""
+    """Shape and type of the stored array."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quant_shape_to_byte_shape
 
@@ -343,14 +343,14 @@ def _stored_shape(tensor: torch.Tensor, outtype: str) -> tuple[tuple[int, ...], 
 
 
 def _stored(tensor: torch.Tensor, outtype: str) -> np.ndarray:
-    """The array that is written for a weight."""
+    """The stored array."""
     from gguf.quants import quantize
 
     return quantize(tensor.numpy(), _kind(tensor.shape, outtype))
 
 
 def _describe(writer: "GGUFWriter", config: Any, outtype: str, about: dict[str, str]) -> None:
-    """What the model is."""
+    """Write the model's description."""
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
     heads = config.num_attention_heads
@@ -376,7 +376,7 @@ def _describe(writer: "GGUFWriter", config: Any, outtype: str, about: dict[str, 
 
 
 def _describe_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase, words: Vocabulary) -> None:
-    """How text becomes ids: one BOS, no EOS, and the training prompt as the chat template."""
+    """Write the tokenizer: one BOS, no EOS, and the training prompt as the chat template."""
     writer.add_tokenizer_model(words.model)
     writer.add_tokenizer_pre("gpt-2" if words.model == "gpt2" else "default")
     writer.add_token_list(words.tokens)

@@ -1,4 +1,4 @@
-"""The adapter merged into the weights that it was trained on, and saved as a model without PEFT."""
+"""Merge the adapter into the weights that it was trained on, and save the result as a model without PEFT."""
 
 import json
 import os
@@ -27,9 +27,9 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Exact:
-    """An adapter and the base that it was trained on, seen to fit each other; no weight is loaded yet.
+    """An adapter and the base that it was trained on, checked to fit each other; no weight is loaded yet.
 
-    `weights` is how many the base has.
+    `weights` is the number of weights of the base.
     """
 
     source: Source
@@ -40,17 +40,17 @@ class Exact:
     weights: int
 
     def load(self) -> Adapted:
-        """The adapter on the weights it was trained on, computed in float32, with the base's own vocabulary.
+        """Load the adapter on the weights it was trained on, in float32, with the base's own vocabulary.
 
-        4-bit weights are what they stand for, expanded once. `[PAD]` is left out: it was never predicted, and the
-        adapter has nothing of it.
+        4-bit weights are dequantized once. `[PAD]` is left out: it is never predicted, and the adapter has no weights
+        for it.
 
         Raises:
             UserError: base or adapter cannot be loaded, or the base is another one than in training.
         """
         source, experiment = self.source, self.source.experiment
         model, seed = experiment.model, experiment.training.seed
-        # Vocabulary 0: nothing is grown.
+        # Vocabulary 0: the embeddings are not resized.
         base = load_base(model, self.settings, self.device, 0, seed)
         fingerprint = require_same_base(source)
         adapted = add_lora(base.float(), experiment.lora, seed)
@@ -60,11 +60,11 @@ class Exact:
 
 
 def prepare(source: Source, device: torch.device) -> Exact:
-    """See whether an adapter can be merged into its base, before anything large is loaded.
+    """Check whether an adapter can be merged into its base, before anything large is loaded.
 
     Raises:
-        UserError: the base cannot be had, or not quantized as it was in training; its tokenizer has more tokens than it
-            has embeddings; or the adapter is on a head that is the embeddings as well.
+        UserError: the base, or the quantization of training, is not available; the tokenizer has more tokens than the
+            base has embeddings; or the adapter is on a head that is tied to the embeddings.
     """
     tokenization = source.experiment.tokenization.model_copy(update={"pad_token": "eos"})
     experiment = source.experiment.model_copy(update={"tokenization": tokenization})
@@ -75,28 +75,28 @@ def prepare(source: Source, device: torch.device) -> Exact:
     if settings.quantization != trained_as:
         _, _, reason = settings.changes["model.quantization"]
         raise UserError(
-            f"{source.name}: trained on a base with quantization {trained_as}, which cannot be had here "
-            f"({reason}): merged into other weights it would be another model; export it where it can"
+            f"{source.name}: trained on a base with quantization {trained_as}, which is not available here "
+            f"({reason}): merged into other weights it would be another model; export it on a machine that has it"
         )
     tokenizer = load_tokenizer(experiment.model.base, "eos")
     blank = without_contents(config)
     read, head = blank.get_input_embeddings(), blank.get_output_embeddings()
     if len(tokenizer) > read.num_embeddings:
         raise UserError(
-            f"model.base = {experiment.model.base}: its tokenizer has {len(tokenizer)} tokens, its weights "
+            f"model.base = {experiment.model.base}: its tokenizer has {len(tokenizer)} tokens, but its weights have "
             f"{read.num_embeddings}; no server could load that: give the base that belongs to the tokenizer with "
             "--model"
         )
     if "lm_head" in experiment.lora.target_modules and head.weight is read.weight:
         raise UserError(
-            f"{source.name}: its adapter is on lm_head too, and {experiment.model.base} has one matrix for head and "
-            "embeddings: merged, it would change both; train without lm_head in lora.target_modules to export"
+            f"{source.name}: its adapter is also on lm_head, and {experiment.model.base} has tied embeddings: "
+            "merging would change both; to export, train without lm_head in lora.target_modules"
         )
     return Exact(
         replace(source, experiment=experiment),
         config,
         tokenizer,
-        # 4-bit weights expanded, attention as any server computes it
+        # 4-bit weights are dequantized, attention is computed as on any server
         replace(settings, attn_implementation=attention, dequantize=True),
         device,
         sum(parameter.numel() for parameter in blank.parameters()),
@@ -104,10 +104,10 @@ def prepare(source: Source, device: torch.device) -> Exact:
 
 
 def merge(adapted: PeftModel) -> PreTrainedModel:
-    """The base with the adapter's product added to its weights, in float32. The adapter is gone afterwards.
+    """Add the adapter's product to the weights of the base, in float32. The adapter is removed.
 
     Raises:
-        UserError: the adapter has weights that are not finite.
+        UserError: weights of the adapter are not finite.
     """
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
@@ -122,10 +122,10 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
 def save_merged(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, directory: Path
 ) -> None:
-    """Weights in this type and configuration, beside the tokenizer that is there; greedy by default.
+    """Save weights in this type and configuration, beside the tokenizer; greedy by default.
 
     Raises:
-        UserError: no space.
+        UserError: there is no space.
     """
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -138,7 +138,7 @@ def save_merged(
         model.to(dtype).save_pretrained(directory)
     except SafetensorError as error:
         raise out_of_space(directory, error) from error
-    # For servers that have a transformers before 5 inside, which would take another base of RoPE, silently.
+    # For servers with a transformers version before 5, which would silently use another base of RoPE.
     rope = model.config.rope_parameters if isinstance(getattr(model.config, "rope_parameters", None), dict) else {}
     older = {"torch_dtype": str(dtype).removeprefix("torch.")}
     if rope.get("rope_type", "default") == "default" and "rope_theta" in rope:
@@ -148,10 +148,10 @@ def save_merged(
 
 
 def check_chat_template(directory: Path, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> None:
-    """Load the tokenizer that was saved, and see that chat endpoints get the training prompt from it.
+    """Load the saved tokenizer, and check that chat endpoints get the training prompt from it.
 
-    transformers tokenizes what the template renders; vLLM and text-generation servers take its text first and tokenize
-    that, without special tokens of their own.
+    transformers tokenizes what the template renders; vLLM and text-generation servers first render the text and then
+    tokenize it without adding special tokens.
 
     Raises:
         UserError: they would get other ids.
@@ -159,26 +159,26 @@ def check_chat_template(directory: Path, tokenizer: PreTrainedTokenizerBase, que
     saved = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     for question in questions:
         if set(tokenizer.all_special_tokens) & set(tokenizer.tokenize(question)):
-            continue  # `</s>` spelled in a question was text in training; every server makes the token of it
+            continue  # `</s>` in a question was text in training; every server makes a token of it
         chat = [{"role": "user", "content": question}]
         text = saved.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         ids = saved.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
         again = saved(text, add_special_tokens=False)["input_ids"]
         if not ids == again == prompt_ids(question, tokenizer):
             raise UserError(
-                f"model.base = {tokenizer.name_or_path}: its tokenizer, saved and loaded again, gives another prompt "
+                f"model.base = {tokenizer.name_or_path}: its tokenizer, after saving and loading, gives another prompt "
                 f"for {question[:60]!r} than in training; choose another base with --model"
             )
 
 
 def load_stored(directory: Path, device: torch.device) -> PreTrainedModel:
-    """The merged model as a server loads it: in the type that it is stored in, without PEFT."""
+    """Load the merged model as a server does: in its stored type, without PEFT."""
     return AutoModelForCausalLM.from_pretrained(
         directory, dtype="auto", device_map={"": device}, use_safetensors=True, trust_remote_code=False
     ).eval()
 
 
 def out_of_space(directory: Path, error: Exception) -> Exception:
-    """The system's error inside the one that a library gives for it, a full disk for example; another as it is."""
+    """The system's error inside a library's error, for example about a full disk; other errors unchanged."""
     number = re.search(r"os error (\d+)", str(error))
     return error if number is None else OSError(int(number[1]), os.strerror(int(number[1])), str(directory))
