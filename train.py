@@ -82,7 +82,7 @@ def fine_tune(options: argparse.Namespace, stopper: Stopper) -> None:
         held_out.measure_baseline(state.progress, recorder)
 
         # Training
-        with recorder.training(state.progress, data.stream, data.updates):
+        with recorder.training(state.progress, data.stream, data.updates, held_out.final_seconds(state.progress)):
             train(
                 state, batches, experiment, accelerator, updates=data.updates, recorder=recorder, stopper=stopper,
                 evaluate=held_out.fixed_loss,  # loss on the fixed validation rows, every `evaluation.steps` updates

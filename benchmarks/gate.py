@@ -16,6 +16,8 @@ import torch
 
 from medqa.model.device import peak_memory, reset_peak
 
+OURS = {"plain": False, "padding_free": True}  # this project's arms, and whether they train without padding
+
 
 class Done(Exception):
     """There are no more rounds. Raised inside the arm's own loop, which has no other way out in the middle."""

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from benchmarks.gate import Job
+from benchmarks.gate import OURS, Job
 from benchmarks.ours import build
 from benchmarks.theirs import chosen_rows, make_trainer
-from benchmarks.worker import OURS
 
 LOSS_WITHIN = 1e-6  # relative
 GRADIENT_WITHIN = 1e-5  # the largest difference, of the largest value in the tensor

@@ -10,8 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from peft import PeftModel
 
-from benchmarks.gate import Gate, Job
-from benchmarks.worker import OURS
+from benchmarks.gate import OURS, Gate, Job
 from harness.parts import Observer
 from medqa.config import Experiment
 from medqa.data.batches import Stream

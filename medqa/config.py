@@ -279,13 +279,18 @@ class Training(Section):
 
 
 class Evaluation(Section):
-    """Evaluation during training. Before and after training, all validation rows are used."""
+    """Evaluation before, during and after training."""
 
     steps: Positive = 100
     """Evaluate every so many updates."""
 
     rows: Positive | None = 256
-    """The size of the fixed, seeded subset of the validation rows that is used during training. `null`: all."""
+    """The size of the fixed, seeded subset of the validation rows that every evaluation measures (`eval`): before
+    training, every `steps` updates, and after training. `null`: all."""
+
+    full_rows: Positive | None = None
+    """The number of validation rows, and of test rows, that are measured before and after training (`eval_full`,
+    `test`). A number chooses a fixed, seeded subset. `null`: all."""
 
     samples: Count = 4
     """The number of sample answers in the W&B table."""

@@ -18,7 +18,9 @@ NAME = re.compile(r"checkpoint-(\d{1,12})")
 # The location of data and base model may change: fingerprints tell whether the contents are the same.
 LOCATIONS = {"data.medquad", "data.afrimedqa", "data.files", "model.base"}
 # Keys that the first versions did not have.
-LATER_KEYS = {"data.mcq_answers", "data.files", "training.early_stopping_patience", "training.keep"}
+LATER_KEYS = {
+    "data.mcq_answers", "data.files", "training.early_stopping_patience", "training.keep", "evaluation.full_rows",
+}  # fmt: skip
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

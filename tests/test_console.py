@@ -1,6 +1,7 @@
 """What the terminal shows: plain lines where nothing can be redrawn, one voice, and the plan in full."""
 
 import io
+import math
 import re
 
 import pytest
@@ -12,12 +13,21 @@ from medqa.data.batches import Stream, TrainingData
 from medqa.data.sources import load_sources
 from medqa.data.splits import SPLITS, Splits
 from medqa.data.tokens import tokenize
+from medqa.evaluation.loss import SplitLoss
 from medqa.model.base import load_tokenizer
 from medqa.terminal import NOTEBOOK_VARIABLES, make_console
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
 from medqa.training import recorder as console_module
 from medqa.training.plan import Plan, loss_segments
-from medqa.training.recorder import ProgressLine, show_plan, show_result
+from medqa.training.recorder import (
+    RECENT,
+    ProgressLine,
+    RemainingTime,
+    duration,
+    show_plan,
+    show_result,
+    validation_text,
+)
 
 SUMMARY = {
     "experiment": "exp [red]x[/red] [/b]",
@@ -29,7 +39,14 @@ SUMMARY = {
     "peak_memory_bytes": 2**30,
     "memory_device": "cpu",
 }
-RECORD = {"loss": 1.25, "learning_rate": 1e-4, "tokens_per_s": 1234.5, "peak_memory_bytes": 2**31, "update_s": 2.0}
+RECORD = {
+    "loss": 1.25,
+    "learning_rate": 1e-4,
+    "tokens_per_s": 1234.5,
+    "peak_memory_bytes": 2**31,
+    "update_s": 2.0,
+    "tokens": 600,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +80,39 @@ def show_everything(console: Console) -> None:
     show_result(console, SUMMARY)
 
 
+def split_loss(answer: float | None, rows: int = 16) -> SplitLoss:
+    loss = 3.0
+    perplexity = None if answer is None else math.exp(answer)
+    return SplitLoss(loss, math.exp(loss), answer, perplexity, 100, rows, {})
+
+
+def test_what_an_evaluation_says():
+    before, after = split_loss(2.0), split_loss(1.5)
+    assert validation_text(after, before, best=True) == (
+        "validation answer perplexity 4.482 (-39.3% since the baseline), answer loss 1.5000, loss 3.0000, best so far"
+    )
+    assert validation_text(before, None, best=False) == (  # a run of an earlier version has no baseline of these rows
+        "validation answer perplexity 7.389, answer loss 2.0000, loss 3.0000"
+    )
+    assert "validation perplexity 20.086 (+0.0%" in validation_text(split_loss(None), split_loss(None), best=False)
+
+
+def test_the_remaining_time_follows_recent_updates_by_their_tokens_and_counts_evaluations():
+    remaining = RemainingTime(updates=100, every=10, closing=30.0)
+    assert remaining.seconds(0) == 0.0
+    for tokens in (100, 300):  # 0.01 s for each token, 200 tokens on average
+        remaining.note(tokens * 0.01, tokens)
+    remaining.evaluation_s = 5.0
+    assert remaining.seconds(2) == pytest.approx(98 * 2.0 + 9 * 5.0 + 30.0)  # at 10, 20, ..., 90
+    assert remaining.seconds(90) == pytest.approx(10 * 2.0 + 30.0)  # the one at 100 is the final evaluation
+    for _ in range(RECENT):  # the machine is slower now: the first updates no longer count for the speed
+        remaining.note(4.0, 200)
+    assert remaining.seconds(50) == pytest.approx(50 * 4.0 + 4 * 5.0 + 30.0)
+    assert duration(119.4) == "119 s"
+    assert duration(7199) == "120 min"
+    assert duration(9000) == "2.5 h"
+
+
 @pytest.mark.parametrize("notebook", [None, *NOTEBOOK_VARIABLES])
 def test_plain_lines_where_it_is_no_terminal_or_a_notebook(notebook, monkeypatch):
     if notebook:
@@ -88,7 +138,7 @@ def test_a_terminal_gets_a_display(width, monkeypatch):
     assert "\x1b[" in stream.getvalue()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
     assert "20/20" in text
-    assert "loss 1.2500  lr 1.00e-04  1,234 tokens/s  peak 2.0 GiB 0:00:00" in text, "nothing is cut off"
+    assert "loss 1.2500  lr 1.00e-04  1,234 tokens/s  peak 2.0 GiB 0 s left" in text, "nothing is cut off"
     assert "Why [x] ?" in stream.getvalue()
 
 

@@ -113,13 +113,14 @@ def test_the_recipe_really_ran(runs, name):
 def test_metrics_hold_together(runs, name):
     records, told, last = metrics(runs[name]), summary(runs[name]), UPDATES[name]
     places = [(record["step"], record["split"]) for record in records]
-    assert len(places) == len(set(places)) == last + (1 + last // 10) + 1
+    assert len(places) == len(set(places)) == last + (1 + last // 10) + 2 + 1
     by_place = dict(zip(places, records, strict=True))
-    for place, part in (((0, "eval"), "baseline"), ((last, "eval"), "final"), ((last, "test"), "test")):
+    for place, part in (((0, "eval_full"), "baseline"), ((last, "eval_full"), "final"), ((last, "test"), "test")):
         assert {key: by_place[place][key] for key in told[part]} == told[part]
         assert by_place[place]["perplexity"] == pytest.approx(math.exp(by_place[place]["loss"]))
     report = json.loads((runs[name] / "data_report.json").read_text())
-    assert by_place[(0, "eval")]["rows"] == by_place[(last, "eval")]["rows"] == report["splits"]["validation"]["rows"]
+    for step in (0, last):
+        assert by_place[(step, "eval_full")]["rows"] == report["splits"]["validation"]["rows"]
     assert report["overlap"]["held_out"]["question_or_answer"]["rows"] == 0
 
 
@@ -133,7 +134,7 @@ def test_the_adapter_alone_in_a_fresh_process_has_the_final_loss(runs, name, tmp
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    last = next(r for r in metrics(runs[name]) if (r["step"], r["split"]) == (UPDATES[name], "eval"))
+    last = next(r for r in metrics(runs[name]) if (r["step"], r["split"]) == (UPDATES[name], "eval_full"))
     assert found["tokens"] == last["tokens"]
     assert found["loss"] == pytest.approx(summary(runs[name])["final"]["loss"], rel=1e-5)
 

@@ -5,7 +5,7 @@ of batch means, so it does not depend on batch size, padding or the number of pr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -59,14 +59,17 @@ class Evaluator:
     most_tokens: int
     padding_free: bool
 
-    def measure(self, examples: Sequence[Example]) -> SplitLoss:
+    def measure(self, examples: Sequence[Example], done: Callable[[int], None] = lambda rows: None) -> SplitLoss:
         """The loss of the split."""
-        return summarize(self.row_losses(examples), examples)
+        return summarize(self.row_losses(examples, done), examples)
 
-    def row_losses(self, examples: Sequence[Example]) -> np.ndarray:
+    def row_losses(self, examples: Sequence[Example], done: Callable[[int], None] = lambda rows: None) -> np.ndarray:
         """By example: summed loss and number of its target tokens, then of its answer tokens; (examples, 4), float64.
 
         In nats. Every process gets the entire table. The model's train or eval mode is restored.
+
+        Args:
+            done: is called after each batch with the number of rows that this process has measured since the last call.
         """
         accelerator = self.accelerator
         table = torch.zeros(len(examples), len(COLUMNS), dtype=torch.float64)
@@ -86,6 +89,8 @@ class Evaluator:
                         raise
                     half = len(batch) // 2  # batching has no influence on the losses
                     mine[:0] = [batch[:half], batch[half:]]
+                else:
+                    done(len(batch))
             if idle:  # others have one more batch, and need this process's shards
                 self._sums([examples[batches[-1][0]]])
             if sharded:

@@ -57,7 +57,8 @@ class FinalMetrics:
 class HeldOut:
     """Evaluates the held-out rows of a run before, during and after training.
 
-    During training only a fixed subset of the validation rows is evaluated; before and after it all of them are.
+    Each evaluation measures the fixed validation rows (`eval`), so that its losses are comparable over the whole run.
+    Before and after training all validation rows are measured, or `evaluation.full_rows` of them (`eval_full`).
 
     Attributes:
         validation: the examples of the validation split.
@@ -71,8 +72,10 @@ class HeldOut:
         experiment: Experiment,
         settings: Settings,
     ) -> None:
-        self.validation, self._test = data.examples["validation"], data.examples["test"]
+        self.validation, test = data.examples["validation"], data.examples["test"]
         self._experiment = experiment
+        rows, full_rows, seed = experiment.evaluation.rows, experiment.evaluation.full_rows, experiment.training.seed
+        self._test = [test[i] for i in fixed_subset(test, full_rows, seed)]
         self._evaluator = Evaluator(
             model,
             batches.accelerator,
@@ -81,8 +84,12 @@ class HeldOut:
             batches.most_tokens,  # about as many as in a micro-batch of training
             settings.evaluation_padding_free,
         )
-        self._subset = fixed_subset(self.validation, experiment.evaluation.rows, experiment.training.seed)
-        self._fixed_rows = [self.validation[i] for i in self._subset]
+        fixed, full = fixed_subset(self.validation, rows, seed), fixed_subset(self.validation, full_rows, seed)
+        self._fixed_rows = [self.validation[i] for i in fixed]
+        # Both subsets at once, with where the rows of each stand among them. The smaller is a part of the larger.
+        both = sorted({*fixed, *full})
+        self._rows = [self.validation[i] for i in both]
+        self._fixed, self._full = np.searchsorted(both, fixed), np.searchsorted(both, full)
 
     def fixed_loss(self) -> SplitLoss:
         """The loss of the fixed validation rows for the current weights."""
@@ -92,11 +99,11 @@ class HeldOut:
         """Evaluate the validation split before the first update, unless an earlier session has done so."""
         if progress.baseline is None:
             began = recorder.clock()
-            losses = self._evaluator.row_losses(self.validation)
+            progress.fixed_baseline, progress.baseline = self._measure("baseline", recorder)
             progress.evaluation_s = recorder.clock() - began
-            progress.baseline = summarize(losses, self.validation)
-            progress.best_loss = self._of_fixed_rows(losses).loss
-            recorder.log_split(0, "eval", progress.baseline)
+            progress.best_loss = progress.fixed_baseline.loss
+            recorder.log_split(0, "eval", progress.fixed_baseline)
+            recorder.log_split(0, "eval_full", progress.baseline)
         reset_peak(self._evaluator.accelerator.device)  # from here on the peak memory is that of training
         recorder.startup.record("evaluation")
 
@@ -105,7 +112,7 @@ class HeldOut:
         return (4 if self._experiment.training.keep == "best" else 3) * progress.evaluation_s
 
     def measure_final(self, state: TrainState, directories: Sequence[Path], recorder: Recorder) -> FinalMetrics:
-        """The final evaluation, on all rows. With `training.keep: best` the model has the best adapter afterwards.
+        """The final evaluation. With `training.keep: best` the model has the best adapter afterwards.
 
         The validation split is logged with the adapter of the last update. The test split is evaluated once, with the
         adapter that the run keeps.
@@ -117,10 +124,11 @@ class HeldOut:
             UserError: that checkpoint is missing or damaged.
         """
         progress, keep = state.progress, self._experiment.training.keep
-        losses = self._evaluator.row_losses(self.validation)
-        final, adapter_step = summarize(losses, self.validation), progress.step
-        progress.note_best(progress.step, self._of_fixed_rows(losses).loss)
-        recorder.log_split(progress.step, "eval", final)
+        fixed, final = self._measure("final evaluation, validation", recorder)
+        adapter_step = progress.step
+        progress.note_best(progress.step, fixed.loss)
+        recorder.log_evaluation(progress, fixed)
+        recorder.log_split(progress.step, "eval_full", final)
         if keep == "best" and progress.best_step == 0:
             recorder.message(
                 "training.keep=best: the baseline has the lowest loss on the fixed validation rows, so the adapter of "
@@ -133,14 +141,18 @@ class HeldOut:
                 f"training.keep=best: the adapter of update {adapter_step} is kept; it has the lowest loss on the "
                 "fixed validation rows"
             )
-            final = self._evaluator.measure(self.validation)
-        test = self._evaluator.measure(self._test)
+            _, final = self._measure("best adapter, validation", recorder)
+        with recorder.evaluating("final evaluation, test", len(self._test)) as done:
+            test = self._evaluator.measure(self._test, done)
         recorder.log_split(progress.step, "test", test)
         return FinalMetrics(final, test, adapter_step)
 
-    def _of_fixed_rows(self, losses: np.ndarray) -> SplitLoss:
-        """The loss of the fixed rows, from the losses of all validation rows."""
-        return summarize(losses[self._subset], self._fixed_rows)
+    def _measure(self, title: str, recorder: Recorder) -> tuple[SplitLoss, SplitLoss]:
+        """The losses of the fixed validation rows and of all, or `evaluation.full_rows`, validation rows."""
+        with recorder.evaluating(title, len(self._rows)) as done:
+            losses = self._evaluator.row_losses(self._rows, done)
+        full = [self._rows[i] for i in self._full]
+        return summarize(losses[self._fixed], self._fixed_rows), summarize(losses[self._full], full)
 
 
 def _load_best(model: PeftModel, accelerator: Accelerator, directories: Sequence[Path], step: int) -> None:

@@ -61,14 +61,14 @@ def train(
             # Log
             recorder.log_update(progress, result, seconds, last)
 
-            # Evaluate. At the last update this result only serves `keep: best`; it is not logged.
+            # Evaluate. At the last update this result only serves `keep: best`; the final evaluation is logged instead.
             improved = False
             if progress.step % experiment.evaluation.steps == 0:
-                loss = evaluate()
+                began, loss = time.perf_counter(), evaluate()
                 improved = progress.note_best(progress.step, loss.loss)
                 progress.stopped_early = not last and progress.patience_ended(training.early_stopping_patience)
                 last = last or progress.stopped_early
-                recorder.log_evaluation(progress, loss, last)
+                recorder.log_evaluation(progress, loss, time.perf_counter() - began, last)
 
             # Save. `agree` is a collective call: every process gets the same answer.
             stop_reason, save_due = stopper.agree(accelerator, progress.step, updates, last)

@@ -6,6 +6,7 @@ import json
 import os
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,23 +279,85 @@ def show_plan(console: Console, title: str, plan: Plan) -> None:
     console.print(grid)
 
 
+RECENT = 20  # updates whose speed the estimate of the remaining time follows
+QUIET_S = 30.0  # without a terminal, an evaluation that takes longer prints a line about every so many seconds
+
+
+def duration(seconds: float) -> str:
+    """A time as text: seconds below two minutes, then minutes, then hours with one decimal."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def validation_text(loss: SplitLoss, baseline: SplitLoss | None, best: bool) -> str:
+    """The perplexity and loss of the fixed validation rows, the change since the baseline, and whether it is the best.
+
+    Of the answers where they have target tokens, else of all target tokens.
+    """
+    of_answers = loss.answer_loss is not None
+    name = "answer_" if of_answers else ""
+    value, before = (getattr(each, name + "perplexity", None) for each in (loss, baseline))
+    text = f"validation {name.replace('_', ' ')}perplexity {value:.3f}"
+    if before:
+        text += f" ({value / before - 1:+.1%} since the baseline)"
+    text += f", {name.replace('_', ' ')}loss {getattr(loss, name + 'loss'):.4f}, loss {loss.loss:.4f}"
+    return text + ", best so far" * best
+
+
+class RemainingTime:
+    """Estimates the remaining time of training from the last updates, by tokens, and from the evaluations to come.
+
+    Args:
+        updates: the number of updates of the run.
+        every: an evaluation follows each so many updates.
+        closing: the seconds that the final evaluation takes.
+    """
+
+    def __init__(self, updates: int, every: int, closing: float) -> None:
+        self._updates, self._every, self._closing = updates, every, closing
+        self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # seconds and target tokens of an update
+        self._tokens, self._seen = 0.0, 0
+        self.evaluation_s = 0.0  # of the newest evaluation during training
+
+    def note(self, seconds: float, tokens: float) -> None:
+        """Count an update."""
+        self._recent.append((seconds, tokens))
+        self._tokens, self._seen = self._tokens + tokens, self._seen + 1
+
+    def seconds(self, step: int) -> float:
+        """The estimate after update `step`, in seconds; 0 before the first update of a session."""
+        if not self._recent:
+            return 0.0
+        spent, tokens = (sum(column) for column in zip(*self._recent, strict=True))
+        # Recent seconds per token, and the mean number of tokens of an update: few updates with long examples, or with
+        # short ones, do not mislead it. Without target tokens the mean over the updates has to do.
+        an_update = spent / tokens * self._tokens / self._seen if tokens else spent / len(self._recent)
+        evaluations = (self._updates - 1) // self._every - step // self._every
+        return (self._updates - step) * an_update + max(evaluations, 0) * self.evaluation_s + self._closing
+
+
 class ProgressLine:
     """A progress bar on a terminal; without a terminal a line every `log_steps` updates."""
 
-    def __init__(self, console: Console, first_step: int, max_steps: int, log_steps: int) -> None:
+    def __init__(
+        self, console: Console, first_step: int, max_steps: int, log_steps: int, remaining: RemainingTime | None = None
+    ) -> None:
         self._console = console
         self._max_steps, self._log_steps = max_steps, log_steps
+        self.remaining = remaining or RemainingTime(max_steps, max_steps, 0.0)
+        self._validation = ""
         self._bar = rich.progress.Progress(
             # On a narrow terminal only the bar shrinks.
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[metrics]}", markup=False),
-            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[left]}", markup=False, table_column=Column(no_wrap=True)),
             console=console,
             expand=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=max_steps, completed=first_step, metrics="")
+        self._task = self._bar.add_task("", total=max_steps, completed=first_step, metrics="", left="")
 
     def __enter__(self) -> "ProgressLine":
         self._bar.start()
@@ -310,11 +373,17 @@ class ProgressLine:
             f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tokens/s  "
             f"peak {record['peak_memory_bytes'] / 2**30:.1f} GiB"
         )
-        self._bar.update(self._task, completed=step, metrics=metrics)
+        self.remaining.note(record["update_s"], record["tokens"])
+        left = duration(self.remaining.seconds(step))
+        self._bar.update(self._task, completed=step, metrics=metrics + self._validation, left=f"{left} left")
         if not self._console.is_terminal and (step % self._log_steps == 0 or step == self._max_steps):
-            left = (self._max_steps - step) * record["update_s"]
-            left = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
             self._console.print(f"update {step}/{self._max_steps}  {metrics}  about {left} left", soft_wrap=True)
+
+    def note_validation(self, loss: SplitLoss, seconds: float) -> None:
+        """Show the perplexity of the newest evaluation from now on, and count the seconds that it took."""
+        perplexity = loss.perplexity if loss.answer_perplexity is None else loss.answer_perplexity
+        self._validation = f"  validation {perplexity:.3f}"
+        self.remaining.evaluation_s = seconds
 
 
 def show_result(console: Console, summary: Mapping[str, Any], adapter_dir: Path | None = None) -> None:
@@ -464,11 +533,45 @@ class Recorder:
         self.startup.record("start")
 
     @contextlib.contextmanager
-    def training(self, progress: Progress, stream: Stream, updates: int) -> Iterator[None]:
-        """Show the progress of training in this block."""
+    def training(self, progress: Progress, stream: Stream, updates: int, closing: float = 0.0) -> Iterator[None]:
+        """Show the progress of training in this block.
+
+        Args:
+            closing: the seconds that the final evaluation takes.
+        """
         self._epoch = stream.epoch
-        with ProgressLine(self._console, progress.step, updates, self._experiment.training.log_steps) as self._bar:
+        remaining = RemainingTime(updates, self._experiment.evaluation.steps, closing)
+        log_steps = self._experiment.training.log_steps
+        with ProgressLine(self._console, progress.step, updates, log_steps, remaining) as self._bar:
             yield
+        self._bar = None
+
+    @contextlib.contextmanager
+    def evaluating(self, title: str, rows: int) -> Iterator[Callable[[int], None]]:
+        """Show the progress of an evaluation in this block, which calls what it gets with each number of rows done.
+
+        On a terminal that is a bar with the remaining time; else a line about every half minute. With several processes
+        the rows of the main process stand for all.
+        """
+        began = printed = time.perf_counter()
+        measured, processes = 0, self.accelerator.num_processes
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        bar = rich.progress.Progress(*columns, console=self._console, transient=True)
+        bar.disable = not self._console.is_terminal
+        task = bar.add_task(title, total=rows)
+
+        def done(more: int) -> None:
+            """Count rows."""
+            nonlocal measured, printed
+            measured = min(measured + more * processes, rows)
+            bar.update(task, completed=measured)
+            now = time.perf_counter()
+            if not self._console.is_terminal and now - printed >= QUIET_S and measured < rows:
+                printed, left = now, (now - began) / measured * (rows - measured)
+                self.message(f"{title}: {measured:,} of {rows:,} rows, about {duration(left)} left")
+
+        with bar:
+            yield done
 
     def log_update(self, progress: Progress, result: StepResult, seconds: float, last: bool) -> None:
         """Show an update, and log it every `log_steps` updates and if it is the last."""
@@ -506,16 +609,24 @@ class Recorder:
         if self._bar is not None:
             self._bar.update(record)
 
-    def log_evaluation(self, progress: Progress, loss: SplitLoss, last: bool) -> None:
-        """Log an evaluation of the fixed validation rows.
+    def log_evaluation(self, progress: Progress, loss: SplitLoss, seconds: float = 0.0, last: bool = False) -> None:
+        """Log and show an evaluation of the fixed validation rows.
 
-        After the last update it is not logged, because the final evaluation of all rows replaces it. The update itself
-        is logged then, whatever `log_steps` is, because early stopping may have made it the last one.
+        Args:
+            seconds: that it took, where it was one during training.
+            last: it was the evaluation during training after the last update. Then it is not logged, because the final
+                evaluation measures the same rows again. The update itself is logged, whatever `log_steps` is, because
+                early stopping may have made it the last one.
         """
         if last:
             self._log_newest()
-        else:
-            self.log_split(progress.step, "eval", loss)
+            return
+        self.log_split(progress.step, "eval", loss)
+        best = progress.best_step == progress.step
+        text = validation_text(loss, progress.fixed_baseline, best)
+        self.message(f"update {progress.step}: {text}")
+        if self._bar is not None:
+            self._bar.note_validation(loss, seconds)
 
     def log_split(self, step: int, split: str, loss: SplitLoss) -> None:
         """Log the losses of a split after `step` updates."""

@@ -34,6 +34,8 @@ class Progress:
 
     Attributes:
         elapsed_s, peak_memory: over all sessions.
+        baseline, fixed_baseline: the losses before the first update, on all validation rows that are measured before
+            and after training, and on the fixed validation rows (None in checkpoints of earlier versions).
         evaluation_s: seconds that the baseline took.
         micro_batch_rows: the most examples in a padded micro-batch, lowered when memory ran out (None: as configured).
         micro_batch_tokens: the most tokens in a padding-free micro-batch; None with padding.
@@ -60,6 +62,7 @@ class Progress:
     run_id: str = ""
     resumes: NonNegativeInt = 0
     baseline: SplitLoss | None = None
+    fixed_baseline: SplitLoss | None = None
     not_bitwise: list[EnvironmentChange] = field(default_factory=list)
 
     def advance(self, result: "StepResult") -> None:

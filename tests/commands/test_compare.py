@@ -195,7 +195,7 @@ def test_a_real_run_is_read(tmp_path, capsys):
     assert found["differences"].keys() >= {"lora.r", "training.max_steps"}
     used = {"real": "bf16 (in effect: no)", "other": "bf16"}  # the other one was made up without
     assert found["differences"]["training.mixed_precision"] == used
-    assert any("subset of 8 of 28 rows" in warning for warning in found["warnings"])
+    assert not any("subset" in warning for warning in found["warnings"]), "one curve of one set of rows"
     assert [p["change"] for p in found["proposals"]][:1] == [{"lora.r": 4}]
     assert OWN_MARK in (tmp_path / "p.html").read_bytes()
 
@@ -839,6 +839,36 @@ def test_validation_rows_of_an_unfinished_run_stand_apart(tmp_path):
     assert sum("hollow" in title for title in titles) == 3
     done = reread(going, tmp_path / "done")[1]
     assert curve(done, done.validation, "loss").on_the_usual_rows() == [True, True, True]
+
+
+def with_fixed_rows(run: Path, of_both_kinds: bool) -> Path:
+    """The run with 8 fixed rows in its validation: at every point, and all rows apart; or between the ends alone."""
+    lines = []
+    for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        step, ends = record["step"], record["split"] == "eval" and record["step"] in (0, 20)
+        if record["split"] == "eval" and (of_both_kinds or not ends):
+            lines.append(eval_record(step, record["loss"] + 0.1, 8))
+        else:
+            lines.append(record)
+        if ends and of_both_kinds:
+            lines.append({**record, "split": "eval_full"})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def test_all_validation_rows_are_apart_from_the_fixed_ones(tmp_path):
+    """Runs of version 0.1 measured all rows before and after, and the fixed ones between, under one name."""
+    new = with_fixed_rows(make_run(tmp_path / "new", "exp_001"), of_both_kinds=True)
+    old = with_fixed_rows(make_run(tmp_path / "old", "exp_001"), of_both_kinds=False)
+    comparison = compared(new, old)
+    said(comparison, "old: validation during training is on a fixed subset of 8 of 28 rows")
+    assert not comparison.runs[0].damage
+    usual = [curve(run, run.validation, "loss").on_the_usual_rows() for run in comparison.runs]
+    assert all(usual[0])
+    assert not all(usual[1])
+    cells = cells_of(comparison, "answer perplexity")
+    assert cells["new"] == cells["old"]
+    assert cells["new"]["rows of validation and test"].startswith("28")
 
 
 def test_other_seeds_and_other_data_are_other_rows(tmp_path):

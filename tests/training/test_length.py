@@ -240,6 +240,30 @@ def test_where_nothing_beats_the_untuned_base_it_says_so(tmp_path, capfd):
     assert "the baseline has the lowest loss" in capfd.readouterr().out.replace("\n", " ")
 
 
+def test_the_rows_before_and_after_can_be_bounded(tmp_path, capfd):
+    """The fixed rows may be fewer or more than those before and after; each stands at every point of its own."""
+    for rows, full_rows in ((6, 10), (10, 6)):
+        place = tmp_path / f"{rows}-{full_rows}"
+        sets = ("training.max_steps=2", "evaluation.steps=1", f"evaluation.rows={rows}")
+        assert run(place, "--set", *sets, f"evaluation.full_rows={full_rows}") == 0
+        lines = [(r["step"], r["split"], r["rows"]) for r in metrics(place) if r["split"] != "train"]
+        assert lines == [
+            (0, "eval", rows), (0, "eval_full", full_rows), (1, "eval", rows), (2, "eval", rows),
+            (2, "eval_full", full_rows), (2, "test", full_rows),
+        ]  # fmt: skip
+        by_line = {(r["step"], r["split"]): r for r in metrics(place)}
+        told = summary(place)
+        assert told["baseline"]["loss"] == by_line[0, "eval_full"]["loss"]
+        assert told["final"]["loss"] == by_line[2, "eval_full"]["loss"]
+        said = capfd.readouterr().out
+        assert said.count("% since the baseline)") == 2
+        assert f"update 2: validation answer perplexity {by_line[2, 'eval']['answer_perplexity']:.3f} (" in said
+    one, other = (metrics(tmp_path / name) for name in ("6-10", "10-6"))
+    losses = [{r["rows"]: r["loss"] for r in records if (r["step"], r["split"]) in ((0, "eval"), (0, "eval_full"))}
+              for records in (one, other)]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # the six rows are the first six of the same permutation
+
+
 def test_a_new_best_is_saved_between_the_saves(tmp_path):
     sets = (*EARLY, "training.save_steps=50", "training.max_steps=3", "training.keep=best")
     assert run(tmp_path / "run", *sets) == 0

@@ -118,7 +118,10 @@ def content(path: Path) -> list[tuple[int, str]]:
     return [(record["step"], record["split"]) for record in read_metrics(path)]
 
 
-EVENTS = [(0, "eval"), (1, "train"), (2, "train"), (2, "eval"), (3, "train"), (4, "train"), (4, "eval"), (4, "test")]
+EVENTS = [
+    (0, "eval"), (0, "eval_full"), (1, "train"), (2, "train"), (2, "eval"), (3, "train"), (4, "train"), (4, "eval"),
+    (4, "eval_full"), (4, "test"),
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -134,10 +137,10 @@ def file(tmp_path) -> MetricsFile:
     "step, max_steps, kept",
     [
         (-1, 4, []),
-        (0, 4, EVENTS[:1]),
-        (2, 4, EVENTS[:4]),
-        (3, 4, EVENTS[:5]),
-        (4, 4, EVENTS[:6]),  # the closing evaluation comes after the last checkpoint and is done again
+        (0, 4, EVENTS[:2]),
+        (2, 4, EVENTS[:5]),
+        (3, 4, EVENTS[:6]),
+        (4, 4, EVENTS[:7]),  # the closing evaluation comes after the last checkpoint and is done again
         (4, 8, EVENTS),
     ],
 )
@@ -282,7 +285,7 @@ def test_names_on_wandb():
         "perf/padding_share": 0.5, "perf/save_seconds": 10.0, "perf/peak_allocated_gb": 2.0,
         "perf/peak_reserved_gb": 3.0, "train/global_step": 3,
     }  # fmt: skip
-    for split in ("eval", "test"):
+    for split in ("eval", "eval_full", "test"):
         record = line(
             4, split, loss=1.0, perplexity=2.0, answer_loss=3.0, answer_perplexity=None, tokens=5, rows=6,
             sources={"medquad": 7.0, "afrimedqa": 8.0},
@@ -322,15 +325,15 @@ def test_metrics_are_consistent(metrics):
             assert r["answer_perplexity"] == pytest.approx(math.exp(r["answer_loss"]))
             assert r["sources"].keys() == {"medquad", "afrimedqa"}
     by_event = {(r["step"], r["split"]): r for r in metrics}
-    assert by_event[0, "eval"]["rows"] == by_event[4, "eval"]["rows"] == 28, "the whole validation set"
-    assert by_event[2, "eval"]["rows"] == 16, "the fixed subset"
+    assert {by_event[step, "eval"]["rows"] for step in (0, 2, 4)} == {16}, "the fixed rows, at every point"
+    assert {by_event[step, "eval_full"]["rows"] for step in (0, 4)} == {28}, "all validation rows"
     assert by_event[4, "eval"]["loss"] < by_event[0, "eval"]["loss"]
 
 
 def test_summary(summary, metrics):
     assert summary.keys() >= SUMMARY_FIELDS
     by_event = {(r["step"], r["split"]): r for r in metrics}
-    for part, event in (("baseline", (0, "eval")), ("final", (4, "eval")), ("test", (4, "test"))):
+    for part, event in (("baseline", (0, "eval_full")), ("final", (4, "eval_full")), ("test", (4, "test"))):
         assert summary[part] == {key: by_event[event][key] for key in FIGURES}
     expected = {
         "experiment": "exp_001", "updates": 4, "resumes": 0, "processes": 1, "gradient_accumulation_steps": 8,

@@ -53,6 +53,7 @@ class Run:
     in_effect: dict[str, Any]
     train: dict[int, Json] = field(default_factory=dict)
     validation: dict[int, Json] = field(default_factory=dict)
+    validation_full: dict[int, Json] = field(default_factory=dict)
     test: dict[int, Json] = field(default_factory=dict)
     summary: Json = field(default_factory=dict)
     evaluation: Json = field(default_factory=dict)
@@ -179,7 +180,14 @@ def read_run(directory: Path, label: str) -> Run:
     )
     updates = run.summary.get("updates", run.planned) if run.finished else run.planned
     records = _metrics(directory / METRICS, updates, damage)
-    run = replace(run, train=records["train"], validation=records["eval"], test=records["test"])
+    run = replace(
+        run,
+        train=records["train"],
+        validation=records["eval"],
+        # Earlier versions measured all rows before and after training, the fixed rows between, all as `eval`.
+        validation_full=records["eval_full"] or records["eval"],
+        test=records["test"],
+    )
     damage += _not_as_recorded(run)
     if run.all_updates_done and not os.path.lexists(directory / SUMMARY):
         missing = (
@@ -364,8 +372,8 @@ def _not_as_recorded(run: Run) -> Iterator[str]:
     last: Any = run.summary.get("updates")
     whole = run.summary.get("adapter_step", last) == last  # otherwise `final` is of a checkpoint, without metrics
     for name, records, step in (
-        ("baseline", run.validation, 0),
-        ("final", run.validation, last),
+        ("baseline", run.validation_full, 0),
+        ("final", run.validation_full, last),
         ("test", run.test, last),
     ):
         if name == "final" and not whole:
@@ -391,14 +399,14 @@ def _evaluation(path: Path, damage: list[str]) -> tuple[Json, dict[tuple[str, ..
 
 
 def _metrics(path: Path, updates: int | None, damage: list[str]) -> dict[str, dict[int, Json]]:
-    """The lines of `train`, `eval` and `test`, by update; if there are several, the first one, as a resume keeps it.
+    """The lines of each split, by update; if there are several, the first one, as a resume keeps it.
 
     A last line without a line end is being written, or was cut short by a kill; a resume repeats it.
 
     Args:
         updates: the number of updates of the run, if known; lines beyond it do not belong to the run.
     """
-    found: dict[str, dict[int, Json]] = {"train": {}, "eval": {}, "test": {}}
+    found: dict[str, dict[int, Json]] = {"train": {}, "eval": {}, "eval_full": {}, "test": {}}
     try:
         lines = read_file(path, MAX_METRICS_BYTES).splitlines(keepends=True)
     except Missing:

@@ -109,7 +109,8 @@ def curve(run: Run, records: dict[int, Json], key: str) -> Curve:
 def perplexity(run: Run) -> Perplexity:
     """Answer perplexities: from an evaluation of all rows, else from the summary, else from the last validation."""
     newest = max(run.validation, default=None)
-    first, last = run.validation.get(0, {}), run.validation.get(newest, {}) if newest else {}
+    first = run.validation_full.get(0, {})
+    last = (run.validation_full.get(newest) or run.validation.get(newest, {})) if newest else {}
     said = Figure(number(part(run.summary, "test", "answer_perplexity")) if run.finished else None)
     validation = number(part(run.summary, "final", "answer_perplexity")) if run.finished else None
     untuned, tuned = (run.figures.get(ANSWER_PERPLEXITY.format(system), Figure(None)) for system in SYSTEMS)
