@@ -278,7 +278,7 @@ def test_a_run_is_the_same_whatever_they_say(tmp_path, own_accelerator, monkeypa
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=8: training.global_batch_size" in told
     assert "ACCELERATE_DYNAMO_BACKEND=INDUCTOR: models are not compiled" in told
     assert figures(tmp_path / "run") == figures(tmp_path / "plain")
-    assert len(figures(tmp_path / "run")) == 6
+    assert len(figures(tmp_path / "run")) == 8
 
 
 def test_a_configuration_file_of_the_launcher_decides_no_number(tmp_path, own_accelerator):

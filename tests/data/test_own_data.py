@@ -529,7 +529,8 @@ def test_samples_that_are_asked_for_are_logged(alone, place):
 def test_figures_follow_by_source(beside, alone):
     for run, sources in ((alone, {"one", "two", "three"}), (beside, {"one", "two", "three", "medquad", "afrimedqa"})):
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert [set(r["sources"]) for r in records if r["split"] != "train"] == [sources] * 3
+        assert [set(r["sources"]) for r in records if r["split"] in ("eval_full", "test")] == [sources] * 3
+        assert all(set(r["sources"]) <= sources for r in records if r["split"] == "eval")  # the fixed rows alone
         report = json.loads((run / "data_report.json").read_text())
         assert set(report["sources"]) == sources
         assert [report["sources"][name]["kept"] for name in ("one", "two", "three")] == [40] * 3
@@ -543,7 +544,7 @@ def test_figures_follow_by_source(beside, alone):
         assert all(len(found) == 1 for found in by_group.values())
         (path,) = run.glob("wandb/offline-run-*/*.wandb")
         logged = read_finished_run(path)
-        assert {f"eval/{name}/answer_loss" for name in sources} <= logged.history[0].keys()
+        assert {f"eval_full/{name}/answer_loss" for name in sources} <= logged.history[0].keys()
         assert {f"test/{name}/answer_loss" for name in sources} <= logged.history[1].keys()
         assert logged.config["data"]["files"] == dict.fromkeys(["one", "two", "three"], "a local file")
 
