@@ -104,6 +104,7 @@ def sections() -> list["Section"]:
             "Loss",
             [
                 *(curve(f"eval/{name}") for name in EVAL_NAMES),
+                *(curve(f"eval_full/{name}", title=f"{name}, before and after, all rows") for name in EVAL_NAMES),
                 *map(curve, TRAIN_CURVES),
                 bars("test/answer_loss"),
                 bars("test/answer_perplexity"),
@@ -114,7 +115,7 @@ def sections() -> list["Section"]:
             [
                 curve(title="answer loss of every source", metric_regex=ANY_SOURCE),
                 *map(curve, by_source),
-                *(bars(source_name("test", source)) for source in SOURCES),
+                *(bars(source_name(split, source)) for split in ("eval_full", "test") for source in SOURCES),
             ],
         ),
         _section("Speed and memory", [*map(curve, PERFORMANCE_NAMES.values()), *map(curve, MEMORY_NAMES.values())]),
