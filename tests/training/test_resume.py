@@ -101,7 +101,7 @@ def test_optimizer_and_schedule_are_the_same_to_the_last_bit(straight, interrupt
 def test_every_line_stands_once_and_says_the_same(straight, interrupted):
     assert figures(interrupted) == figures(straight)
     places = [(record["step"], record["split"]) for record in figures(interrupted)]
-    assert len(places) == len(set(places)) == UPDATES + 2 + 2 + 1  # eval at 0, 8, 16, 24; test
+    assert len(places) == len(set(places)) == UPDATES + 4 + 2 + 1  # eval at 0, 8, 16, 24; eval_full at 0, 24; test
 
 
 def test_legs_are_counted_and_time_adds_up(straight, interrupted):
