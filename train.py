@@ -44,7 +44,9 @@ def fine_tune(options: argparse.Namespace, stopper: Stopper) -> None:
         # Settings: precision, quantization, attention and sharding, as far as this hardware supports the requested ones
         choose_kernels(experiment.training.deterministic)
         saved = run.saved_settings
-        settings = resolve_settings(experiment, cpu=options.cpu, saved=saved, shards=shards_from_launcher(experiment))
+        settings = resolve_settings(
+            experiment, cpu=options.cpu, saved=saved, keep_bf16=run.was_on_cpu, shards=shards_from_launcher(experiment)
+        )
         accelerator = build_accelerator(experiment, settings)
         check_global_batch(experiment.training, accelerator.num_processes)
         recorder = Recorder(experiment, accelerator, run.output_dir, run.startup, run.check_ownership)
@@ -61,8 +63,7 @@ def fine_tune(options: argparse.Namespace, stopper: Stopper) -> None:
         data = split_and_tokenize(sources, tokenizer, experiment)
         run.startup.record("data")
 
-        # Model: frozen base, LoRA adapter, optimizer, learning rate schedule. The settings are resolved a second time,
-        # because the memory that the model takes is known only now.
+        # Model: frozen base, LoRA adapter, optimizer, schedule. First, the settings are fitted to the free memory.
         free = available_memory(accelerator.device, accelerator.num_processes)
         settings = on_main(accelerator, lambda: fit_to_memory(settings, experiment, base, len(tokenizer), free, saved))
         with accelerator.main_process_first():
@@ -85,8 +86,7 @@ def fine_tune(options: argparse.Namespace, stopper: Stopper) -> None:
         with recorder.training(state.progress, data.stream, data.updates, held_out.final_seconds(state.progress)):
             train(
                 state, batches, experiment, accelerator, updates=data.updates, recorder=recorder, stopper=stopper,
-                evaluate=held_out.fixed_loss,  # loss on the fixed validation rows, every `evaluation.steps` updates
-                save=lambda: run.save(state, recorder),
+                save=lambda: run.save(state, recorder), evaluate=held_out.fixed_loss,  # on the fixed validation rows
             )  # fmt: skip
 
         # After training: final evaluation, adapter, summary. Without time for them, `--stop-after` ends the run here.

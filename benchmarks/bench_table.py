@@ -115,7 +115,7 @@ def title(case: Mapping[str, Any], name: str) -> str:
     """What a table is of."""
     asked = case["case"]
     return (
-        f"{name}: shape {asked['shape']}, {asked['dtype']}, {asked['rows']} rows an update, quantization "
+        f"{name}: shape {Path(asked['shape']).name}, {asked['dtype']}, {asked['rows']} rows an update, quantization "
         f"{asked['quantization']}, {case['useful_share']:.0%} of Trainer's places useful; {case['rows']}; GEMM "
         f"{statistics.median(case['gemm_flops']) / 1e9:,.0f} GFLOP/s"
     )

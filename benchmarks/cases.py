@@ -2,11 +2,11 @@
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.gate import Job
-from benchmarks.standin import STANDIN_SHAPES, Rows, even_rows, make_rows
+from benchmarks.standin import STANDIN_SHAPES, Rows, even_rows, make_rows, shape_of
 from harness.hf_trainer import TRAINER_NAMES
 from medqa.config import Experiment, flat
 from medqa.config_file import load_experiment
@@ -14,6 +14,7 @@ from medqa.config_file import load_experiment
 RECIPES = ("exp_001", "exp_002", "exp_003")
 CORPUS = 4096  # rows that an arm may choose from
 FULL, HOST = "exp_002 at TinyLlama's shape, bf16", "host"
+REAL = "{} on a real model, bf16"
 HOST_LENGTH, HOST_ROWS, HOST_MICRO_BATCH, HOST_UPDATES = 16, 32, 4, 20
 NEVER = 10**6
 
@@ -28,11 +29,13 @@ ARMS = {
     "compile": "Trainer, torch.compile",
     "plain": "ours, plain",
     "padding_free": "ours, padding_free",
+    "padding_free_fp32": "ours, padding_free in float32",
 }
 GPU_ONLY = ("liger", "compile")
 NEEDS = {"trl": "trl", "packing": "trl", "liger": "liger_kernel"}  # arm to module
 QUICK_ARMS = ("trainer", "plain", "padding_free")
 FULL_ARMS = ("trainer", "trainer_again", "plain", "padding_free")
+REAL_ARMS = ("trainer", "trl", "plain", "padding_free", "padding_free_fp32")
 HOST_ARMS = ("trainer", "trl", "plain", "padding_free")
 
 # On a CPU: at least so many times Trainer's speed, at most such a share of its peak memory.
@@ -42,13 +45,17 @@ SPEED_TARGETS = {
     ("exp_002", "padding_free"): 2.2,
     ("exp_003", "padding_free"): 3.3,
     (FULL, "padding_free"): 1.9,
+    (REAL.format("exp_001"), "padding_free"): 2.0,
+    (REAL.format("exp_002"), "padding_free"): 2.4,
+    (REAL.format("exp_003"), "padding_free"): 3.3,
 }
 MEMORY_TARGETS = {(recipe, arm): most for recipe in RECIPES for arm, most in (("plain", 1.0), ("padding_free", 0.7))}
+MEMORY_TARGETS |= {(REAL.format(recipe), "padding_free"): 0.6 for recipe in RECIPES}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe at a size: `updates` of `rows` rows a round."""
+    """A recipe at a size: `updates` of `rows` rows a round. `shape` is a stand-in's name or a model's directory."""
 
     name: str
     recipe: str
@@ -76,7 +83,7 @@ class Case:
             "tracking.wandb": "disabled",
             "tokenization.pad_token": "eos",
         }
-        longest = STANDIN_SHAPES[self.shape]["max_position_embeddings"]
+        longest = shape_of(self.shape)["max_position_embeddings"]
         if self.name == HOST:
             sets |= {"tokenization.max_length": HOST_LENGTH}
         elif longest < 512:
@@ -85,19 +92,29 @@ class Case:
 
     def make_rows(self, experiment: Experiment, medquad: Path | None) -> Rows:
         """The rows of all its arms."""
-        vocabulary = STANDIN_SHAPES[self.shape]["vocab_size"]
+        vocabulary = shape_of(self.shape)["vocab_size"]
         if self.name == HOST:
             return even_rows(HOST_ROWS * 8, HOST_LENGTH, vocabulary)
-        return make_rows(CORPUS, experiment.tokenization.max_length, vocabulary, experiment.training.seed, medquad)
+        seed, max_length = experiment.training.seed, experiment.tokenization.max_length
+        return make_rows(CORPUS, max_length, vocabulary, seed, medquad, self.model)
+
+    @property
+    def model(self) -> Path | None:
+        """The directory of a real model; None for a stand-in."""
+        return None if self.shape in STANDIN_SHAPES else Path(self.shape)
 
     def jobs(self, experiment: Experiment, base: Path, rows: Path, rounds: int, scratch: Path) -> dict[str, Job]:
         """What each arm is to do: a first update, then the rounds."""
         updates, settings = 1 + rounds * self.updates, flat(experiment)
         arguments = trainer_arguments(experiment, updates, self.dtype, self.device, scratch)
-        return {
+        jobs = {
             arm: Job(arm, settings, arguments, str(base), str(rows), updates, self.dtype, self.device)
             for arm in self.arms
         }
+        if "padding_free_fp32" in jobs:
+            in_float32 = settings | {"model.dtype": "float32", "training.mixed_precision": "no"}
+            jobs["padding_free_fp32"] = replace(jobs["padding_free_fp32"], settings=in_float32, dtype="float32")
+        return jobs
 
 
 def trainer_arguments(
@@ -143,10 +160,26 @@ def make_cases(
     full_rows: int,
     host: bool,
     quantization: str,
+    model: Path | None = None,
+    bfloat16: bool = True,
 ) -> list[Case]:
-    """In the order in which they run. On a GPU everything is at TinyLlama's size, in bf16."""
+    """In the order in which they run. On a GPU everything is at TinyLlama's size, in bf16.
+
+    Args:
+        model: the directory of a real model. If it is given, the only cases are those of this model.
+        bfloat16: whether the arms of this model use bfloat16, with one arm in float32; otherwise all use float32.
+    """
     on_gpu = device == "cuda"
+    if model is not None:
+        chosen = tuple(arm for arm in REAL_ARMS if arm in arms and (bfloat16 or arm != "padding_free_fp32"))
+        dtype = "bfloat16" if bfloat16 else "float32"
+        called = REAL if bfloat16 else REAL.replace("bf16", "float32")
+        return [
+            Case(called.format(name), name, str(model), dtype, rows, 1, chosen, device, quantization)
+            for name in recipes
+        ]
     shape, dtype = ("tinyllama", "bfloat16") if on_gpu else ("tiny" if quick else "p", "float32")
+    arms = [arm for arm in arms if arm != "padding_free_fp32"]  # in float32 it equals padding_free
     cases = [Case(name, name, shape, dtype, rows, 1, tuple(arms), device, quantization) for name in recipes]
     if full and not on_gpu:
         chosen = tuple(arm for arm in FULL_ARMS if arm in arms)

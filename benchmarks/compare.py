@@ -27,6 +27,7 @@ from benchmarks.cases import ARMS, FULL, HOST, QUICK_ARMS, RECIPES, Case, absent
 from benchmarks.flops import flops_per_token, gemm_flops, no_bfloat16
 from benchmarks.pool import Arm, ArmFailed, check_gradients, profile
 from benchmarks.standin import MEDQUAD, make_model, useful_share
+from medqa.model.device import no_native_bfloat16
 from medqa.training.checkpoint import versions
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -61,6 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=32, help="in an update")
     parser.add_argument("--full", action="store_true", help="also at TinyLlama's shape in bf16 (exp_002)")
     parser.add_argument("--full-rows", type=int, default=4)
+    parser.add_argument("--model", type=Path, help="compare on this model (a directory) only, in bf16")
     parser.add_argument("--no-host", action="store_true", help="leave the overhead of an update out")
     parser.add_argument("--profile", action="store_true", help="also where ours padding_free spends its time")
     parser.add_argument("--quantization", default="none", choices=("none", "4bit"))
@@ -89,6 +91,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     arms = [arm for arm in options.arms if arm not in left_out]
     if options.full and options.device == "cpu" and (why := no_bfloat16()):
         left_out[FULL] = why
+    no_bf16 = no_native_bfloat16() if options.model and options.device == "cpu" else None
+    if no_bf16 is not None:
+        left_out["bfloat16"] = f"{no_bf16}; all arms use float32"
     for name, why in left_out.items():
         tell(f"{name} is left out: {why}")
     cases = make_cases(
@@ -101,6 +106,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         full_rows=options.full_rows,
         host=not options.no_host,
         quantization=options.quantization,
+        model=options.model,
+        bfloat16=no_bf16 is None,
     )
     report = {"machine": machine(options.device), "versions": all_versions(), "left_out": left_out}
     report |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "rounds": options.rounds, "cases": {}}
@@ -141,7 +148,7 @@ def checked_jobs(case: Case, medquad: Path | None, scratch: Path) -> dict[str, A
 
     There rounding is far below any mistake; in bfloat16 it is not.
     """
-    shape = "p" if case.shape == "tinyllama" else case.shape
+    shape = "p" if case.shape == "tinyllama" or case.model is not None else case.shape
     small = replace(case, shape=shape, dtype="float32", device="cpu", rows=min(case.rows, CHECK_ROWS))
     base = base_of(small, scratch)
     experiment = small.experiment(base)
@@ -151,6 +158,8 @@ def checked_jobs(case: Case, medquad: Path | None, scratch: Path) -> dict[str, A
 
 def base_of(case: Case, scratch: Path) -> Path:
     """The case's base model, made where it is not there yet."""
+    if case.model is not None:
+        return case.model.resolve()
     base = scratch / f"{case.shape}-{case.dtype}"
     return base if base.is_dir() else make_model(base, case.shape, case.dtype)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.standin import STANDIN_SHAPES
+from benchmarks.standin import shape_of
 
 GEMM_SIZE = {"cpu": 1536, "cuda": 8192}
 SMALL = 384  # enough to tell whether a type is emulated
@@ -18,7 +18,7 @@ def flops_per_token(shape: str, lengths: Sequence[int], rank: int) -> float:
     A frozen weight takes part forwards and in the gradient of its input (4 a weight), an adapter's in its own gradient
     too (6); attention is causal, and its length the mean over tokens.
     """
-    s = STANDIN_SHAPES[shape]
+    s = shape_of(shape)
     hidden, inner, layers = s["hidden_size"], s["intermediate_size"], s["num_hidden_layers"]
     key_value = hidden // s["num_attention_heads"] * s["num_key_value_heads"]
     sizes = [(hidden, hidden)] * 2 + [(hidden, key_value)] * 2 + [(hidden, inner)] * 3

@@ -16,7 +16,8 @@ import torch
 
 from medqa.model.device import peak_memory, reset_peak
 
-OURS = {"plain": False, "padding_free": True}  # this project's arms, and whether they train without padding
+# The arms of this project, and whether they train without padding.
+OURS = {"plain": False, "padding_free": True, "padding_free_fp32": True}
 
 
 class Done(Exception):

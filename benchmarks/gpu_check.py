@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
     parser.add_argument("--precisions", nargs="+", default=tuple(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--shape", default="tinyllama", choices=SHAPES)
-    parser.add_argument("--cpu", action="store_true", help="try the script itself; everything is float32 there")
+    parser.add_argument(
+        "--cpu", action="store_true", help="test this script on a CPU, in float32 unless the CPU has native bfloat16"
+    )
     parser.add_argument("--out", type=Path, help="write the figures as JSON, too")
     parser.add_argument("--part", nargs=3, metavar=("RECIPE", "PRECISION", "DIR"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

@@ -83,7 +83,7 @@ def build(job: Job) -> Ours:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     settings = resolve_settings(experiment, cpu=job.device == "cpu")
-    if job.device == "cpu" and job.dtype == "bfloat16":  # never chosen for a run on a CPU; here it is compared
+    if job.device == "cpu" and job.dtype == "bfloat16":  # also on a CPU for which a run would choose float32
         settings = replace(settings, mixed_precision="bf16", dtype=DTYPES["bfloat16"], changes={})
     accelerator = build_accelerator(experiment, settings)
     ids, _ = job.ids()

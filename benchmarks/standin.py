@@ -1,5 +1,6 @@
 """What `compare.py` gives to every arm alike: a base model of random weights, and rows as long as MedQuAD's."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,13 @@ STANDIN_SHAPES: dict[str, dict[str, int]] = {
 }
 
 
+def shape_of(shape: str) -> dict[str, int]:
+    """The sizes of a model: of the stand-in with this name, or of the model in this directory."""
+    if shape in STANDIN_SHAPES:
+        return STANDIN_SHAPES[shape]
+    return json.loads((Path(shape) / "config.json").read_text(encoding="utf-8"))
+
+
 def make_model(directory: Path, shape: str, dtype: str) -> Path:
     """A directory that any `from_pretrained` reads: the shape's config, random weights, the embedded tokenizer.
 
@@ -73,11 +81,19 @@ class Rows:
         return [self.ids[i] for i in self.order[:count]]
 
 
-def make_rows(count: int, max_length: int, vocabulary: int, seed: int, medquad: Path | None) -> Rows:
+def make_rows(
+    count: int, max_length: int, vocabulary: int, seed: int, medquad: Path | None, model: Path | None = None
+) -> Rows:
     """`count` rows, cut to `max_length`, in the order of this project's first epoch.
 
     From MedQuAD's own rows and the Llama tokenizer where both are at hand; else of random ids, as long as MedQuAD's.
+
+    Args:
+        model: the directory of a real model. Its tokenizer makes the ids, which are not changed.
     """
+    if medquad is not None and model is not None:
+        ids = real_ids(count, max_length, medquad, model)
+        return Rows(ids, list(epoch_permutation(seed, 0, len(ids))), f"{medquad.name}, tokenized by {model.name}")
     if medquad is not None and LLAMA_TOKENIZER.is_dir():
         ids, origin = real_ids(count, max_length, medquad), f"{medquad.name}, tokenized by the Llama 2 vocabulary"
     else:
@@ -93,11 +109,11 @@ def even_rows(count: int, length: int, vocabulary: int) -> Rows:
     return Rows(ids, list(range(count)), f"random ids, {length} a row")
 
 
-def real_ids(count: int, max_length: int, medquad: Path) -> list[np.ndarray]:
+def real_ids(count: int, max_length: int, medquad: Path, tokenizer_of: Path = LLAMA_TOKENIZER) -> list[np.ndarray]:
     """Of MedQuAD's rows so many, drawn with a fixed seed, as this project tokenizes them."""
     rows = [row for source in load_sources(Data(medquad=str(medquad), afrimedqa="none")) for row in source.rows]
     drawn = np.random.default_rng(0).permutation(len(rows))[:count]
-    tokenizer = AutoTokenizer.from_pretrained(LLAMA_TOKENIZER)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     examples = tokenize([rows[i] for i in drawn], tokenizer, Tokenization(max_length=max_length))
     return [example.input_ids for example in examples]
 

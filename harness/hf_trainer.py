@@ -57,6 +57,7 @@ def make_trainer(parts: Parts, directory: Path, callbacks: Sequence[TrainerCallb
     arguments = TrainingArguments(
         output_dir=str(directory),
         use_cpu=True,
+        bf16=parts.settings.mixed_precision == "bf16",
         seed=training.seed,
         max_steps=training.max_steps,
         per_device_train_batch_size=training.per_device_batch_size,

@@ -246,8 +246,8 @@ class Training(Section):
     `global_batch_size` depends on it."""
 
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
-    """Mixed precision. Changes with the hardware: fp16 with a gradient scaler on GPUs without bfloat16, none on a
-    CPU."""
+    """Mixed precision. Changes with the hardware: fp16 with a gradient scaler on GPUs without bfloat16, none on CPUs
+    without native bfloat16."""
 
     seed: Seed = 42
     """The seed of the data order, the initial adapter and dropout."""

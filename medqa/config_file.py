@@ -402,8 +402,10 @@ def _how_many(key: str, given: int) -> str:
 EXPERIMENTS_DIR = Path(__file__).resolve().parent.parent / "experiments"
 
 # `--tiny` keeps the recipe, with values that suit a model of under a million parameters and a few hundred short rows.
+# The precision is float32, so that every machine has the same losses.
 TINY = {
     "model.base": str(BASE_DIR),
+    "model.dtype": "float32",
     "data.medquad": str(MEDQUAD_CSV),
     "data.afrimedqa": str(AFRIMEDQA_CSV),
     "data.files": {},
@@ -411,6 +413,7 @@ TINY = {
     "tokenization.max_length": 160,
     "training.max_steps": 40,
     "training.epochs": None,
+    "training.mixed_precision": "no",
     "training.log_steps": 1,
     "training.save_steps": 10,
     "evaluation.steps": 10,

@@ -11,6 +11,7 @@ from typing import Any
 from medqa.config import LENGTH, Experiment, flat, may_change_on_resume
 from medqa.config_file import cut, short
 from medqa.files import Damaged, checksum, read_json
+from medqa.tiny import BASE_DIR, MEDQUAD_CSV
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -21,6 +22,9 @@ LOCATIONS = {"data.medquad", "data.afrimedqa", "data.files", "model.base"}
 LATER_KEYS = {
     "data.mcq_answers", "data.files", "training.early_stopping_patience", "training.keep", "evaluation.full_rows",
 }  # fmt: skip
+# The values that `--tiny` sets now, after those that runs with `--tiny` had in the first versions. Such a run can still
+# be resumed, because the precision of a resumed run follows from its checkpoint (`SavedSettings`) and the machine.
+TINY_PRECISION = {"model.dtype": ("bfloat16", "float32"), "training.mixed_precision": ("bf16", "no")}
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -85,4 +89,6 @@ def _may_change(key: str, before: Any, now: Any, experiment: Experiment) -> bool
     if key in LENGTH:
         longer = isinstance(before, int | float) and now is not None and now > before
         return may_change_on_resume(key, experiment) and longer
+    if experiment.model.base == str(BASE_DIR) or experiment.data.medquad == str(MEDQUAD_CSV):
+        return (before, now) == TINY_PRECISION.get(key) or may_change_on_resume(key, experiment)
     return may_change_on_resume(key, experiment)

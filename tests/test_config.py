@@ -264,7 +264,7 @@ def test_tiny_keeps_the_recipe():
         assert changed <= {
             "model.base", "data.medquad", "data.afrimedqa", "optimizer.learning_rate", "scheduler.warmup_steps",
             "tokenization.max_length", "training.max_steps", "training.log_steps", "training.save_steps",
-            "evaluation.steps",
+            "evaluation.steps", "model.dtype", "training.mixed_precision",
         }  # fmt: skip
         assert bool(full["scheduler.warmup_steps"]) == bool(tiny["scheduler.warmup_steps"])
 
@@ -551,7 +551,7 @@ def test_a_runs_config_is_an_experiment_file(name, tmp_path):
     assert written["gradient_accumulation_steps"] == 8
     assert written["in_effect"] == {"model.dtype": {"asked": "bfloat16", "used": "float32", "reason": "on a CPU"}}
     assert written["optimizer"]["learning_rate"] == 1e-2
-    assert written["training"]["mixed_precision"] == "bf16"
+    assert written["training"]["mixed_precision"] == "no"
 
 
 def test_parse_sets_reports_each_bad_word():

@@ -204,7 +204,8 @@ def plan_of(rows, tokenizer, *sets: str, exp: str = "exp_001") -> Plan:
 
 
 def test_the_plan_says_what_a_run_will_be(rows, tokenizer):
-    lines = plan_of(rows, tokenizer, "training.max_steps=10").lines
+    float16 = ("training.mixed_precision=fp16", "model.dtype=float16")
+    lines = plan_of(rows, tokenizer, "training.max_steps=10", *float16).lines
     said = {}
     for label, text in lines:
         said.setdefault(label, []).append(text)
@@ -215,8 +216,8 @@ def test_the_plan_says_what_a_run_will_be(rows, tokenizer):
     assert said["learning rate"] == ["0.01, constant"]
     assert said["trainable params"] == ["45,056 of 799,360 (5.64 %)"]
     assert said["device"][0].startswith("cpu, ")
-    assert "training.mixed_precision: bf16 -> no (on a CPU everything is float32)" in said["changed"]
-    assert "model.dtype: bfloat16 -> float32 (on a CPU everything is float32)" in said["changed"]
+    assert "training.mixed_precision: fp16 -> no (float16 is supported on GPUs only)" in said["changed"]
+    assert "model.dtype: float16 -> float32 (float16 is supported on GPUs only)" in said["changed"]
     assert "non-commercial" in said["licence"][0]
 
 

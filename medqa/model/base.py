@@ -325,7 +325,7 @@ def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int, fast: bool = F
     """Add LoRA adapters in float32, which are the only trainable parameters.
 
     Args:
-        fast: compute the adapters on a CPU with `fast_lora.py`, which draws other dropout masks.
+        fast: compute the adapters with `fast_lora.py`, which draws other dropout masks.
 
     Raises:
         UserError: the model does not have a target module, or `init_from` does not fit.

@@ -1,20 +1,68 @@
-"""Current and peak memory in bytes: of a GPU's allocator, or of this process on a CPU."""
+"""Facts about a device: native bfloat16 of a CPU; memory in bytes, of a GPU's allocator or of this process on a CPU."""
 
 import ctypes
+import functools
 import os
+import re
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
+CPUINFO = Path("/proc/cpuinfo")
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the names in Linux, on x86 (two) and on Arm
+BF16_QUERIES = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # functions of torch.cpu, on any system
+BF16_SPEEDUP = 1.5  # the minimum speed relative to float32; with AVX512-BF16 it is about 5
+BF16_SIZE, BF16_REPEATS = 384, 3  # the size of the matrices that are timed; all products take a few milliseconds
 CGROUP = Path("/sys/fs/cgroup")
 SPARE = 0.9  # of the free memory, the share that may be planned: allocators round up, and others need some
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 RETURNED = 2**20  # bytes; for a model with 40M parameters, 128 KiB saved as much and was slower by a third
+
+
+def no_native_bfloat16() -> str | None:
+    """Why this CPU does not count as having native bfloat16, or None if it does.
+
+    The CPU must have the instructions, and a matrix product in bfloat16 must be faster than in float32: some CPUs and
+    virtual machines report the instructions without being faster. Each process measures this once.
+    """
+    if not _has_bfloat16_instructions():
+        return "this CPU has no bfloat16 instructions (AVX512-BF16, AMX or Arm BF16)"
+    speedup = _bfloat16_speedup()
+    if speedup < BF16_SPEEDUP:
+        return f"this CPU multiplies bfloat16 only {speedup:.1f} times as fast as float32"
+    return None
+
+
+def _has_bfloat16_instructions() -> bool:
+    """Whether torch or Linux reports the instructions."""
+    if any(getattr(torch.cpu, query, lambda: False)() for query in BF16_QUERIES):
+        return True
+    try:
+        lines = CPUINFO.read_text(errors="replace").splitlines()
+    except OSError:  # not Linux
+        return False
+    flags = next((line for line in lines if re.match(r"(flags|Features)\s*:", line)), "")
+    return not BF16_FLAGS.isdisjoint(flags.split())
+
+
+@functools.cache
+def _bfloat16_speedup() -> float:
+    """The speed of a matrix product in bfloat16 relative to float32: the best of a few, after a warm-up product."""
+    pairs = {dtype: torch.ones(2, BF16_SIZE, BF16_SIZE, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    best = dict.fromkeys(pairs, float("inf"))
+    for repeat in range(1 + BF16_REPEATS):
+        for dtype, (a, b) in pairs.items():
+            began = time.perf_counter()
+            a @ b
+            took = time.perf_counter() - began
+            best[dtype] = min(best[dtype], took if repeat else best[dtype])
+    return best[torch.float32] / best[torch.bfloat16]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from medqa.config import Experiment, Optimizer
 from medqa.data.batches import MicroBatch
-from medqa.model.attention import SEGMENTED, attention_in_effect, padding_needed
+from medqa.model.attention import PRODUCTS, SEGMENTED, attention_in_effect, kernels_of, padding_needed
 from medqa.model.base import LOAD_ERRORS, add_lora
 from medqa.model.device import gibibytes
 from medqa.model.families import check_targets, without_contents
@@ -270,6 +270,11 @@ OPTIMIZER_BLOCK = 256  # elements with one scale in 8-bit optimizer states
 # With gradient checkpointing it grew to nearly 9 times, because little is kept and as much is allocated and freed.
 CPU_RESIDENT = 1.85
 TOKENS = (128, 256)  # sizes of micro-batches without padding that are run, in addition to multiples of the head's chunk
+# The length of the segments that are run where `attention.PRODUCTS` computes the attention. For each segment in turn,
+# the products allocate and free memory quadratic in its length. With short segments that memory is small, so the line
+# through TOKENS describes the memory that grows with the tokens. The estimate omits the products' memory of one long
+# segment.
+SEGMENT = 64
 
 
 @dataclass(frozen=True)
@@ -457,7 +462,20 @@ def _micro_batches(experiment: Experiment, settings: Settings, vocabulary: int) 
         return [_micro_batch((rows, length), None) for rows in (1, 2)]
     chunk = max(1, CHUNK_BYTES // (4 * vocabulary))
     sizes = [*TOKENS, *(n * chunk for n in (1, 2, 8) if n * chunk > TOKENS[-1])]
+    if (settings.device_type, _activation_dtype(settings)) in PRODUCTS:
+        return [_micro_batch((1, tokens), _segment_lengths(tokens, SEGMENT)) for tokens in sizes]
     return [_micro_batch((1, tokens), (tokens,)) for tokens in sizes]
+
+
+def _segment_lengths(tokens: int, length: int) -> tuple[int, ...]:
+    """The lengths of segments with `tokens` tokens in total: all of this length, except the last."""
+    rest = tokens % length
+    return (length,) * (tokens // length) + ((rest,) if rest else ())
+
+
+def _activation_dtype(settings: Settings) -> torch.dtype:
+    """The data type of activations."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.mixed_precision, settings.dtype)
 
 
 def _micro_batch(shape: tuple[int, int], segments: tuple[int, ...] | None) -> MicroBatch:
@@ -479,8 +497,8 @@ def _without_layers(model: LossModel) -> LossModel:
 def _run(model: LossModel, micro_batch: MicroBatch, settings: Settings) -> _Sample:
     """Measure a micro-batch."""
     decoder = model.model.get_base_model().get_decoder()
-    device, dtype = torch.device("cpu"), settings.dtype
-    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.mixed_precision)
+    device = torch.device("cpu")
+    mixed = settings.mixed_precision != "no"
     there = [*tensors_of(model), *(t.grad for t in tensors_of(model) if t.grad is not None)]
     with Storages(there) as storages:
 
@@ -493,9 +511,10 @@ def _run(model: LossModel, micro_batch: MicroBatch, settings: Settings) -> _Samp
 
         hook = decoder.register_forward_hook(out_of_layers)
         try:
-            with torch.autocast("cpu", mixed or dtype, enabled=mixed is not None):
-                loss = summed_loss(model, micro_batch, device)
-            loss.backward()
+            with kernels_of(settings.device_type):
+                with torch.autocast("cpu", _activation_dtype(settings), enabled=mixed):
+                    loss = summed_loss(model, micro_batch, device)
+                loss.backward()
         finally:
             hook.remove()
     activations = storages.on_entry["head"]

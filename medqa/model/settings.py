@@ -1,10 +1,11 @@
 """How this machine computes an experiment: one object, `Settings`, from which everything else is built.
 
 First, `resolve_settings` decides what depends on the hardware: the device, and the precision that it supports. Mixed
-precision, the type of the frozen weights and the compute type of 4-bit weights change together: float32 on a CPU,
-bfloat16 on a GPU with compute capability 8.0 or higher, float16 with a gradient scaler on an older one. Then,
-`fit_to_memory` (`medqa/model/memory.py`) decides what depends on model and memory. A checkpoint stores the settings
-that its values depend on (`SavedSettings`), and a resumed run keeps them if the machine can.
+precision, the type of the frozen weights and the compute type of 4-bit weights change together: bfloat16 on a CPU with
+native bfloat16, float32 on another CPU; bfloat16 on a GPU with compute capability 8.0 or higher, float16 with a
+gradient scaler on an older one. Then, `fit_to_memory` (`medqa/model/memory.py`) decides what depends on model and
+memory. A checkpoint stores the settings that its values depend on (`SavedSettings`), and a resumed run keeps them if
+the machine can.
 """
 
 import os
@@ -20,6 +21,7 @@ from transformers import BitsAndBytesConfig
 from medqa import config
 from medqa.config import Experiment
 from medqa.errors import UserError
+from medqa.model.device import no_native_bfloat16
 from medqa.variables import is_on
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -67,6 +69,7 @@ class Settings:
         shards: the number of processes over which the frozen weights are sharded; 1 if every process has all of them.
         return_memory: freed memory is returned to the system at once (`medqa/model/device.py`), which is slower.
         changes: `section.key` to (requested, in effect, reason), where the two differ.
+        precision_note: a line about the precision for the run's plan, in addition to the changes; or None.
     """
 
     device_type: str
@@ -82,11 +85,12 @@ class Settings:
     shards: int = 1
     return_memory: bool = False
     changes: Mapping[str, Change] = field(default_factory=dict)
+    precision_note: str | None = None
 
     @property
     def fast_lora(self) -> bool:
         """Whether `medqa/model/fast_lora.py` computes LoRA."""
-        return self.padding_free and self.device_type == "cpu"
+        return self.padding_free
 
     @property
     def dtype_name(self) -> str:
@@ -95,19 +99,20 @@ class Settings:
 
 
 def resolve_settings(
-    experiment: Experiment, *, cpu: bool, saved: SavedSettings | None = None, shards: int = 1
+    experiment: Experiment, *, cpu: bool, saved: SavedSettings | None = None, keep_bf16: bool = False, shards: int = 1
 ) -> Settings:
     """Decide device, precision and quantization on this machine; `fit_to_memory` decides the rest.
 
     Args:
         cpu: use the CPU even if there is a GPU.
         saved: the settings of the checkpoint that the run resumes from, which are kept if the machine can.
+        keep_bf16: keep bfloat16 from `saved` also on a CPU that only emulates it. Without it, such a CPU uses float32.
         shards: the number of processes over which the frozen weights are sharded.
 
     Raises:
         UserError: a GPU is present but the installed torch cannot use it, and `cpu` is not set.
     """
-    settings = replace(_precision(experiment, cpu, saved), shards=shards)
+    settings = replace(_precision(experiment, cpu, saved, keep_bf16), shards=shards)
     quantization, reason = _quantization(experiment.model, settings, saved)
     changes = dict(settings.changes)
     if reason is not None:
@@ -115,10 +120,10 @@ def resolve_settings(
     return replace(settings, quantization=quantization, changes=changes)
 
 
-def _precision(experiment: Experiment, cpu: bool, saved: SavedSettings | None) -> Settings:
+def _precision(experiment: Experiment, cpu: bool, saved: SavedSettings | None, keep_bf16: bool) -> Settings:
     """Decide the device and its precision."""
     if cpu or not usable_gpu():
-        return _with_precision(experiment, "cpu", "no", "float32", "on a CPU everything is float32")
+        return _precision_on_cpu(experiment, saved, keep_bf16)
     capability = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()
     mixed_precision: str = experiment.training.mixed_precision
@@ -129,6 +134,23 @@ def _precision(experiment: Experiment, cpu: bool, saved: SavedSettings | None) -
         reason = f"{name} has compute capability {capability[0]}.{capability[1]}: bfloat16 needs 8.0"
         return _with_precision(experiment, "cuda", "fp16", "float16", reason)
     return _with_precision(experiment, "cuda", mixed_precision, dtype, KEPT)
+
+
+def _precision_on_cpu(experiment: Experiment, saved: SavedSettings | None, keep_bf16: bool) -> Settings:
+    """Decide the precision on a CPU: the requested or saved bfloat16 if this CPU has it natively; otherwise float32."""
+    mixed_precision: str = experiment.training.mixed_precision
+    dtype: str = experiment.model.dtype
+    if saved is not None:
+        mixed_precision, dtype = saved.mixed_precision, saved.dtype
+    if mixed_precision == "fp16" or dtype == "float16":  # not bfloat16 instead, which was not requested
+        return _with_precision(experiment, "cpu", "no", "float32", "float16 is supported on GPUs only")
+    slow = no_native_bfloat16() if "bf" in mixed_precision + dtype else None
+    if slow is not None and (saved is None or not keep_bf16):
+        return _with_precision(experiment, "cpu", "no", "float32", slow)
+    settings = _with_precision(experiment, "cpu", mixed_precision, dtype, KEPT)
+    if slow is None:
+        return settings
+    return replace(settings, precision_note=f"bfloat16, {KEPT}; it is slower than float32 here: {slow}")
 
 
 def _with_precision(

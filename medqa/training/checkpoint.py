@@ -60,6 +60,7 @@ class Environment(Part):
     """The settings, the machine and the libraries. Fields with a default are missing in older checkpoints.
 
     Attributes:
+        device: the name of the GPU, or `cpu` and the instruction set that torch uses.
         cpu_threads: None on a GPU.
         variables: the environment variables that choose kernels (`medqa/variables.py`); None: not recorded.
     """
@@ -71,6 +72,11 @@ class Environment(Part):
     versions: dict[str, str]
     sharded: bool = False
     variables: dict[str, str] | None = None
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the device is a CPU."""
+        return self.cpu_threads is not None
 
 
 def environment(accelerator: Accelerator, settings: Settings, model: PeftModel) -> Environment:

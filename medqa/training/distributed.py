@@ -16,6 +16,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    gather_object,
 )
 
 from medqa.config import Experiment
@@ -49,11 +50,28 @@ def build_accelerator(experiment: Experiment, settings: Settings) -> Accelerator
     """The accelerator for this experiment. The settings decide precision and device type, the launcher the processes.
 
     Raises:
-        UserError: as `make_accelerator`.
+        UserError: as `make_accelerator`; or the processes have different precisions.
     """
     tracked = wandb_wanted(experiment.tracking) and importlib.util.find_spec("wandb") is not None
     on_cpu, timeout_s = settings.device_type == "cpu", experiment.training.process_timeout_s
-    return make_accelerator(on_cpu, settings.mixed_precision, tracked, timeout_s)
+    accelerator = make_accelerator(on_cpu, settings.mixed_precision, tracked, timeout_s)
+    if accelerator.num_processes > 1:
+        _require_one_precision(settings)
+    return accelerator
+
+
+def _require_one_precision(settings: Settings) -> None:
+    """Check that all processes use the same precision, because each chooses it for its own machine.
+
+    Raises:
+        UserError: they do not. Every process raises it.
+    """
+    found = sorted(set(gather_object([f"{settings.mixed_precision} with weights in {settings.dtype_name}"])))
+    if len(found) > 1:
+        raise UserError(
+            f"the processes have different precisions, because their hardware differs: {' and '.join(found)}; use "
+            "--set training.mixed_precision=no model.dtype=float32, which every machine supports"
+        )
 
 
 def make_accelerator(on_cpu: bool, mixed_precision: str, tracked: bool, timeout_s: float) -> Accelerator:

@@ -116,13 +116,15 @@ def make_plan(
         here, frozen = frozen_bytes(model)
         lines.append(("sharded", f"{here / 2**20:,.1f} of {frozen / 2**20:,.1f} MiB of frozen weights in each process"))
     lines += [("changed", f"{key}: {asked} -> {used} ({why})") for key, (asked, used, why) in settings.changes.items()]
+    if settings.precision_note is not None:
+        lines.append(("precision", settings.precision_note))
     if experiment.data.afrimedqa != "none":
         lines.append(("licence", "AfriMed-QA is CC BY-NC-SA 4.0: the adapter is for non-commercial use"))
     if device.type == "cpu" and total > 100e6:
         padded = experiment.tokenization.padding == "max_length" and not settings.padding_free
         tokens = experiment.tokenization.max_length if padded else mean_length
         total_tokens = tokens * training.global_batch_size * updates
-        hours = cpu_hours(total, total_tokens, settings.gradient_checkpointing)
+        hours = cpu_hours(total, total_tokens, settings.gradient_checkpointing, settings.dtype)
         lines.append(("time", f"about {hours:,.0f} hours on this CPU; use a GPU, or --tiny for a test"))
     if settings.return_memory:
         lines.append(("low memory", "freed memory is returned to the system immediately; training is slower"))
@@ -167,13 +169,13 @@ def device_line(device: torch.device, num_processes: int) -> str:
     return line
 
 
-def cpu_hours(parameters: int, tokens: float, checkpointing: bool) -> float:
-    """Hours that training takes on this CPU, estimated by timing a matrix product.
+def cpu_hours(parameters: int, tokens: float, checkpointing: bool, dtype: torch.dtype = torch.float32) -> float:
+    """Hours that training takes on this CPU, estimated by timing a matrix product in the type of the weights.
 
     Forward and the gradient of the activations take 2 floating-point operations per parameter and token each (frozen
     weights get no gradient); checkpointing repeats the forward. Source: https://arxiv.org/abs/2001.08361, section 2.1.
     """
-    a = torch.rand(1024, 1024)
+    a = torch.rand(1024, 1024).to(dtype)
     a @ a
     started = time.perf_counter()
     for _ in range(3):

@@ -109,6 +109,11 @@ class Run:
         return None if self.checkpoint is None else self.checkpoint.identity.environment.settings
 
     @property
+    def was_on_cpu(self) -> bool:
+        """Whether the checkpoint to resume from was saved on a CPU; False without one."""
+        return self.checkpoint is not None and self.checkpoint.identity.environment.on_cpu
+
+    @property
     def directories(self) -> list[Path]:
         """The directories that may hold a checkpoint of this run: the output directory, then the mirror."""
         return self._mirror.directories

@@ -170,6 +170,7 @@ def test_a_real_run_is_read(tmp_path, capsys):
     real, other = tmp_path / "real", make_run(tmp_path / "other", "exp_001", "lora.r=4")
     words = ["--exp", "exp_001", "--tiny", "--cpu", "--output-dir", str(real), "--set", "training.max_steps=2"]
     words += ["evaluation.samples=0", "tracking.wandb=disabled", "evaluation.rows=8", "evaluation.steps=1"]
+    words += ["training.mixed_precision=fp16", "model.dtype=float16"]
     try:
         assert train.main(words) == 0
     finally:
@@ -193,7 +194,7 @@ def test_a_real_run_is_read(tmp_path, capsys):
     assert run["losses"]["validation"]["updates"] == [0, 1, 2]
     assert run["losses"]["validation"]["examples"] == [0, 32, 64]
     assert found["differences"].keys() >= {"lora.r", "training.max_steps"}
-    used = {"real": "bf16 (in effect: no)", "other": "bf16"}  # the other one was made up without
+    used = {"real": "fp16 (in effect: no)", "other": "no"}
     assert found["differences"]["training.mixed_precision"] == used
     assert not any("subset" in warning for warning in found["warnings"]), "one curve of one set of rows"
     assert [p["change"] for p in found["proposals"]][:1] == [{"lora.r": 4}]

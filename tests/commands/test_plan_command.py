@@ -39,7 +39,8 @@ def refused(capsys, *words: str) -> str:
 
 
 def test_the_table_says_what_is_computed(capsys):
-    assert main(["plan", "--exp", "exp_002", "--tiny", *CHECKPOINTED, "training.max_steps=4"]) == 0
+    bfloat16 = ("model.dtype=bfloat16", "training.mixed_precision=bf16")
+    assert main(["plan", "--exp", "exp_002", "--tiny", *CHECKPOINTED, "training.max_steps=4", *bfloat16]) == 0
     said = capsys.readouterr().out
     assert "exp_002 on T4: computed, not measured" in said
     for word in (
@@ -67,7 +68,8 @@ def test_a_number_of_gib(capsys):
 
 
 def test_the_precision_is_that_of_the_gpu(tiny):
-    found = {name: find_machine(tiny("exp_002"), name, cpu=False).settings for name in (*GPUS, "16")}
+    bfloat16 = tiny("exp_002", "model.dtype=bfloat16", "training.mixed_precision=bf16")
+    found = {name: find_machine(bfloat16, name, cpu=False).settings for name in (*GPUS, "16")}
     assert (found["t4"].mixed_precision, found["t4"].dtype) == ("fp16", torch.float16)
     for name in found.keys() - {"t4"}:
         assert (found[name].mixed_precision, found[name].dtype) == ("bf16", torch.bfloat16)

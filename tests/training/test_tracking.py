@@ -56,7 +56,7 @@ SUMMARY_FIELDS = {
 }  # fmt: skip
 SETS = [
     "training.max_steps=4", "training.save_steps=2", "evaluation.steps=2", "evaluation.rows=16", "evaluation.samples=2",
-    "model.quantization=none",
+    "model.quantization=none", "training.mixed_precision=fp16", "model.dtype=float16",
 ]  # fmt: skip
 
 
@@ -350,9 +350,10 @@ def test_summary(summary, metrics):
 def test_config(run):
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     assert config["gradient_accumulation_steps"] == 8
+    reason = "float16 is supported on GPUs only"
     assert config["in_effect"] == {
-        "training.mixed_precision": {"asked": "bf16", "used": "no", "reason": "on a CPU everything is float32"},
-        "model.dtype": {"asked": "bfloat16", "used": "float32", "reason": "on a CPU everything is float32"},
+        "training.mixed_precision": {"asked": "fp16", "used": "no", "reason": reason},
+        "model.dtype": {"asked": "float16", "used": "float32", "reason": reason},
     }
     written = {f"{s}.{k}" for s in Experiment.model_fields for k in config[s]}
     assert written == set(flat(Experiment()))
