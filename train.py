@@ -59,7 +59,7 @@ def fine_tune(options: argparse.Namespace, stopper: Stopper) -> None:
                 lambda: check_model(experiment.model, experiment.tokenization.max_length),
                 lambda: load_sources(experiment.data),
             )
-        tokenizer = load_tokenizer(experiment.model.base, experiment.tokenization.pad_token)
+        tokenizer = load_tokenizer(experiment.model.base, experiment.tokenization, settings.bos)
         data = split_and_tokenize(sources, tokenizer, experiment)
         run.startup.record("data")
 

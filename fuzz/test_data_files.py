@@ -54,7 +54,7 @@ ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "latin-1"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(str(BASE_DIR), "eos")
+    return load_tokenizer(str(BASE_DIR))
 
 
 def data_of(option: str, path: Path) -> Data:

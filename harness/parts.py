@@ -145,7 +145,7 @@ def build(experiment: Experiment, make_accelerator: Callable[[], Accelerator] | 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = make_accelerator() if make_accelerator else build_accelerator(experiment, settings)
-    tokenizer = load_tokenizer(experiment.model.base, experiment.tokenization.pad_token)
+    tokenizer = load_tokenizer(experiment.model.base, experiment.tokenization)
     data = split_and_tokenize(_sources(experiment.data.model_dump_json()), tokenizer, experiment)
     model_config = check_model(experiment.model, experiment.tokenization.max_length)
     memory = available_memory(accelerator.device)

@@ -215,21 +215,35 @@ def ask(options: argparse.Namespace) -> None:
 
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens}: at least 1")
+    if not 0 <= options.temperature < math.inf:
+        raise UserError(f"--temperature {options.temperature:g}: expected a number of at least 0 (0 decodes greedily)")
+    if not 0 < options.repetition_penalty < math.inf:
+        raise UserError(
+            f"--repetition-penalty {options.repetition_penalty:g}: expected a number above 0 (1 is no penalty)"
+        )
+    if options.prompt is not None and not options.compare:
+        raise UserError(
+            f"--prompt {options.prompt}: this is the prompt of the base model, and an adapter always gets the prompt "
+            "of its training; add --compare"
+        )
     quiet_libraries()
     source = find_adapter(options.adapter, options.checkpoint, options.model)
     adapted = load_adapted(source, torch.device("cuda" if not options.cpu and usable_gpu() else "cpu"))
     if (unchecked := unchecked_base(source)) is not None:
         print_error(unchecked)
+    base_ids = asking.ids_for_base(adapted, options.prompt)
+    how = asking.Decoding(options.temperature, options.repetition_penalty, base_ids)
+    print_error(source.which)
     print_error(asking.NOT_ADVICE)
     console, most = make_console(), options.max_new_tokens
     if options.question is not None and not options.json:
-        asking.show_answer(adapted, options.question, most, options.compare, console)
+        asking.show_answer(adapted, options.question, most, options.compare, console, how)
     elif options.question is not None:
-        asking.answer_lines(adapted, [options.question], most, options.compare)
+        asking.answer_lines(adapted, [options.question], most, options.compare, how)
     elif sys.stdin.isatty() and not options.json:
-        asking.conversation(adapted, most, options.compare, console)
+        asking.conversation(adapted, most, options.compare, console, how)
     else:
-        asking.answer_lines(adapted, asking.piped_questions(sys.stdin), most, options.compare)
+        asking.answer_lines(adapted, asking.piped_questions(sys.stdin), most, options.compare, how)
 
 
 COMMANDS = {

@@ -118,7 +118,7 @@ class Lora(Section):
     """The rank of the LoRA matrices."""
 
     lora_alpha: Positive = 16
-    """The scale of the adapter: its product is multiplied by `lora_alpha / r`."""
+    """The scale of the adapter: its product is multiplied by `lora_alpha / r` (see also `use_rslora`)."""
 
     lora_dropout: Fraction = 0.05
     """The dropout probability on the adapter's input."""
@@ -133,6 +133,13 @@ class Lora(Section):
         "down_proj",
     ]
     """The linear layers that get an adapter, by the last part of their names."""
+
+    use_rslora: bool = False
+    """Rank-stabilized LoRA: the scale is `lora_alpha / sqrt(r)` instead of `lora_alpha / r`."""
+
+    use_dora: bool = False
+    """DoRA (weight-decomposed LoRA): also train the magnitude of each output of a layer. Slower; not with sharded
+    weights."""
 
     bias: Literal["none"] = "none"
     """Biases are not trained."""
@@ -170,6 +177,10 @@ class Data(Section):
 
 class Tokenization(Section):
     """From text to token ids."""
+
+    prompt: Literal["instruction", "chat"] = "instruction"
+    """The prompt before an answer: `instruction`, the project's own prompt, or `chat`, the base model's own chat
+    template with its end of turn. Both compute the loss of the answer in the same way."""
 
     padding: Literal["longest", "max_length"] = "longest"
     """Where examples are padded: to the longest one in the micro-batch, or to `max_length`. Has no effect without

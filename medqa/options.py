@@ -220,6 +220,26 @@ def _ask(commands: Commands) -> None:
         metavar="N",
         help="maximum number of tokens of an answer (default 256)",
     )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="sampling temperature; 0 (default) decodes greedily",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="repetition penalty as in transformers; 1 (default) is no penalty",
+    )
+    parser.add_argument(
+        "--prompt",
+        choices=("instruction", "chat"),
+        help="with --compare: the prompt for the base model: the project's own prompt, or the base's own chat template "
+        "(default: the prompt of training)",
+    )
 
 
 def _compare(commands: Commands) -> None:

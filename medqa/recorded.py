@@ -20,7 +20,8 @@ NAME = re.compile(r"checkpoint-(\d{1,12})")
 LOCATIONS = {"data.medquad", "data.afrimedqa", "data.files", "model.base"}
 # Keys that the first versions did not have.
 LATER_KEYS = {
-    "data.mcq_answers", "data.files", "training.early_stopping_patience", "training.keep", "evaluation.full_rows",
+    "data.mcq_answers", "data.files", "lora.use_rslora", "lora.use_dora", "tokenization.prompt",
+    "training.early_stopping_patience", "training.keep", "evaluation.full_rows",
 }  # fmt: skip
 # The values that `--tiny` sets now, after those that runs with `--tiny` had in the first versions. Such a run can still
 # be resumed, because the precision of a resumed run follows from its checkpoint (`SavedSettings`) and the machine.

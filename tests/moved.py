@@ -27,7 +27,7 @@ def initial_adapter(experiment: Experiment) -> Adapter:
     """The adapter before the first update: it follows from the seed and from shapes, whatever the quantization."""
     model = experiment.model.model_copy(update={"quantization": "none"})
     experiment = experiment.model_copy(update={"model": model})
-    tokenizer = load_tokenizer(model.base, experiment.tokenization.pad_token)
+    tokenizer = load_tokenizer(model.base, experiment.tokenization)
     settings = resolve_settings(experiment, cpu=True)
     return adapter_weights(load_model(experiment, settings, tokenizer, torch.device("cpu")))
 

@@ -167,7 +167,7 @@ def test_the_closing_table_has_baseline_final_and_test(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(str(BASE_DIR), "eos")
+    return load_tokenizer(str(BASE_DIR))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ The adapter's weights, its configuration and its base model must be those that w
 metrics and answers would be those of another model.
 """
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,11 +18,13 @@ from peft import PeftModel
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from medqa.config import Experiment, Lora, Model, is_complete
-from medqa.config_file import Locations, load_experiment
+from medqa.config import Experiment, Lora, Model, Tokenization, is_complete
+from medqa.config_file import Locations, load_experiment, read_yaml
+from medqa.data.tokens import prompt_saved_as
 from medqa.errors import UserError, listed
-from medqa.files import Damaged
+from medqa.files import Damaged, read_file
 from medqa.hub import hub_reachable
+from medqa.limits import MAX_JSON_BYTES
 from medqa.model.adapter_files import ADAPTER_FILES, not_usable, plain_lora, read_adapter
 from medqa.model.base import check_model, fit_adapter, load_model, load_tokenizer
 from medqa.model.base_files import base_fingerprint
@@ -29,10 +32,11 @@ from medqa.model.device import available_memory
 from medqa.model.memory import fit_to_memory
 from medqa.model.settings import SavedSettings, Settings, resolve_settings
 from medqa.recorded import MANIFEST, checkpoints, differences
-from medqa.training.checkpoint import CONTENT, Fingerprints, measure, newest_valid, read_identity, read_progress, verify
+from medqa.training.checkpoint import CONTENT, Identity, measure, newest_valid, read_identity, read_progress, verify
 from medqa.training.run_dir import ADAPTER_DIR, CONFIG, read_summary
 
 TRIES = 20  # to read a checkpoint of a run that saves and removes them at the same time
+CHAT_TEMPLATE = "chat_template.jinja"
 COMPUTED_FROM = ("model", "lora", "data", "tokenization")  # sections that matter after training
 
 
@@ -46,11 +50,12 @@ class Source:
         directory: the directory with the two files of the adapter.
         step: its update, if known.
         final: whether its run is complete and this is its final adapter.
-        experiment: for an adapter alone, only base and LoRA are known and the rest has its defaults.
+        experiment: for an adapter alone, only base, LoRA and prompt are known and the rest has its defaults.
         settings: the settings in effect in training, if known.
         weights: by PEFT's names. Read when it is found, because a checkpoint may be removed before the base is loaded.
         base: the fingerprint of the base model in training, if known.
         data: the fingerprint of rows and splits in training, if known.
+        bos: the rule for the BOS of the prompt, as in `data.tokens.set_prompt`.
     """
 
     name: str
@@ -63,6 +68,15 @@ class Source:
     weights: Mapping[str, torch.Tensor] = field(repr=False)
     base: str | None = None
     data: str | None = None
+    bos: str = "tokenizer"
+
+    @property
+    def which(self) -> str:
+        """Which adapter this is, in words: the final adapter or a checkpoint of a run, or an adapter alone."""
+        if self.run is None:
+            return f"{self.name}: an adapter without its run"
+        of_step = "" if self.step is None else f" of update {self.step:,}"
+        return f"{self.name}: the {'final adapter' if self.final else 'checkpoint'}{of_step}"
 
 
 @dataclass(frozen=True)
@@ -119,7 +133,7 @@ def load_adapted(source: Source, device: torch.device) -> Adapted:
     """
     experiment = source.experiment
     model_config = check_model(experiment.model, experiment.tokenization.max_length if source.run else 0)
-    tokenizer = load_tokenizer(experiment.model.base, experiment.tokenization.pad_token)
+    tokenizer = load_tokenizer(experiment.model.base, experiment.tokenization, source.bos)
     settings = resolve_settings(experiment, cpu=device.type == "cpu", saved=source.settings)
     memory = available_memory(device)
     settings = fit_to_memory(settings, experiment, model_config, len(tokenizer), memory, source.settings)
@@ -207,6 +221,7 @@ def _of_run(where: str, run: Path, checkpoint: str | None, locations: Locations)
     _require_same_lora(run, directory, experiment.lora)
     weights = _weights(where, directory, _recorded(summary, "adapter_sha256", str) if final else None, experiment.lora)
     settings = identity.environment.settings if identity else None
+    recorded = read_yaml(run / CONFIG).get("tokenization", {})
     return Source(
         where,
         run,
@@ -218,24 +233,34 @@ def _of_run(where: str, run: Path, checkpoint: str | None, locations: Locations)
         weights,
         fingerprints.get("base"),
         fingerprints.get("data"),
+        settings.bos if settings else "tokenizer" if "prompt" in recorded else "always",
     )
 
 
-def _base_of_checkpoint(directory: Path) -> str | None:
-    """The fingerprint of the base that a checkpoint was trained on; the name of its directory does not matter.
+def _trained_as(directory: Path) -> tuple[str | None, str, str]:
+    """What is known of an adapter alone: the fingerprint of its base, its prompt, and the rule for the BOS.
 
-    Returns:
-        None if it is not a checkpoint, but an adapter alone.
+    A checkpoint has a manifest; the name of its directory does not matter. A final adapter has the chat template of its
+    prompt in its directory. An adapter with neither is assumed to be trained with the project's own prompt.
 
     Raises:
         UserError: the checkpoint is damaged.
     """
-    if not (directory / MANIFEST).is_file():
-        return None
+    if (directory / MANIFEST).is_file():
+        try:
+            body = verify(directory, CONTENT)
+            identity = Identity.model_validate({key: body.get(key) for key in Identity.model_fields})
+        except (Damaged, ValidationError) as error:
+            raise UserError(
+                f"{directory} is damaged: {error}; remove its {MANIFEST} to use the adapter alone"
+            ) from error
+        prompt = str(identity.experiment.get("tokenization.prompt", "instruction"))
+        return identity.fingerprints.base, prompt, identity.environment.settings.bos
     try:
-        return Fingerprints.model_validate(verify(directory, CONTENT).get("fingerprints")).base
-    except (Damaged, ValidationError) as error:
-        raise UserError(f"{directory} is damaged: {error}; remove its {MANIFEST} to use the adapter alone") from error
+        template = read_file(directory / CHAT_TEMPLATE, MAX_JSON_BYTES).decode("utf-8", "replace")
+    except Damaged:
+        return None, "instruction", "tokenizer"
+    return None, *prompt_saved_as(template)
 
 
 def _require_same_words(run: Path, trained_as: Mapping[str, Any], experiment: Experiment) -> None:
@@ -259,7 +284,7 @@ def _require_same_lora(run: Path, directory: Path, lora: Lora) -> None:
         UserError: it does, or it is not a plain LoRA adapter.
     """
     said, _ = plain_lora(str(directory), directory)
-    for key in ("r", "lora_alpha", "target_modules"):
+    for key in ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora"):
         here, there = (getattr(each, key) for each in (said, lora))
         if here != there and not (key == "target_modules" and set(here) == set(there)):
             raise UserError(
@@ -291,6 +316,11 @@ def _weights(where: str, directory: Path, sha256: str | None, lora: Lora) -> dic
         raise UserError(
             f"{where}: this adapter does not fit: r = {lora.r:,} in its configuration, "
             f"{', '.join(map(str, sorted(ranks))) or 'no LoRA weights'} in {ADAPTER_FILES[0]}"
+        )
+    if any("lora_magnitude_vector" in name for name in weights) != lora.use_dora:
+        raise UserError(
+            f"{where}: this adapter does not fit: use_dora = {lora.use_dora} in its configuration, "
+            f"{'no magnitudes' if lora.use_dora else 'magnitudes'} in {ADAPTER_FILES[0]}"
         )
     return weights
 
@@ -332,7 +362,7 @@ def _recorded(summary: Mapping[str, Any], key: str, kind: type) -> Any:
 
 
 def _alone(where: str, directory: Path, base: str | None) -> Source:
-    """An adapter without its run. The directory of a checkpoint has a manifest with the fingerprint of the base."""
+    """Find an adapter without its run."""
     lora, said = plain_lora(where, directory)
     if base is None and said.get("revision") not in (None, "main"):
         raise UserError(
@@ -341,6 +371,8 @@ def _alone(where: str, directory: Path, base: str | None) -> Source:
         )
     try:
         model = Model(base=base or said.get("base_model_name_or_path") or "")
+        fingerprint, prompt, bos = _trained_as(directory)
+        tokenization = Tokenization.model_validate({"prompt": prompt})
     except ValidationError as error:
         raise not_usable(where, error) from error
     return Source(
@@ -349,10 +381,11 @@ def _alone(where: str, directory: Path, base: str | None) -> Source:
         directory=directory,
         step=None,
         final=True,
-        experiment=Experiment(model=model, lora=lora),
+        experiment=Experiment(model=model, lora=lora, tokenization=tokenization),
         settings=None,
         weights=_weights(where, directory, None, lora),
-        base=_base_of_checkpoint(directory),
+        base=fingerprint,
+        bos=bos,
     )
 
 
@@ -361,6 +394,8 @@ def _from_hub(where: str) -> Path:
     hub_reachable()  # if not, switches to offline mode, so that the next lines fail at once
     try:
         paths = [Path(hf_hub_download(where, name)) for name in reversed(ADAPTER_FILES)]
+        with contextlib.suppress(OSError, HfHubHTTPError):  # it tells with which prompt the adapter was trained
+            hf_hub_download(where, CHAT_TEMPLATE)
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = (
             str(error).splitlines()[0] if hub_reachable() else "the hub does not answer, and it is not in the cache"

@@ -16,10 +16,11 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from medqa.commands.adapter import Adapted
-from medqa.data.tokens import prompt_ids
+from medqa.data.tokens import prompt_ids, prompt_of
 from medqa.errors import UserError
-from medqa.evaluation.answers import end_ids, plain_greedy
+from medqa.evaluation.answers import end_ids, own_template_prompts, plain_greedy
 from medqa.evaluation.safety import red_flag
+from medqa.model.base import load_tokenizer
 from medqa.terminal import nobody_reads, print_json, printable
 
 ADVICE = (
@@ -40,6 +41,61 @@ class Answered:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """The decoding options of an answer.
+
+    Attributes:
+        temperature: the sampling temperature; 0: greedy decoding, as in every evaluation.
+        repetition_penalty: as in transformers, also for tokens of the question; 1: no penalty.
+        base_ids: gives the prompt ids of a question for the base model; None: those of training.
+    """
+
+    temperature: float = 0.0
+    repetition_penalty: float = 1.0
+    base_ids: Callable[[str], list[int]] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments for `generate`. `top_k=0` disables the default limit of transformers (50 candidates)."""
+        chosen = {"do_sample": True, "temperature": self.temperature, "top_k": 0} if self.temperature else {}
+        return {"do_sample": False, "repetition_penalty": self.repetition_penalty, **chosen}
+
+
+GREEDY = Decoding()
+
+
+def ids_for_base(adapted: Adapted, kind: str | None) -> Callable[[str], list[int]] | None:
+    """A function that gives the prompt ids of a question for the base model.
+
+    Args:
+        kind: `instruction`: the project's own prompt; `chat`: the base's own chat template; None: the prompt of
+            training.
+
+    Returns:
+        None if this is the prompt of training.
+
+    Raises:
+        UserError: the base has no usable chat template.
+    """
+    if kind in (None, prompt_of(adapted.tokenizer).kind):
+        return None
+    base = adapted.source.experiment.model.base
+    if kind == "instruction":
+        tokenizer = load_tokenizer(base)
+        return lambda question: prompt_ids(question, tokenizer)
+
+    def from_template(question: str) -> list[int]:
+        told: list[str] = []
+        found = own_template_prompts(base, [question.strip()], told.append)
+        if found is None:
+            why = told[0].removesuffix("; measured without it") if told else f"{base}: it has no chat template"
+            raise UserError(f"--prompt chat: {why}; leave --prompt out")
+        return found(question.strip())
+
+    from_template("What is asthma ?")
+    return from_template
+
+
 class _Stream(TextStreamer):
     """Passes text on as soon as it is final, instead of printing it."""
 
@@ -54,14 +110,20 @@ class _Stream(TextStreamer):
 
 
 def answer(
-    adapted: Adapted, question: str, most_tokens: int, told: Callable[[str], None] | None = None, base: bool = False
+    adapted: Adapted,
+    question: str,
+    most_tokens: int,
+    told: Callable[[str], None] | None = None,
+    base: bool = False,
+    how: Decoding = GREEDY,
 ) -> Answered:
-    """The greedy answer to a question.
+    """The answer to a question.
 
     Args:
         most_tokens: the maximum length; less where the model's context ends.
         told: called with each piece of the text as it is generated.
         base: use the base model without the adapter.
+        how: the decoding options.
 
     Raises:
         UserError: the question is empty, is not UTF-8, or is so long that there is no room for an answer.
@@ -74,7 +136,7 @@ def answer(
     if not question.strip():
         raise UserError("the question is empty; ask something")
     model, tokenizer = adapted.model, adapted.tokenizer
-    prompt = prompt_ids(question, tokenizer)
+    prompt = how.base_ids(question) if base and how.base_ids else prompt_ids(question, tokenizer)
     context = getattr(model.config, "max_position_embeddings", None)
     room = most_tokens if context is None else min(most_tokens, context - len(prompt))
     if room < 1:
@@ -86,35 +148,39 @@ def answer(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=room,
-            do_sample=False,
+            **how.arguments(),
             use_cache=True,
             eos_token_id=sorted(ends),
             pad_token_id=tokenizer.pad_token_id,
             streamer=_Stream(tokenizer, told) if told else None,
         )
     new = output[0, len(prompt) :].tolist()
-    end = next((place for place, token in enumerate(new) if token in ends), None)
+    end = next((index for index, token in enumerate(new) if token in ends), None)
     text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
     return Answered(printable(text), end is not None, len(new[:end]))
 
 
-def as_record(adapted: Adapted, question: str, most_tokens: int, compare: bool) -> dict[str, Any]:
+def as_record(
+    adapted: Adapted, question: str, most_tokens: int, compare: bool, how: Decoding = GREEDY
+) -> dict[str, Any]:
     """One question as a line of `--json`; a question that cannot be answered has `error` instead of `answer`."""
     shown = NOT_UTF8.sub("\N{REPLACEMENT CHARACTER}", question)  # not all JSON readers accept lone surrogates
     record: dict[str, Any] = {"question": shown, "red_flag": red_flag(question), "note": NOT_ADVICE}
     if record["red_flag"] is not None:
         record["advice"] = ADVICE
     try:
-        found = answer(adapted, question, most_tokens)
+        found = answer(adapted, question, most_tokens, how=how)
     except UserError as error:
         return record | {"error": str(error)}
     record |= {"answer": found.text, "stopped": found.stopped, "tokens": found.tokens}
     if compare:
-        record["base_answer"] = answer(adapted, question, most_tokens, base=True).text
+        record["base_answer"] = answer(adapted, question, most_tokens, base=True, how=how).text
     return record | {"adapter": adapted.source.name, "step": adapted.source.step}
 
 
-def show_answer(adapted: Adapted, question: str, most_tokens: int, compare: bool, console: Console) -> None:
+def show_answer(
+    adapted: Adapted, question: str, most_tokens: int, compare: bool, console: Console, how: Decoding = GREEDY
+) -> None:
     """Print one answer while it is generated; with `compare`, also the baseline's.
 
     Raises:
@@ -124,19 +190,23 @@ def show_answer(adapted: Adapted, question: str, most_tokens: int, compare: bool
     if flag is not None:
         console.print(Text(ADVICE, style="bold red"), soft_wrap=True)
     if compare:
-        return _side_by_side(adapted, question, most_tokens, console)
-    found = answer(adapted, question, most_tokens, lambda text: console.print(Text(text), end="", soft_wrap=True))
+        return _side_by_side(adapted, question, most_tokens, console, how)
+
+    def show(text: str) -> None:
+        console.print(Text(text), end="", soft_wrap=True)
+
+    found = answer(adapted, question, most_tokens, show, how=how)
     console.print()
     if not found.stopped:
         console.print(Text(f"(cut off after {found.tokens} tokens)", style="dim"))
 
 
-def _side_by_side(adapted: Adapted, question: str, most_tokens: int, console: Console) -> None:
+def _side_by_side(adapted: Adapted, question: str, most_tokens: int, console: Console, how: Decoding) -> None:
     """Baseline and fine-tuned model in two columns, or one after the other if the console cannot redraw."""
     texts = {"base": "", "tuned": ""}
     if not console.is_terminal:
         for name in texts:
-            found = answer(adapted, question, most_tokens, base=name == "base")
+            found = answer(adapted, question, most_tokens, base=name == "base", how=how)
             console.print(Text(f"{name}: {found.text}" + ("" if found.stopped else " (cut)")), soft_wrap=True)
         return
 
@@ -154,10 +224,10 @@ def _side_by_side(adapted: Adapted, question: str, most_tokens: int, console: Co
                 texts[name] += text
                 live.update(drawn())
 
-            answer(adapted, question, most_tokens, told, base=name == "base")
+            answer(adapted, question, most_tokens, told, base=name == "base", how=how)
 
 
-def conversation(adapted: Adapted, most_tokens: int, compare: bool, console: Console) -> None:
+def conversation(adapted: Adapted, most_tokens: int, compare: bool, console: Console, how: Decoding = GREEDY) -> None:
     """Ask for questions at the terminal until an empty line or the end of input; Ctrl-C ends an answer."""
     console.print(ALONE, style="dim", soft_wrap=True)
     _read_anything(sys.stdin)
@@ -169,7 +239,7 @@ def conversation(adapted: Adapted, most_tokens: int, compare: bool, console: Con
         if not question.strip():
             return None
         try:
-            show_answer(adapted, question, most_tokens, compare, console)
+            show_answer(adapted, question, most_tokens, compare, console, how)
         except KeyboardInterrupt:
             console.print("\n(stopped)", style="dim")
         except UserError as error:
@@ -188,9 +258,11 @@ def _read_anything(stream: TextIO, **options: Any) -> None:
         stream.reconfigure(errors="surrogateescape", **options)
 
 
-def answer_lines(adapted: Adapted, questions: Iterator[str] | list[str], most_tokens: int, compare: bool) -> None:
+def answer_lines(
+    adapted: Adapted, questions: Iterator[str] | list[str], most_tokens: int, compare: bool, how: Decoding = GREEDY
+) -> None:
     """Print one JSON line for each question as soon as it is answered."""
     for question in questions:
-        print_json(as_record(adapted, question, most_tokens, compare))
+        print_json(as_record(adapted, question, most_tokens, compare, how))
         if nobody_reads():  # the reader has closed the pipe, for example `head`
             return

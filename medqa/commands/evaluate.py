@@ -25,7 +25,7 @@ from medqa.commands.evaluation_table import TASKS
 from medqa.config import Experiment, Tracking
 from medqa.data.sources import Row, load_sources, used_sources
 from medqa.data.splits import HELD_OUT, Splits, shared_with_training, split_sources
-from medqa.data.tokens import Example, tokenize_splits
+from medqa.data.tokens import Example, prompt_ids, prompt_of, tokenize_splits
 from medqa.errors import NotWritten, UserError, refusal
 from medqa.evaluation import multiple_choice, safety
 from medqa.evaluation.answers import Answer, end_ids, generate_answers, own_template_prompts, with_prompts
@@ -207,6 +207,7 @@ class Bench:
             "ends": sorted(end_ids(adapted.model, adapted.tokenizer)),
             "device": self.accelerator.device.type,
             "data": self.held_out.splits.fingerprint,
+            "prompt": prompt_ids("", adapted.tokenizer),
             "tokenization": adapted.source.experiment.tokenization.model_dump(),
             "versions": versions(),
             "more": more,
@@ -369,7 +370,14 @@ def _answers(bench: Bench, own_template: bool) -> dict[str, list[Answer]]:
 
 
 def _own_prompts(bench: Bench, questions: Sequence[str]) -> Callable[[str], list[int]] | None:
-    """Prompts for these questions in the base's own chat template; None if it has none that works."""
+    """Prompts for these questions in the base's own chat template.
+
+    Returns:
+        None if the base has no chat template that works, or if the run was trained with that template: then the
+        baseline is asked in it anyway.
+    """
+    if prompt_of(bench.adapted.tokenizer).kind == "chat":
+        return None
     say = functools.partial(bench.console.print, soft_wrap=True)
     return own_template_prompts(bench.name, questions, say, functools.partial(on_main, bench.accelerator))
 

@@ -260,7 +260,7 @@ def forecast(name: str, experiment: Experiment, machine: Machine, tflops: float 
     accumulation = accumulation_steps(training, 1)
     model_config = check_model(experiment.model, tokenization.max_length)
     splits = split_sources(load_sources(data), data)
-    tokenizer = load_tokenizer(experiment.model.base, tokenization.pad_token)
+    tokenizer = load_tokenizer(experiment.model.base, tokenization)
     splits, examples = tokenize_splits(splits, tokenizer, tokenization)
     stream = Stream(examples["train"], training.seed, training.global_batch_size)
     settings = fit_to_memory(machine.settings, experiment, model_config, len(tokenizer), machine.usable)

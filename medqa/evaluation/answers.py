@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from medqa.data.sources import Row
-from medqa.data.tokens import Example, prompt_ids
+from medqa.data.tokens import Example, prompt_ids, prompt_of
 from medqa.limited import Failed, limited
 from medqa.limits import MAX_TEMPLATE_CHARACTERS
 from medqa.model.base_files import location
@@ -98,9 +98,13 @@ def sample_answers(
 
 
 def end_ids(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that end an answer: the EOS of training, and the base model's other end-of-turn ids."""
+    """The ids that end an answer: that of training, EOS, and the base model's other end-of-turn ids."""
     named = model.get_base_model().generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *([] if named is None else [named] if isinstance(named, int) else named)}
+    return {
+        prompt_of(tokenizer).end,
+        tokenizer.eos_token_id,
+        *([] if named is None else [named] if isinstance(named, int) else named),
+    }
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from medqa.data.sources import (
     shown_question,
 )
 from medqa.data.splits import letters_and_digits
-from medqa.data.tokens import Example, prompt
+from medqa.data.tokens import Example, prompt_of
 from medqa.errors import UserError
 from medqa.evaluation.answers import generate_answers
 from medqa.evaluation.loss import COLUMNS as LOSS_COLUMNS
@@ -176,12 +176,10 @@ def option_examples(question: Question, tokenizer: PreTrainedTokenizerBase) -> l
     Whitespace at the end of the prompt belongs to the continuation. Prompt and continuation are tokenized together, and
     the continuation begins after as many tokens as the prompt alone has.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    whole = prompt(question.text)
+    own = prompt_of(tokenizer)
+    bos, whole = list(own.bos), own.aliased(question.text)
     context, options = whole.rstrip(), list(question.options.values())
-    texts = [context, *(whole + option for option in options)]
-    # verbose=False: questions longer than the context are found by `fitting`, so the tokenizer need not warn.
-    first, *rest = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    first, *rest = own.encode([context, *(whole + option for option in options)])
     return [
         Example(
             Row(question.id, NAME, question.text, option, None),

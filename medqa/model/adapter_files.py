@@ -19,8 +19,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
 # The files of a final adapter's directory: those of the adapter, a model card, and a tokenizer.
 ADAPTER_DIR_FILES = {*ADAPTER_FILES, "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-# The keys of adapter_config.json that plain LoRA uses. No other key may change what the adapter computes.
-USED = {"r", "lora_alpha", "target_modules", "bias", "lora_dropout"}
+# The keys of adapter_config.json that this project's adapters use. No other key may change what the adapter computes.
+USED = {"r", "lora_alpha", "target_modules", "bias", "lora_dropout", "use_rslora", "use_dora"}
 SAYS_NOTHING = {
     "peft_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping",
 }  # fmt: skip
@@ -48,7 +48,10 @@ def read_adapter(directory: Path, what: str) -> dict[str, torch.Tensor]:
 
 
 def plain_lora(where: str, directory: Path) -> tuple[Lora, Mapping[str, Any]]:
-    """The LoRA section that adapter_config.json describes: base(x) + B A x * lora_alpha / r, and nothing else.
+    """The LoRA section that adapter_config.json describes; the adapter may compute nothing else.
+
+    That is base(x) + B A x * lora_alpha / r. With `use_rslora` the scale is lora_alpha / sqrt(r); with `use_dora` the
+    adapter also has magnitudes.
 
     Raises:
         UserError: the file cannot be read, or describes an adapter that computes something else.

@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from medqa import config
 from medqa.config import Experiment
-from medqa.data.tokens import chat_template, prompt
+from medqa.data.tokens import prompt, set_prompt
 from medqa.errors import UserError, is_out_of_memory
 from medqa.files import write_file
 from medqa.hub import hub_reachable
@@ -128,16 +128,20 @@ def check_model(model: config.Model, max_length: int) -> Any:
     return loaded
 
 
-def load_tokenizer(base: str, pad_token: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    base: str, tokenization: config.Tokenization | None = None, bos: str = "tokenizer"
+) -> PreTrainedTokenizerBase:
     """Load the base model's tokenizer, with padding on the right and the training prompt as its chat template.
 
     Args:
-        pad_token: `eos`, or the token to add.
+        tokenization: the prompt and the padding token; None: the defaults.
+        bos: the rule for BOS, as in `set_prompt`.
 
     Raises:
         UserError: the tokenizer cannot be loaded, has no EOS token, is not a fast tokenizer, cannot express the prompt
-            as a chat template, or makes far too many tokens.
+            as a chat template, has a chat template that cannot be the prompt, or makes far too many tokens.
     """
+    tokenization = tokenization or config.Tokenization()
     _try_tokenizer(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location(base), trust_remote_code=False)
@@ -145,13 +149,12 @@ def load_tokenizer(base: str, pad_token: str) -> PreTrainedTokenizerBase:
             why = "the model has no fast tokenizer" if not tokenizer.is_fast else "the tokenizer has no EOS token"
             raise UserError(f"model.base = {base}: {why}; choose another --model")
         tokenizer.padding_side = "right"
-        if pad_token == "eos":
+        if tokenization.pad_token == "eos":
             tokenizer.pad_token = tokenizer.eos_token
         else:
             # With a flag, not "if missing": TinyLlama-Chat's tokenizer already has a pad token.
-            tokenizer.add_special_tokens({"pad_token": pad_token})
-        # With the base's own template (TinyLlama's says `<|user|>`) servers would send a prompt that was not trained.
-        tokenizer.chat_template = chat_template(tokenizer)
+            tokenizer.add_special_tokens({"pad_token": tokenization.pad_token})
+        set_prompt(tokenizer, tokenization.prompt, bos)
     except LOAD_ERRORS as error:
         raise cannot_load(base, error) from error
     except Exception as error:
@@ -325,10 +328,10 @@ def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int, fast: bool = F
     """Add LoRA adapters in float32, which are the only trainable parameters.
 
     Args:
-        fast: compute the adapters with `fast_lora.py`, which draws other dropout masks.
+        fast: compute the adapters with `fast_lora.py`, which draws other dropout masks. PEFT always computes DoRA.
 
     Raises:
-        UserError: the model does not have a target module, or `init_from` does not fit.
+        UserError: the model does not have a target module, or `init_from` does not fit or is another kind of LoRA.
     """
     check_targets(base, lora)
     torch.manual_seed(seed)
@@ -340,17 +343,36 @@ def add_lora(base: torch.nn.Module, lora: config.Lora, seed: int, fast: bool = F
             lora_dropout=lora.lora_dropout,
             target_modules=lora.target_modules,
             bias=lora.bias,
+            use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
             task_type="CAUSAL_LM",
         ),
     )
-    if fast:
+    if fast and not lora.use_dora:
         use_fast_lora(model)
     if lora.init_from is not None:
         directory = Path(os.path.expanduser(lora.init_from))
+        if (directory / ADAPTER_CONFIG).exists():  # the weights alone do not show which kind of LoRA it is
+            _require_same_kind(directory, lora)
         load_adapter_weights(model, directory, "lora.init_from")
-        if (directory / ADAPTER_CONFIG).exists():  # the weights alone do not show whether the adapter is plain LoRA
-            plain_lora(f"lora.init_from = {directory}", directory)
     return model
+
+
+def _require_same_kind(directory: Path, lora: config.Lora) -> None:
+    """Refuse an adapter to start from that is another kind of LoRA than the new adapter.
+
+    Raises:
+        UserError: it is not plain LoRA, or its `use_rslora` or `use_dora` differs from the `lora` section.
+    """
+    where = f"lora.init_from = {directory}"
+    said, _ = plain_lora(where, directory)
+    for key in ("use_rslora", "use_dora"):
+        there, now = getattr(said, key), getattr(lora, key)
+        if there != now:
+            raise UserError(
+                f"{where}: this adapter was trained with {key}: {there}, and lora.{key} = {now}; use --set "
+                f"lora.{key}={str(there).lower()}, or start from another adapter"
+            )
 
 
 def load_adapter_weights(model: PeftModel, directory: Path, what: str) -> None:

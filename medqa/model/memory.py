@@ -212,8 +212,16 @@ def _to_four_bit(base: PreTrainedModel, dtype: torch.dtype) -> None:
                     layer.in_features, layer.out_features, has_bias, compute_dtype=dtype, quant_type="nf4"
                 )
                 new.support_avx512bf16_for_cpu = False
+                # For DoRA, PEFT calls `dequantize` of a layer that has `W_q`.
+                new.W_q, new.dequantize = torch.empty(0), functools.partial(_dequantized, new, dtype)
                 setattr(parent, name, new)
     base.is_loaded_in_4bit = True
+
+
+def _dequantized(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The result of dequantizing the weights of a 4-bit layer: a whole matrix of this type."""
+    shape = (layer.out_features, layer.in_features)
+    return torch.empty(shape, dtype=dtype) if layer.weight.is_meta else _empty(*shape, dtype=dtype)
 
 
 def _quantize(model: torch.nn.Module, dtype: torch.dtype) -> None:

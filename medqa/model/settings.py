@@ -48,6 +48,7 @@ class SavedSettings(Part):
     padding_free: bool = False
     gradient_checkpointing: bool = False
     dequantize: bool = False
+    bos: Literal["always", "tokenizer"] = "always"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Settings:
         planned_tokens: the maximum size in tokens of a micro-batch without padding, by the memory estimate; None if
             there is no estimate.
         shards: the number of processes over which the frozen weights are sharded; 1 if every process has all of them.
+        bos: the rule for the BOS of the prompt, as in `data.tokens.set_prompt`. A resumed run keeps its rule.
         return_memory: freed memory is returned to the system at once (`medqa/model/device.py`), which is slower.
         changes: `section.key` to (requested, in effect, reason), where the two differ.
         precision_note: a line about the precision for the run's plan, in addition to the changes; or None.
@@ -84,6 +86,7 @@ class Settings:
     planned_tokens: int | None = None
     shards: int = 1
     return_memory: bool = False
+    bos: Literal["always", "tokenizer"] = "tokenizer"
     changes: Mapping[str, Change] = field(default_factory=dict)
     precision_note: str | None = None
 
@@ -112,7 +115,8 @@ def resolve_settings(
     Raises:
         UserError: a GPU is present but the installed torch cannot use it, and `cpu` is not set.
     """
-    settings = replace(_precision(experiment, cpu, saved, keep_bf16), shards=shards)
+    bos = "tokenizer" if saved is None else saved.bos
+    settings = replace(_precision(experiment, cpu, saved, keep_bf16), shards=shards, bos=bos)
     quantization, reason = _quantization(experiment.model, settings, saved)
     changes = dict(settings.changes)
     if reason is not None:

@@ -18,15 +18,16 @@ from transformers import PreTrainedTokenizerBase
 from medqa.config import Data, Experiment, Model, length
 from medqa.config_file import yaml_text
 from medqa.data.batches import TrainingData
-from medqa.data.tokens import Example, prompt
+from medqa.data.tokens import Example, Prompt, prompt, prompt_of
 from medqa.errors import UserError
 from medqa.evaluation.answers import sample_answers
 from medqa.evaluation.loss import Evaluator, SplitLoss, fixed_subset, summarize
-from medqa.files import UNFINISHED, Damaged, copy_file, write_json
+from medqa.files import UNFINISHED, Damaged, copy_file, read_json, write_json
 from medqa.model.adapter_files import ADAPTER_FILES
 from medqa.model.base import load_adapter_weights, save_tokenizer
 from medqa.model.device import reset_peak
 from medqa.model.settings import Settings
+from medqa.terminal import printable
 from medqa.tiny import BASE_DIR
 from medqa.training.batches import Batches
 from medqa.training.checkpoint import git_commit, measure, save_adapter, verify_checkpoint, versions
@@ -205,8 +206,14 @@ NOT_IN_CODE = str.maketrans("`|", "' ")  # "|" ends the cell of a table even ins
 PERMISSIVE = (Model().base, str(BASE_DIR))  # Apache 2.0 and the embedded model: no terms beyond those of the data
 
 
-def licence(data: Data, base: str) -> tuple[str, str]:
-    """The licence of an adapter trained on these data from this base: the hub's name for it, and a sentence."""
+def licence(data: Data | None, base: str) -> tuple[str, str]:
+    """The licence of an adapter trained on these data from this base: the hub's name for it, and a sentence.
+
+    Args:
+        data: None if the training data are not recorded.
+    """
+    if data is None:
+        return UNKNOWN, "the training data are not recorded; the licences of that data and of the base model apply"
     own = f"; the licences of {', '.join(f'`{name}`' for name in sorted(data.files))}, data of one's own, apply too"
     if data.afrimedqa != "none":
         why = "non-commercial use only, because AfriMed-QA v2 is CC BY-NC-SA 4.0"
@@ -241,24 +248,42 @@ def code(text: Any) -> str:
     return f"`{line.translate(NOT_IN_CODE)}`"
 
 
+def prompt_block(own: Prompt | None = None) -> str:
+    """A prompt as a code block of Markdown, in which nothing else is markup; None: the project's own."""
+    text = own.text("{question}") if own else prompt("{question}")
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{printable(text).removesuffix(chr(10))}\n{fence}"
+
+
 def public_name(where: str) -> str | None:
     """The name of a model or an adapter on the Hugging Face Hub; None if unknown.
 
     A local path is not a name: it may identify the user, and means nothing to others. For a path in the hub's own cache
-    the name is known.
+    the name is known, and for another directory if its config.json has kept the name (`_name_or_path`).
     """
     path = os.path.expanduser(where)
     cached = re.search(r"models--([\w.-]+?)/snapshots/[0-9a-f]{40}/?$", os.path.realpath(path))
     if cached is not None:
         return cached[1].replace("--", "/", 1)
-    return where if HUB_NAME.fullmatch(where) and not os.path.lexists(path) else None
+    if not os.path.lexists(path):
+        return where if HUB_NAME.fullmatch(where) else None
+    try:
+        said = read_json(Path(path) / "config.json")
+    except Damaged:
+        return None
+    name = said.get("_name_or_path") if isinstance(said, dict) else None
+    if not isinstance(name, str) or name.count("/") != 1 or os.path.lexists(os.path.expanduser(name)):
+        return None
+    return name if HUB_NAME.fullmatch(name) else None
 
 
 def base_words(base: str) -> str:
-    """A base model in a sentence of a model card: its name on the hub, or a description."""
+    """A base model in a sentence of a model card: its name on the hub, or the last part of its directory's path."""
     if (name := public_name(base)) is not None:
         return code(name)
-    return "the embedded base model" if base == str(BASE_DIR) else "a base model in a local directory"
+    if base == str(BASE_DIR):
+        return "the embedded base model"
+    return f"a base model in a local directory ({plain(os.path.basename(os.path.abspath(os.path.expanduser(base))))})"
 
 
 def save_results(
@@ -366,8 +391,10 @@ def save_final_adapter(
         beside.mkdir()
         save_adapter(model, beside)
         save_tokenizer(tokenizer, beside)
-        (beside / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")  # for servers
-        (beside / "README.md").write_text(model_card(summary, experiment), encoding="utf-8")
+        template = tokenizer.get_chat_template()
+        (beside / "chat_template.jinja").write_text(template, encoding="utf-8")  # for servers
+        card = model_card(summary, experiment, prompt_of(tokenizer))
+        (beside / "README.md").write_text(card, encoding="utf-8")
         if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
             raise UserError(
                 f"{directory}: a file or a link that no run created, where the adapter must be saved; move it away, "
@@ -386,8 +413,12 @@ def adapter_sha256(directory: Path) -> dict[str, str]:
     return {"adapter_sha256": measure(directory / ADAPTER_FILES[0])["sha256"]}
 
 
-def model_card(summary: Mapping[str, Any], experiment: Experiment) -> str:
-    """The adapter's README: data and licences, metrics, intended use."""
+def model_card(summary: Mapping[str, Any], experiment: Experiment, own: Prompt | None = None) -> str:
+    """The adapter's README: data and licences, metrics, intended use.
+
+    Args:
+        own: the prompt of training; None: the project's own prompt.
+    """
     short, sentence = licence(experiment.data, experiment.model.base)
     base = public_name(experiment.model.base)
     header: dict[str, Any] = {"base_model": base} if base else {}
@@ -428,8 +459,7 @@ similarity to the reference answers, not whether an answer is right.
 
 ## Prompt
 
-```
-{prompt("{question}")}```
+{prompt_block(own)}
 
 The tokenizer in this directory has it as its chat template. Each question stands alone, as in training.
 

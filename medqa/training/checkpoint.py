@@ -93,6 +93,7 @@ def environment(accelerator: Accelerator, settings: Settings, model: PeftModel) 
                 "padding_free": settings.padding_free,
                 "gradient_checkpointing": settings.gradient_checkpointing,
                 "dequantize": settings.dequantize and settings.quantization == "4bit",
+                "bos": settings.bos,
             }
         ),
         device=torch.cuda.get_device_name(device) if on_gpu else f"cpu {torch.backends.cpu.get_cpu_capability()}",

@@ -173,6 +173,11 @@ def shards_from_launcher(experiment: Experiment) -> int:
             f"model.quantization = {experiment.model.quantization}: 4-bit weights cannot be sharded; use "
             "--set model.quantization=none, or launch without FSDP (launch/four_gpus.yaml)"
         )
+    if experiment.lora.use_dora and shards > 1:
+        problems.append(
+            "lora.use_dora = true: DoRA needs the whole weights of each layer, and they are sharded; use "
+            "--set lora.use_dora=false, or launch without FSDP (launch/four_gpus.yaml)"
+        )
     if problems:
         raise UserError(*problems)
     return shards

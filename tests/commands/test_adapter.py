@@ -134,7 +134,8 @@ def test_an_adapter_on_the_hub(alone, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"use_dora": True}, "it uses use_dora"),
+        ({"use_dora": True}, "this adapter does not fit: use_dora = True in its configuration, no magnitudes in"),
+        ({"use_dora": "yes"}, "adapter_config.json: use_dora: "),
         ({"modules_to_save": ["lm_head"]}, "it uses modules_to_save"),
         ({"rank_pattern": {"q_proj": 4}}, "it uses rank_pattern"),
         ({"fan_in_fan_out": True}, "it uses fan_in_fan_out"),
@@ -146,7 +147,7 @@ def test_an_adapter_on_the_hub(alone, tmp_path, monkeypatch):
         ({"task_type": "SEQ_CLS"}, "it uses task_type = SEQ_CLS"),
         ({"layers_to_transform": 0}, "it uses layers_to_transform = 0"),
         ({"layers_to_transform": [0]}, "it uses layers_to_transform"),
-        ({"use_rslora": True, "lora_bias": True}, "it uses lora_bias = True, use_rslora = True"),
+        ({"use_rslora": True, "lora_bias": True}, "it uses lora_bias = True; only"),
         ({"something_new": {"a": 1}}, "it uses something_new"),
         ({"init_lora_weights": "pissa"}, "it uses init_lora_weights = pissa"),
         ({"init_lora_weights": "pissa_niter_4"}, "it uses init_lora_weights"),
@@ -171,10 +172,13 @@ def test_adapters_of_another_making_are_refused(changes, said, alone):
 
 
 def test_an_adapter_to_start_from_must_be_plain_as_well(alone):
-    """Its names and shapes fit; what it was trained to compute does not."""
-    where = edited(alone, use_rslora=True)
+    """Its names and shapes fit, but it computes something else."""
+    where = edited(alone, use_qalora=True)
     lora = Experiment().lora.model_copy(update={"init_from": where})
-    with pytest.raises(UserError, match=r"lora.init_from = .*alone: not a plain LoRA adapter: it uses use_rslora"):
+    with pytest.raises(UserError, match=r"lora.init_from = .*alone: not a plain LoRA adapter: it uses use_qalora"):
+        add_lora(AutoModelForCausalLM.from_pretrained(BASE_DIR), lora, 1)
+    edited(alone, use_qalora=False, use_rslora=True)
+    with pytest.raises(UserError, match=r"this adapter was trained with use_rslora: True, and lora.use_rslora = False"):
         add_lora(AutoModelForCausalLM.from_pretrained(BASE_DIR), lora, 1)
     edited(alone, use_rslora=False)
     model = add_lora(AutoModelForCausalLM.from_pretrained(BASE_DIR), lora, 1)
@@ -387,7 +391,7 @@ def test_special_tokens_of_the_base_and_code_that_it_names_in_what_is_saved(tmp_
     said = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps({**said, "auto_map": {"AutoTokenizer": ["a.B", "a.C"]}}))
     saved.mkdir()
-    finding_tokenizer = load_tokenizer(str(base), "eos")
+    finding_tokenizer = load_tokenizer(str(base))
     save_tokenizer(finding_tokenizer, saved)
     said = json.loads((saved / "tokenizer_config.json").read_text())
     assert said["additional_special_tokens"] == ["<|im_start|>"]

@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from documents import TEXTS, blocks
+from transformers import AutoTokenizer
 
 from medqa.__main__ import main
 from medqa.commands import ask
 from medqa.commands.adapter import Adapted, find_adapter, load_adapted
 from medqa.config import Data
 from medqa.data.sources import load_sources
-from medqa.data.tokens import prompt, tokenize
+from medqa.data.tokens import prompt, prompt_ids, tokenize
 from medqa.errors import UserError
 from medqa.evaluation.answers import generate_answers
 from medqa.terminal import printable
-from medqa.tiny import AFRIMEDQA_CSV, MEDQUAD_CSV
+from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
 
 QUESTIONS = ["What is (are) Asthma ?", "How to prevent Malaria ?", "What are the symptoms of Scabies ?"]
 HARMLESS, RED = "What is (are) Asthma ?", "I took too many paracetamol tablets, what should I do?"
@@ -118,6 +119,70 @@ def test_side_by_side_on_a_terminal(adapted):
     for base in (True, False):
         first = ask.answer(adapted, HARMLESS, 8, base=base).text.split()[0]
         assert first in told
+
+
+def test_it_says_which_checkpoint_answers(tiny_run, tmp_path, capsys):
+    shutil.copytree(tiny_run / "lora_adapters", tmp_path / "adapter")
+    words = [HARMLESS, "--cpu", "--max-new-tokens", "1"]
+    for where, more, said in (
+        (tiny_run, [], f"{tiny_run}: the final adapter of update 6\n"),
+        (tiny_run, ["--checkpoint", "4"], f"{tiny_run}: the checkpoint of update 4\n"),
+        (tmp_path / "adapter", [], f"{tmp_path / 'adapter'}: an adapter without its run\n"),
+    ):
+        assert main(["ask", str(where), *words, *more]) == 0
+        assert said in capsys.readouterr().err
+
+
+def test_a_temperature_samples_and_a_penalty_counts(adapted):
+    greedy = ask.answer(adapted, HARMLESS, 24)
+    assert ask.answer(adapted, HARMLESS, 24, how=ask.Decoding(0.0, 1.0)) == greedy
+    found = set()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        found.add(ask.answer(adapted, HARMLESS, 24, how=ask.Decoding(temperature=1.5)).text)
+    assert len(found) == 4
+    torch.manual_seed(0)
+    assert ask.answer(adapted, HARMLESS, 24, how=ask.Decoding(temperature=1e-4)) == greedy
+    penalized = ask.answer(adapted, HARMLESS, 24, how=ask.Decoding(repetition_penalty=1.8))
+    ids = torch.tensor([prompt_ids(HARMLESS, adapted.tokenizer)])
+    expected = adapted.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, repetition_penalty=1.8
+    )
+    ours = adapted.tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert penalized.text == printable(ours) != greedy.text
+
+
+def test_any_token_may_be_sampled(adapted, monkeypatch):
+    """The default limit of transformers (50 candidates) does not apply."""
+    given = {}
+    generate = adapted.model.generate
+    monkeypatch.setattr(adapted.model, "generate", lambda **words: given.update(words) or generate(**words))
+    ask.answer(adapted, HARMLESS, 2, how=ask.Decoding(temperature=0.7, repetition_penalty=1.1))
+    assert (given["do_sample"], given["temperature"], given["top_k"]) == (True, 0.7, 0)
+    assert given["repetition_penalty"] == 1.1
+
+
+def test_the_base_can_be_asked_with_its_own_template(loaded, tiny_run, capsys, monkeypatch):
+    asked, generate = [], loaded.model.generate
+    monkeypatch.setattr(loaded.model, "generate", lambda **words: asked.append(words["input_ids"]) or generate(**words))
+    words = ["ask", str(tiny_run), f" {HARMLESS} ", "--cpu", "--json", "--compare", "--max-new-tokens", "8"]
+    assert main([*words, "--prompt", "chat"]) == 0
+    (record,) = lines(capsys.readouterr().out)
+    base = AutoTokenizer.from_pretrained(BASE_DIR)
+    message = [{"role": "user", "content": HARMLESS}]
+    own = base.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert [ids[0].tolist() for ids in asked] == [prompt_ids(HARMLESS, loaded.tokenizer), own]
+    assert record["base_answer"] != ask.answer(loaded, HARMLESS, 8, base=True).text
+    assert main([*words, "--prompt", "instruction"]) == 0
+    (record,) = lines(capsys.readouterr().out)
+    assert record["base_answer"] == ask.answer(loaded, HARMLESS, 8, base=True).text
+
+
+def test_a_base_without_a_template_cannot_be_asked_with_it(adapted, monkeypatch):
+    monkeypatch.setattr(ask, "own_template_prompts", lambda base, questions, say: None)
+    with pytest.raises(UserError, match=r"--prompt chat: .*: it has no chat template; leave --prompt out"):
+        ask.ids_for_base(adapted, "chat")
+    assert ask.ids_for_base(adapted, "instruction") is None, "it is the prompt of training"
 
 
 def test_json_of_one_question(loaded, tiny_run, capsys):
@@ -222,6 +287,10 @@ def test_an_adapter_without_its_run_answers(tiny_run, tmp_path, capsys):
         (["caf\udce9 ?"], "not UTF-8 text (byte 0xe9 after 3 characters); write it in UTF-8"),
         (["x", "--max-new-tokens", "0"], "--max-new-tokens 0: at least 1"),
         (["x", "--checkpoint", "3"], "no such checkpoint"),
+        (["x", "--temperature", "-1"], "--temperature -1: expected a number of at least 0 (0 decodes greedily)"),
+        (["x", "--temperature", "nan"], "--temperature nan: expected a number of at least 0 (0 decodes greedily)"),
+        (["x", "--repetition-penalty", "0"], "--repetition-penalty 0: expected a number above 0 (1 is no penalty)"),
+        (["x", "--prompt", "chat"], "add --compare"),
     ],
 )
 def test_what_is_refused(words, said, loaded, tiny_run, capsys):

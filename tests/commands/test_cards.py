@@ -1,5 +1,6 @@
 """Model cards are read by the hub as YAML, Markdown and HTML: no name that stands in one becomes any of these."""
 
+import json
 import re
 from pathlib import Path
 
@@ -34,10 +35,42 @@ def test_the_adapters_card_holds_no_place_and_no_markup_of_a_name(tmp_path):
     }
     assert str(tmp_path) not in card
     assert "<script" not in card.replace("\\<", "")
-    assert [line for line in card.splitlines() if "Pwned" in line] == [f"# {plain(HOSTILE)}"]
+    lines = [line for line in card.splitlines() if "Pwned" in line]
+    assert lines == [
+        f"# {plain(HOSTILE)}",
+        f"A LoRA adapter for a base model in a local directory ({plain(place.name)}), "
+        "trained on medical questions and answers with medqa:",
+    ]
     named = model_card(SUMMARY, Experiment.model_validate({"model": {"base": "owner/a.model"}}))
     assert header(named)["base_model"] == "owner/a.model"
     assert "A LoRA adapter for `owner/a.model`, trained" in named
+
+
+@pytest.mark.parametrize(
+    "said, name",
+    [
+        ({"_name_or_path": "TinyLlama/TinyLlama-1.1B-Chat-v1.0"}, "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
+        ({"_name_or_path": "/home/somebody/base"}, None),
+        ({"_name_or_path": "~/base"}, None),
+        ({"_name_or_path": "base"}, None),
+        ({"_name_or_path": "here/base"}, None),  # a local directory with this name exists
+        ({"_name_or_path": "a/b\nlicense: mit"}, None),
+        ({"_name_or_path": ["a/b"]}, None),
+        ({}, None),
+        ([], None),
+    ],
+)
+def test_a_local_base_has_the_name_in_its_configuration(said, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "base").mkdir(parents=True)
+    (tmp_path / "my-base").mkdir()
+    (tmp_path / "my-base" / "config.json").write_text(json.dumps(said))
+    for base in (str(tmp_path / "my-base"), "my-base", "./my-base/"):
+        card = model_card(SUMMARY, Experiment.model_validate({"model": {"base": base}}))
+        assert header(card).get("base_model") == name
+        assert str(tmp_path) not in card
+        expected = f"`{name}`" if name else "a base model in a local directory (my-base)"
+        assert f"A LoRA adapter for {expected}, trained" in card
 
 
 @pytest.mark.parametrize("value", [HOSTILE, "no", "1e5", "'", "...", "- a", "{{ x }}", "null", "a: b"])

@@ -411,7 +411,7 @@ def test_rows_that_were_not_trained_on_do_not_count_as_shared(tiny_run):
     source = find_adapter(str(tiny_run))
     short = source.experiment.tokenization.model_copy(update={"max_length": 60})
     experiment = source.experiment.model_copy(update={"tokenization": short})
-    tokenizer = load_tokenizer(experiment.model.base, "eos")
+    tokenizer = load_tokenizer(experiment.model.base)
     data = split_and_tokenize(load_sources(experiment.data), tokenizer, experiment)
     assert set(data.splits.beyond) & set(split_sources(data.sources, experiment.data).train)
     held_out = load_held_out(replace(source, experiment=experiment), tokenizer, None)
@@ -421,7 +421,7 @@ def test_rows_that_were_not_trained_on_do_not_count_as_shared(tiny_run):
 
 def test_the_bases_own_template_stands_before_the_same_answers(tiny_run):
     source = find_adapter(str(tiny_run))
-    tokenizer = load_tokenizer(source.experiment.model.base, "eos")
+    tokenizer = load_tokenizer(source.experiment.model.base)
     examples = load_held_out(source, tokenizer, 6).examples["test"]
     prompts = own_template_prompts(str(BASE_DIR), [example.row.question for example in examples])
     for before, now in zip(examples, with_prompts(examples, prompts), strict=True):
@@ -496,7 +496,7 @@ def test_the_untuned_model_is_the_base_itself(run):
     from transformers import AutoModelForCausalLM
 
     source = find_adapter(str(run))
-    tokenizer = load_tokenizer(source.experiment.model.base, "eos")
+    tokenizer = load_tokenizer(source.experiment.model.base)
     example = load_held_out(source, tokenizer, 1).examples["test"][0]
     base = AutoModelForCausalLM.from_pretrained(BASE_DIR, dtype=torch.float32)
     ids = torch.tensor(example.input_ids.astype("int64"))[None]

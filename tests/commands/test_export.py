@@ -35,7 +35,7 @@ from medqa.commands.export.fidelity import held_out_prompts
 from medqa.config import Data
 from medqa.config_file import load_yaml
 from medqa.data.sources import load_sources
-from medqa.data.tokens import prompt, prompt_ids
+from medqa.data.tokens import prompt, prompt_ids, prompt_of
 from medqa.errors import UserError
 from medqa.model.base import load_tokenizer, save_tokenizer
 from medqa.model.settings import four_bit_config
@@ -181,7 +181,7 @@ def test_every_chat_endpoint_gets_the_training_prompt(base, tmp_path):
     place = BASE_DIR if base == "tiny" else SHARED / "models" / base
     if not place.is_dir():
         pytest.skip(f"{place} is absent")
-    tokenizer = load_tokenizer(str(place), "eos")
+    tokenizer = load_tokenizer(str(place))
     save_tokenizer(tokenizer, tmp_path)
     merge.check_chat_template(tmp_path, tokenizer, QUESTIONS)
     saved = AutoTokenizer.from_pretrained(tmp_path)
@@ -198,7 +198,7 @@ def test_every_chat_endpoint_gets_the_training_prompt(base, tmp_path):
 
 
 def test_a_template_with_two_bos_is_found(tmp_path):
-    tokenizer = load_tokenizer(str(BASE_DIR), "eos")
+    tokenizer = load_tokenizer(str(BASE_DIR))
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     save_tokenizer(tokenizer, tmp_path)
     with pytest.raises(UserError, match="gives another prompt"):
@@ -210,7 +210,7 @@ def test_a_template_with_two_bos_is_found(tmp_path):
 
 def test_rows_that_may_have_been_trained_on_are_not_called_the_runs_test_questions(run, tmp_path):
     source = find_adapter(str(run))
-    tokenizer = load_tokenizer(str(BASE_DIR), "eos")
+    tokenizer = load_tokenizer(str(BASE_DIR))
     assert held_out_prompts(source, tokenizer, 400).where_from == "the run's test questions"
     changed = shutil.copytree(run, tmp_path / "run")
     data = tmp_path / "medquad.csv"
@@ -452,7 +452,7 @@ def test_a_vocabulary_of_pieces_is_written_with_scores(base, tmp_path):
     place = SHARED / "models" / base
     if not place.is_dir():
         pytest.skip(f"{place} is absent")
-    tokenizer = load_tokenizer(str(place), "eos")
+    tokenizer = load_tokenizer(str(place))
     size = {"stories260k": 512, "tinyllama-1.1b-shape": 32000}[base]
     words = gguf_vocabulary.vocabulary(tokenizer, size)
     assert (words.model, len(words.tokens), words.space_prefix) == ("llama", size, True)
@@ -479,7 +479,7 @@ def test_merges_that_scores_cannot_tell_are_refused():
     for scores, joined in (([0, 0, 0, -1, -2], [0, 3]), ([0, 0, 0, -2, -1], [4, 2])):
         words = gguf_vocabulary.Vocabulary("llama", tokens, [1] * 5, scores)
         assert gguf_vocabulary.joined_by_score(words, " ab", ids) == joined
-    tokenizer = load_tokenizer(str(BASE_DIR), "eos")
+    tokenizer = load_tokenizer(str(BASE_DIR))
     wrong = gguf_vocabulary.Vocabulary("llama", [f"<0x{i:02X}>" for i in range(256)], [6] * 256, [0.0] * 256)
     with pytest.raises(UserError, match="its merges cannot be expressed as scores"):
         gguf_vocabulary.check_vocabulary(tokenizer, wrong, ["What is it?"])
@@ -572,7 +572,11 @@ def test_what_the_base_alone_decides_is_refused_before_a_weight_is_loaded(
     base = own_base(tmp_path / "base", change or (lambda described: None))
     monkeypatch.setattr(merge, "load_base", lambda *arguments: pytest.fail("loaded"))
     if eos is not None:
-        monkeypatch.setattr(export_module, "modelfile", lambda _, *more: modelfile.modelfile(eos, *more))
+
+        def with_eos(own, *more):
+            return modelfile.modelfile(dataclasses.replace(own, end_text=eos), *more)
+
+        monkeypatch.setattr(export_module, "modelfile", with_eos)
     words = [run / "lora_adapters", "--model", base, "--to", tmp_path / "x", "--format", form]
     assert said in refused(capsys, *words)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
@@ -596,9 +600,13 @@ def test_a_chat_template_that_would_send_another_prompt_is_refused_before_a_weig
 
 @pytest.mark.parametrize("eos", ['"', "a\nb", "{{ .Prompt }}", "}}", "\\", "\x1b", "\u202e"])
 def test_an_eos_that_a_modelfile_cannot_hold_is_refused(eos):
+    own = prompt_of(load_tokenizer(str(BASE_DIR)))
     with pytest.raises(UserError, match="a Modelfile cannot quote it; use --format merged"):
-        modelfile.modelfile(eos, 512, "other")
-    assert 'PARAMETER stop "<|im_end|>"' in modelfile.modelfile("<|im_end|>", 512, "other")
+        modelfile.modelfile(dataclasses.replace(own, end_text=eos), "", 512, "other")
+    with pytest.raises(UserError, match="a Modelfile cannot quote it; use --format merged"):
+        modelfile.modelfile(dataclasses.replace(own, before=f'x """ {eos} {{{{'), "", 512, "other")
+    other = dataclasses.replace(own, end_text="<|im_end|>")
+    assert 'PARAMETER stop "<|im_end|>"' in modelfile.modelfile(other, "", 512, "other")
 
 
 def test_a_base_with_a_penalty_of_its_own_is_measured_without_it(run, tmp_path, capsys):
@@ -723,7 +731,7 @@ def test_no_local_place_is_in_what_is_pushed(run, tmp_path):
         header = load_yaml(text.split("---\n")[1], "the header")
         assert header["license"] == "other"
         assert "base_model" not in header
-        assert "A base model in a local directory, fine-tuned" in text
+        assert "A base model in a local directory (base), fine-tuned" in text
 
 
 def hostile_evaluation(run: Path, place: Path, step: object) -> str:
@@ -733,7 +741,8 @@ def hostile_evaluation(run: Path, place: Path, step: object) -> str:
     figure = {"value": 1.5, "low": 1.0, "high": 2.0}
     tasks = {"loss": {"test": {key: figure}}}
     (place / "evaluation.json").write_text(json.dumps({"step": step, "limit": None, "tasks": tasks}))
-    measured = card.Measured(fidelity.Fidelity(0.0, 1, 1, 1, 0.0), "prompts", 1, 1.0, "CPU", "none")
+    own = prompt_of(load_tokenizer(str(BASE_DIR)))
+    measured = card.Measured(fidelity.Fidelity(0.0, 1, 1, 1, 0.0), "prompts", 1, 1.0, "CPU", "none", own)
     return card.card(source, "name", "merged", "f16", measured)
 
 

@@ -46,7 +46,7 @@ def base(request) -> Path:
 
 @pytest.fixture(scope="module", params=["eos", "[PAD]"])
 def tokenizer(base, request) -> PreTrainedTokenizerFast:
-    return load_tokenizer(str(base), request.param)
+    return load_tokenizer(str(base), Tokenization(pad_token=request.param))
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +115,14 @@ def test_a_system_message_is_refused_not_silently_sent_along(tokenizer, role):
 
 
 def test_a_tokenizer_that_cannot_express_the_prompt_is_refused():
-    tokenizer = load_tokenizer(str(BASE_DIR), "eos")
+    tokenizer = load_tokenizer(str(BASE_DIR))
     tokenizer.add_special_tokens({"additional_special_tokens": ["### Response:"]})
     with pytest.raises(UserError, match="cannot express the training prompt as a chat template; choose another"):
         chat_template(tokenizer)
 
 
 def test_pad_tokens():
-    eos, own = load_tokenizer(str(BASE_DIR), "eos"), load_tokenizer(str(BASE_DIR), "[PAD]")
+    eos, own = load_tokenizer(str(BASE_DIR)), load_tokenizer(str(BASE_DIR), Tokenization(pad_token="[PAD]"))
     assert eos.pad_token_id == eos.eos_token_id
     assert len(own) == len(eos) + 1, "really added, although the base has a pad token"
     assert own.pad_token_id == len(eos)

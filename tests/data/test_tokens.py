@@ -18,7 +18,7 @@ from medqa.tiny import BASE_DIR
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(str(BASE_DIR), "eos")
+    return load_tokenizer(str(BASE_DIR))
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def test_the_untuned_bases_own_template(parts, tmp_path):
     text = AutoTokenizer.from_pretrained(BASE_DIR).decode(prompts("What is asthma ?"))
     assert "<|user|>\nWhat is asthma ?" in text
     assert text.endswith("<|assistant|>\n")
-    assert load_tokenizer(str(BASE_DIR), "eos").chat_template  # of training, which is another
+    assert load_tokenizer(str(BASE_DIR)).chat_template  # the template of training is another one
     assert prompts("What is asthma ?") != prompt_ids("What is asthma ?", parts.tokenizer)
     by_own = answers(parts, ["What is asthma ?"], 1, prompts=prompts)
     assert by_own != answers(parts, ["What is asthma ?"], 1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from medqa.config import Data
+from medqa.config import Data, Tokenization
 from medqa.data.sources import Row, load_sources
 from medqa.data.splits import letters_and_digits, split_rows
 from medqa.data.tokens import prompt, prompt_ids
@@ -221,7 +221,7 @@ def test_an_option_follows_the_training_prompt(questions, name):
     path = BASE_DIR if name == "tiny" else SHARED / "models" / name
     if not path.exists():
         pytest.skip(f"no {path}")
-    tokenizer = load_tokenizer(str(path), "[PAD]")
+    tokenizer = load_tokenizer(str(path), Tokenization(pad_token="[PAD]"))
     for question in questions:
         for option, example in zip(question.options.values(), option_examples(question, tokenizer), strict=True):
             ids, start = example.input_ids.tolist(), example.answer_start
@@ -359,7 +359,7 @@ def test_the_harness_gives_the_same_ids(parts, questions, name):
     path = BASE_DIR if name == "tiny" else SHARED / "models" / name
     if not path.exists():
         pytest.skip(f"no {path}")
-    tokenizer = load_tokenizer(str(path), "eos")
+    tokenizer = load_tokenizer(str(path))
     model = harness(parts, tokenizer)
     for question in questions[:-1]:
         for option, example in zip(question.options.values(), option_examples(question, tokenizer), strict=True):

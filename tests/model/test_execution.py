@@ -493,7 +493,7 @@ def kept(tmp_path, monkeypatch, tiny, rows):
     monkeypatch.setattr(tokens, "WORTH_KEEPING", 1)
     made, real = [], tokens._tokenize
     monkeypatch.setattr(tokens, "_tokenize", lambda *given: made.append(1) or real(*given))
-    tokenizer = load_tokenizer(str(BASE_DIR), "eos")
+    tokenizer = load_tokenizer(str(BASE_DIR))
 
     def tokenize(rows=rows, **settings):
         tokenization = tiny("exp_001").tokenization.model_copy(update=settings)
@@ -598,10 +598,10 @@ def test_no_more_than_so_many_files_are_kept(tmp_path, monkeypatch):
 def test_an_answer_that_begins_inside_a_token_counts_from_there(kept, rows, monkeypatch):
     """Where a prompt's ids alone are not how the text's ids begin, places in the text decide."""
     kept()
-    monkeypatch.setattr(tokens, "prompt", lambda question: f"Q {question} A: o")
+    tokenizer = load_tokenizer(str(BASE_DIR))
+    monkeypatch.setattr(tokens.Prompt, "aliased", lambda self, question: f"Q {question} A: o")
     joined = [Row(row.id, row.source, row.question, "ne" + row.answer, None) for row in rows]
     examples, _ = kept(joined)
-    tokenizer = load_tokenizer(str(BASE_DIR), "eos")
     for ids, start, _ in examples:
         before = tokenizer.decode(ids[1:start])
         assert "Q What" in before

@@ -209,7 +209,7 @@ def test_answers_end_where_the_family_ends_its_turns_and_do_not_depend_on_the_ba
 
 @pytest.mark.parametrize("family, begins", [("gemma", ["<bos>", "<start_of_turn>"]), ("qwen3", ["<|im_start|>"])])
 def test_the_base_is_asked_in_its_own_template_too(family, begins, base, experiment):
-    tokenizer = load_tokenizer(str(base(family)), "eos")
+    tokenizer = load_tokenizer(str(base(family)))
     parts = build(experiment(family))
     examples = parts.examples["validation"][:4]
     prompts = own_template_prompts(str(base(family)), [QUESTIONS[0], *(example.row.question for example in examples)])

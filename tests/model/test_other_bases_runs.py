@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medqa.__main__ import main as medqa
+from medqa.config import Tokenization
 from medqa.data.tokens import prompt_ids
 from medqa.model.base import load_tokenizer
 from train import main as train
@@ -59,7 +60,7 @@ def test_a_run_trains_and_says_how_it_was_computed(finished):
     saved = AutoTokenizer.from_pretrained(directory / "lora_adapters")
     chat = [{"role": "user", "content": "What is asthma ?"}]
     ids = saved.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert ids == prompt_ids("What is asthma ?", load_tokenizer(str(base), "[PAD]"))
+    assert ids == prompt_ids("What is asthma ?", load_tokenizer(str(base), Tokenization(pad_token="[PAD]")))
 
 
 def test_plan_counts_what_is_there(finished, capsys):

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import medqa.__main__
 import train
-from medqa.config import Model
+from medqa.config import Model, Tokenization
 from medqa.config_file import load_experiment
 from medqa.errors import UserError
 from medqa.limits import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES
@@ -168,7 +168,7 @@ def why_not(base: Path | str) -> str:
 
     def look() -> None:
         check_model(Model(base=str(base)), 64)
-        load_tokenizer(str(base), "eos")
+        load_tokenizer(str(base))
 
     with pytest.raises(UserError) as caught:
         look()
@@ -379,10 +379,10 @@ def test_odd_values_of_a_tokenizer_are_refused(value, base):
 @pytest.mark.parametrize("pad_token", ["eos", "[PAD]"])
 def test_special_tokens_without_weights_are_said_at_the_start(pad_token, base):
     tokenizer = AutoTokenizer.from_pretrained(base)
-    assert tokens_without_weights(load_tokenizer(str(base), pad_token), 1024) == []
+    assert tokens_without_weights(load_tokenizer(str(base), Tokenization(pad_token=pad_token)), 1024) == []
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.save_pretrained(base)
-    ((label, said),) = tokens_without_weights(load_tokenizer(str(base), pad_token), 1024)
+    ((label, said),) = tokens_without_weights(load_tokenizer(str(base), Tokenization(pad_token=pad_token)), 1024)
     assert label == "tokenizer"
     assert said.startswith("its tokenizer has 2 token(s) beyond its 1,024 embeddings (<|im_end|>, <|im_start|>, ...)")
     assert "the model cannot be exported" in said
@@ -397,7 +397,7 @@ def test_tokens_without_weights_that_may_occur_are_refused(kind, base):
         tokenizer.add_special_tokens({"eos_token": "<|end|>"})
     tokenizer.save_pretrained(base)
     with pytest.raises(UserError, match=r"1 token\(s\) beyond its 1,024 embeddings, and texts may contain"):
-        tokens_without_weights(load_tokenizer(str(base), "[PAD]"), 1024)
+        tokens_without_weights(load_tokenizer(str(base), Tokenization(pad_token="[PAD]")), 1024)
 
 
 def test_the_plan_says_which_tokens_have_no_weights(base, tmp_path, capsys, monkeypatch):

@@ -128,7 +128,7 @@ def assert_same_whole_run(ours, theirs):
     """All that is measured, as much padding, and after all updates the adapter."""
     assert_same_run(ours, theirs, updates=10)
     pairs = list(zip(metrics(ours), metrics(theirs), strict=True))
-    assert len(pairs) == 10 + 2 + 1 + 1
+    assert len(pairs) == 10 + 2 + 2 + 1 + 1  # updates; eval_full and eval before and after; eval after update 5; test
     for one, other in pairs:
         if one["split"] == "train":  # one token of a process that has nothing else to do is the most
             assert other["padding_share"] == pytest.approx(one["padding_share"], abs=1e-3)
@@ -192,7 +192,7 @@ def test_when_one_process_fails_all_stop_in_time_and_the_checkpoint_is_whole(tmp
 def test_when_one_process_dies_its_launcher_ends_those_that_are_left(tmp_path):
     script, run = tmp_path / "faulty.py", tmp_path / "run"
     script.write_text(FAULTY)
-    words = (*WORDS, "training.save_steps=1", "training.process_timeout_s=10", "evaluation.rows=4")
+    words = (*WORDS, "training.save_steps=1", "training.process_timeout_s=60", "evaluation.rows=4")
     assert finish(start(torchrun(2), run, *words, script=[str(script), "dead"]), run) != 0
     wait_until_gone(run)
     assert newest_valid([run]).path.name == "checkpoint-2"

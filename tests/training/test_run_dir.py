@@ -106,7 +106,7 @@ def test_the_named_directory_itself_may_be_a_link(option, accelerator, tmp_path)
     "change",
     ["lora.r=4", "training.seed=1", "optimizer.learning_rate=1e-3", "tokenization.padding=max_length",
      "data.split=random", "training.global_batch_size=16", "training.per_device_batch_size=2",
-     "training.deterministic=false", "training.mixed_precision=no"],
+     "training.deterministic=false", "training.mixed_precision=fp16"],
 )  # fmt: skip
 def test_another_experiment_is_refused_with_the_difference(change, accelerator, tmp_path):
     run = run_dir(tmp_path / "run", accelerator)

@@ -10,10 +10,10 @@ from typing import Any
 from medqa.commands.adapter import Source
 from medqa.commands.evaluation_table import count, figures, in_words, number
 from medqa.commands.export.fidelity import KL_LIMITS, Fidelity
-from medqa.data.tokens import prompt
+from medqa.data.tokens import Prompt
 from medqa.errors import UserError
 from medqa.files import Damaged, read_json
-from medqa.training.before_after import UNKNOWN, base_words, code, data_lines, front_matter, plain, public_name
+from medqa.training.before_after import base_words, code, data_lines, front_matter, plain, prompt_block, public_name
 from medqa.training.before_after import licence as licence_of
 
 # Parts of an evaluation that the card omits: parts of the rows, differences, and other baselines.
@@ -33,13 +33,12 @@ class Measured:
     tokens_per_s: float
     engine: str
     quantization: str
+    prompt: Prompt
 
 
 def licence(source: Source) -> tuple[str, str]:
     """The export's licence: its identifier on the hub, and a sentence."""
-    if source.run is None:
-        return UNKNOWN, "the training data are not recorded; the licences of that data and of the base model apply"
-    return licence_of(source.experiment.data, source.experiment.model.base)
+    return licence_of(None if source.run is None else source.experiment.data, source.experiment.model.base)
 
 
 def card(source: Source, name: str, form: str, outtype: str, measured: Measured) -> str:
@@ -91,13 +90,12 @@ The intervals, where given, are over the sample of rows, not over training runs.
 
 ## Prompt
 
-One BOS, then this text, with the question stripped of outer whitespace; generation stops at EOS.
-{_carried(form)}
+{_prompt_words(measured.prompt)}
+{_carried(form, measured.prompt)}
 
-```
-{prompt("{question}")}```
+{prompt_block(measured.prompt)}
 
-Each question stands alone, as in training; there is no system message.
+Each question stands alone, as in training{_no_system(measured.prompt)}.
 
 ## Data
 
@@ -111,11 +109,28 @@ servers make a token of it. Use greedy decoding (temperature 0), as in the evalu
 """
 
 
-def _carried(form: str) -> str:
+def _prompt_words(own: Prompt) -> str:
+    """A sentence that describes the prompt."""
+    if own.kind == "chat":
+        return (
+            "The base's own chat template with one user message: the question stripped of outer whitespace; generation "
+            f"stops at {code(own.end_text)}."
+        )
+    first = "One BOS, then this text," if own.bos else "This text without a BOS,"
+    return f"{first} with the question stripped of outer whitespace; generation stops at EOS."
+
+
+def _carried(form: str, own: Prompt) -> str:
     """Where the prompt is stored."""
     if form == "gguf":
         return "The file's chat template and the Modelfile have it; Ollama does not strip whitespace around a question."
-    return "The tokenizer's chat template has it, also for chat endpoints; it refuses a system message."
+    refuses = "" if own.kind == "chat" else "; it refuses a system message"
+    return f"The tokenizer's chat template has it, also for chat endpoints{refuses}."
+
+
+def _no_system(own: Prompt) -> str:
+    """What the card says about system messages."""
+    return "" if own.kind == "chat" else "; there is no system message"
 
 
 def _figures(source: Source) -> str:
@@ -169,22 +184,28 @@ def _read(path: Path) -> dict[str, Any]:
 GGUF_NAME = "model.gguf"
 MODELFILE = "Modelfile"
 NOT_QUOTED = ('"', "\\", "{{", "}}")
+NOT_IN_TEMPLATE = ('"""', "\\", "{{", "}}", "\r", "\0")
 MOST_TOKENS = 512  # of an answer; Ollama has no limit by default
 
 
-def modelfile(eos: str, context: int, licence: str) -> str:
+def modelfile(own: Prompt, bos: str, context: int, licence: str) -> str:
     """The training prompt in Go's template language, without BOS (llama.cpp adds it), with greedy decoding.
 
-    Each `{{ .Response }}` is followed by EOS where the conversation continues; for the last one, Ollama drops what
-    follows. There is no system message, because the training prompt has none.
+    Each `{{ .Response }}` is followed by the end of the answer where the conversation continues; for the last one,
+    Ollama drops what follows. The template has no place for a system message of the user.
+
+    Args:
+        bos: the text of the BOS that the prompt begins with; "" if llama.cpp adds no BOS.
 
     Raises:
-        UserError: an EOS that the format cannot quote, or that the template language would interpret.
+        UserError: the format cannot quote the prompt or its end token, or the template language would interpret them.
     """
+    eos, before, after = own.end_text, own.before.removeprefix(bos), own.after
     if not eos.isprintable() or any(mark in eos for mark in NOT_QUOTED):
         raise UserError(f"EOS {eos!r}: a Modelfile cannot quote it; use --format merged")
-    question, response = prompt("\0").split("\0")
-    template = f"{question}{{{{ .Prompt }}}}{response}{{{{ .Response }}}}{eos}"
+    if any(mark in part for mark in NOT_IN_TEMPLATE for part in (before, after)):
+        raise UserError(f"the prompt {(before + after)[:60]!r}: a Modelfile cannot quote it; use --format merged")
+    template = f"{before}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}{eos}"
     return f'''FROM ./{GGUF_NAME}
 TEMPLATE """{template}"""
 PARAMETER stop "{eos}"

@@ -19,8 +19,16 @@ from medqa.commands.adapter import Source, find_adapter, unchecked_base
 from medqa.commands.export import fidelity
 from medqa.commands.export.card import GGUF_NAME, MODELFILE, Measured, card, licence, modelfile, ollama_commands
 from medqa.commands.export.fidelity import has_llama_cpp, held_out_prompts, run_llama_cpp
-from medqa.commands.export.gguf import check_expressible, check_vocabulary, load_gguf, vocabulary, write_gguf
+from medqa.commands.export.gguf import (
+    bos_text,
+    check_expressible,
+    check_vocabulary,
+    load_gguf,
+    vocabulary,
+    write_gguf,
+)
 from medqa.commands.export.merge import DTYPES, Exact, check_chat_template, load_stored, merge, prepare, save_merged
+from medqa.data.tokens import prompt_of
 from medqa.errors import UserError, refusal
 from medqa.files import write_file
 from medqa.hub import hub_reachable
@@ -129,7 +137,8 @@ def _build(directory: Path, exact: Exact, wanted: Wanted, outtype: str, say: Say
     else:
         words = vocabulary(tokenizer, config.vocab_size)
         check_vocabulary(tokenizer, words, held_out.questions)
-        text = modelfile(tokenizer.eos_token, config.max_position_embeddings, ": ".join(licence(source)))
+        terms = ": ".join(licence(source))
+        text = modelfile(prompt_of(tokenizer), bos_text(tokenizer), config.max_position_embeddings, terms)
         write_file(directory / MODELFILE, text)
         if not has_llama_cpp():
             say("llama.cpp: not tested, because llama-cpp-python is not installed (requirements-llama.txt)")
@@ -155,13 +164,13 @@ def _build(directory: Path, exact: Exact, wanted: Wanted, outtype: str, say: Say
     speed = fidelity.tokens_per_second(stored, tokenizer, held_out.ids[0])
     del stored
     if words is not None and has_llama_cpp():
-        ran = run_llama_cpp(files[0], held_out, tokenizer.eos_token_id)
+        ran = run_llama_cpp(files[0], held_out, prompt_of(tokenizer))
         in_llama_cpp = fidelity.Fidelity(found.kl, found.positions, *fidelity.parting(reference, ran.answers))
         say(f"llama.cpp: the same tokens of each prompt; {in_llama_cpp.answers_text()}")
         in_llama_cpp.check(outtype)
         engine, speed = "llama.cpp on the CPU", ran.tokens_per_s
     size = sum(file.stat().st_size for file in files)
-    return Measured(found, held_out.where_from, size, speed, engine, quantization)
+    return Measured(found, held_out.where_from, size, speed, engine, quantization, prompt_of(tokenizer))
 
 
 def _about(source: Source, wanted: Wanted) -> dict[str, str]:

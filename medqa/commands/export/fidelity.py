@@ -16,7 +16,7 @@ from medqa.config import Data
 from medqa.data.batches import epoch_permutation
 from medqa.data.sources import Row, load_sources
 from medqa.data.splits import Splits, split_sources
-from medqa.data.tokens import prompt, prompt_ids
+from medqa.data.tokens import Prompt, prompt_ids, prompt_of
 from medqa.errors import UserError
 from medqa.evaluation.answers import plain_greedy
 from medqa.tiny import AFRIMEDQA_CSV, MEDQUAD_CSV
@@ -128,12 +128,12 @@ def parting(reference: Reference, answers: Sequence[Sequence[int]]) -> tuple[int
 
 
 def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> list[list[int]]:
-    """The ids of each greedy answer, up to `ANSWER_TOKENS`, including EOS if it ends by itself."""
+    """The ids of each greedy answer, up to `ANSWER_TOKENS`, including the end token if it ends by itself."""
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     output = _generate(model, tokenizer, batch["input_ids"], batch["attention_mask"], ANSWER_TOKENS)
     answers = output[:, batch["input_ids"].shape[1] :].tolist()
-    eos = tokenizer.eos_token_id
-    return [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in answers]
+    end = prompt_of(tokenizer).end
+    return [ids[: ids.index(end) + 1] if end in ids else ids for ids in answers]
 
 
 def tokens_per_second(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> float:
@@ -162,7 +162,7 @@ def _generate(
             min_new_tokens=least,
             do_sample=False,
             use_cache=True,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=prompt_of(tokenizer).end,
             pad_token_id=tokenizer.pad_token_id,
         )
 
@@ -236,7 +236,7 @@ def _chosen(
 
 @dataclass(frozen=True)
 class Ran:
-    """Greedy answers as ids, including EOS, and their tokens per second, including prompts."""
+    """Greedy answers as ids, including their end tokens, and their tokens per second, including prompts."""
 
     answers: list[list[int]]
     tokens_per_s: float
@@ -251,7 +251,7 @@ def has_llama_cpp() -> bool:
     return True
 
 
-def run_llama_cpp(path: Path, held_out: HeldOutPrompts, eos: int) -> Ran:
+def run_llama_cpp(path: Path, held_out: HeldOutPrompts, own: Prompt) -> Ran:
     """llama.cpp's greedy answers to the prompts.
 
     Raises:
@@ -264,8 +264,10 @@ def run_llama_cpp(path: Path, held_out: HeldOutPrompts, eos: int) -> Ran:
         model = llama_cpp.Llama(str(path), n_ctx=room, n_gpu_layers=0, verbose=False)
     except ValueError as error:
         raise UserError(f"llama.cpp does not load the file: {error}; use --format merged") from error
+    chat = own.kind == "chat"  # parse the special tokens (and BOS) of its text; those in a question become tokens too
     for question, ids in zip(held_out.questions, held_out.ids, strict=True):
-        if (found := model.tokenize(prompt(question).encode(), add_bos=True, special=False)) != ids:
+        text = own.text(question).encode()
+        if (found := model.tokenize(text, add_bos=bool(own.bos), special=chat)) != ids:
             raise UserError(
                 f"llama.cpp tokenizes the prompt for {question[:60]!r} as {found[:8]}..., training as {ids[:8]}...; "
                 "use --format merged"
@@ -275,7 +277,7 @@ def run_llama_cpp(path: Path, held_out: HeldOutPrompts, eos: int) -> Ran:
         answer: list[int] = []
         for token in model.generate(ids, temp=0.0, repeat_penalty=1.0):
             answer.append(token)
-            if token == eos or len(answer) == ANSWER_TOKENS:
+            if token == own.end or len(answer) == ANSWER_TOKENS:
                 break
         answers.append(answer)
     seconds = time.perf_counter() - start

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from medqa.data.tokens import prompt
+from medqa.data.tokens import prompt, prompt_of
 from medqa.errors import UserError
 
 # ----------------------------------------------------------------------------------------------------
@@ -125,7 +125,15 @@ def joined_by_score(found: Vocabulary, text: str, ids: Mapping[str, int]) -> lis
 
 def gguf_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template for llama.cpp, which itself puts the space before a first word after a BOS written as text."""
-    return tokenizer.chat_template.replace("{{ bos_token }} ", "{{ bos_token }}", 1)
+    template = tokenizer.get_chat_template()
+    own = prompt_of(tokenizer).kind == "instruction"
+    return template.replace("{{ bos_token }} ", "{{ bos_token }}", 1) if own else template
+
+
+def bos_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of the BOS that the prompt begins with, which llama.cpp adds by itself; "" if the prompt has no BOS."""
+    own, bos = prompt_of(tokenizer), tokenizer.bos_token or ""
+    return bos if own.bos or (bos and own.before.startswith(bos)) else ""
 
 
 def _tokens_and_kinds(
@@ -376,7 +384,8 @@ def _describe(writer: "GGUFWriter", config: Any, outtype: str, about: dict[str, 
 
 
 def _describe_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase, words: Vocabulary) -> None:
-    """Write the tokenizer: one BOS, no EOS, and the training prompt as the chat template."""
+    """Write the tokenizer: one BOS if the prompt has one, no EOS, and the training prompt as the chat template."""
+    own = prompt_of(tokenizer)
     writer.add_tokenizer_model(words.model)
     writer.add_tokenizer_pre("gpt-2" if words.model == "gpt2" else "default")
     writer.add_token_list(words.tokens)
@@ -388,10 +397,12 @@ def _describe_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
+    if own.end != tokenizer.eos_token_id:
+        writer.add_eot_token_id(own.end)
     if tokenizer.unk_token_id is not None:
         writer.add_unk_token_id(tokenizer.unk_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None)
+    writer.add_add_bos_token(bool(bos_text(tokenizer)))
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(words.space_prefix)
     writer.add_chat_template(gguf_chat_template(tokenizer))

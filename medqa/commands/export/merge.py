@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from medqa.commands.adapter import Adapted, Source, require_same_base
-from medqa.data.tokens import prompt_ids
+from medqa.data.tokens import prompt_ids, prompt_of
 from medqa.errors import UserError
 from medqa.files import write_json
+from medqa.limited import Failed, limited
 from medqa.model.attention import attention_in_effect
 from medqa.model.base import add_lora, check_model, fit_adapter, load_base, load_tokenizer
 from medqa.model.families import without_contents
@@ -78,7 +79,7 @@ def prepare(source: Source, device: torch.device) -> Exact:
             f"{source.name}: trained on a base with quantization {trained_as}, which is not available here "
             f"({reason}): merged into other weights it would be another model; export it on a machine that has it"
         )
-    tokenizer = load_tokenizer(experiment.model.base, "eos")
+    tokenizer = load_tokenizer(experiment.model.base, tokenization, source.bos)
     blank = without_contents(config)
     read, head = blank.get_input_embeddings(), blank.get_output_embeddings()
     if len(tokenizer) > read.num_embeddings:
@@ -127,10 +128,11 @@ def save_merged(
     Raises:
         UserError: there is no space.
     """
+    end, eos = prompt_of(tokenizer).end, tokenizer.eos_token_id
     model.generation_config = GenerationConfig(
         do_sample=False,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=eos if end == eos else [end, eos],
         pad_token_id=tokenizer.pad_token_id,
     )
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -157,17 +159,28 @@ def check_chat_template(directory: Path, tokenizer: PreTrainedTokenizerBase, que
         UserError: they would get other ids.
     """
     saved = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    for question in questions:
-        if set(tokenizer.all_special_tokens) & set(tokenizer.tokenize(question)):
-            continue  # `</s>` in a question was text in training; every server makes a token of it
-        chat = [{"role": "user", "content": question}]
-        text = saved.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        ids = saved.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
-        again = saved(text, add_special_tokens=False)["input_ids"]
+    # A special token spelled out in a question (`</s>`) was text in training; every server makes a token of it.
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    asked = [question for question in questions if not special & set(tokenizer.tokenize(question))]
+
+    def served() -> list[list[list[int]]]:
+        found = []
+        for question in asked:
+            chat = [{"role": "user", "content": question.strip()}]
+            text = saved.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            ids = saved.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+            found.append([list(ids["input_ids"]), saved(text, add_special_tokens=False)["input_ids"]])
+        return found
+
+    where = f"model.base = {tokenizer.name_or_path}: its tokenizer, after saving and loading,"
+    try:
+        found = limited(served)
+    except Failed as error:
+        raise UserError(f"{where} gives no prompt: {error}; choose another base with --model") from error
+    for question, (ids, again) in zip(asked, found, strict=True):
         if not ids == again == prompt_ids(question, tokenizer):
             raise UserError(
-                f"model.base = {tokenizer.name_or_path}: its tokenizer, after saving and loading, gives another prompt "
-                f"for {question[:60]!r} than in training; choose another base with --model"
+                f"{where} gives another prompt for {question[:60]!r} than in training; choose another base with --model"
             )
 
 
