@@ -19,7 +19,7 @@ from medqa.commands.adapter import find_adapter, load_adapted
 from medqa.errors import UserError
 from medqa.model.fast_lora import FastLora
 from medqa.tiny import BASE_DIR
-from medqa.training.distributed import take_shards
+from medqa.training.distributed import shards_from_launcher
 from train import main as train
 
 CPU = torch.device("cpu")
@@ -222,7 +222,7 @@ def test_sharded_weights_are_refused(tiny, monkeypatch):
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"lora.use_dora = true: DoRA needs the whole weights of each layer"):
-        take_shards(tiny("exp_001", "model.quantization=none", "lora.use_dora=true"))
+        shards_from_launcher(tiny("exp_001", "model.quantization=none", "lora.use_dora=true"))
 
 
 def test_the_plan_counts_the_magnitudes(capsys):
