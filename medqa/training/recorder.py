@@ -623,7 +623,10 @@ class Recorder:
             return
         self.log_split(progress.step, "eval", loss)
         best = progress.best_step == progress.step
-        text = validation_text(loss, progress.fixed_baseline, best)
+        baseline = progress.fixed_baseline
+        if baseline is not None and baseline.rows != loss.rows:  # `evaluation.rows` was changed on resume
+            baseline = None
+        text = validation_text(loss, baseline, best)
         self.message(f"update {progress.step}: {text}")
         if self._bar is not None:
             self._bar.note_validation(loss, seconds)
