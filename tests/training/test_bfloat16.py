@@ -52,8 +52,8 @@ def native(monkeypatch, why_not: str | None = None) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["exp_001", "exp_002", "exp_003"])
-def test_every_update_equals_that_of_trainer_bit_for_bit(recipe, tiny, tmp_path, monkeypatch):
-    """With padding, as in the recipe, and `TrainingArguments(bf16=True)`."""
+def test_every_update_equals_that_of_trainer(recipe, tiny, tmp_path, monkeypatch):
+    """With padding, as in the recipe, and `TrainingArguments(bf16=True)`. On an AVX2 CPU the differences are 0."""
     native(monkeypatch)
     experiment = tiny(recipe, *SMALL, *BFLOAT16)
     assert build(experiment).settings.mixed_precision == "bf16"
