@@ -83,7 +83,7 @@ def fine_tune(options: argparse.Namespace, stopper: Stopper) -> None:
         held_out.measure_baseline(state.progress, recorder)
 
         # Training
-        with recorder.training(state.progress, data.stream, data.updates, held_out.final_seconds(state.progress)):
+        with recorder.training(state.progress, data.stream, data.updates, held_out.expected_seconds(state.progress)):
             train(
                 state, batches, experiment, accelerator, updates=data.updates, recorder=recorder, stopper=stopper,
                 save=lambda: run.save(state, recorder), evaluate=held_out.fixed_loss,  # on the fixed validation rows

@@ -30,7 +30,7 @@ from medqa.commands.evaluate import TASKS
 from medqa.config import Experiment, flat, may_change_on_resume
 from medqa.config_file import default_output_dir, load_experiment
 from medqa.errors import UserError, exit_code, writing
-from medqa.training.run_dir import find_saved
+from medqa.training.run_dir import finished
 from medqa.training.wandb import shown_config
 
 RESULTS, README = ROOT / "results", ROOT / "README.md"
@@ -177,7 +177,7 @@ def work_on(job: Job, options: argparse.Namespace, start: Start) -> Failure | No
     """
     print(f"{job.name}:", flush=True)
     require_free(job.run_dir)
-    if find_saved(job.run_dir, None, job.experiment)[1] is None:
+    if finished(job.run_dir, job.experiment) is None:
         failure = run_stage("training", job.run_dir, job.words, options.processes, start)
         if failure is not None:
             return failure

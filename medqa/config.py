@@ -362,7 +362,8 @@ def may_change_on_resume(key: str, experiment: Experiment) -> bool:
 
     A change of `training.micro_batch_tokens` may change the last digits and the dropout masks; the run reports it.
     `training.max_steps` or `training.epochs` may grow if the learning rate is constant, because no update then depends
-    on how many follow. Keys of `evaluation` must stay where they decide when the run ends or which adapter it keeps.
+    on how many follow. `evaluation.steps` and `evaluation.rows` must stay where they decide when the run ends or which
+    adapter it keeps; `evaluation.full_rows` must stay, because it chooses the rows of the results.
     """
     if key in LENGTH:
         return experiment.scheduler.name == "none"

@@ -98,16 +98,18 @@ def test_what_an_evaluation_says():
 
 
 def test_the_remaining_time_follows_recent_updates_by_their_tokens_and_counts_evaluations():
-    remaining = RemainingTime(updates=100, every=10, closing=30.0)
+    remaining = RemainingTime(updates=100, every=10, expected=(5.0, 30.0))
     assert remaining.seconds(0) == 0.0
+    remaining.note(60.0, 200)  # the first update of a session is slow
+    assert remaining.seconds(1) == pytest.approx(99 * 60.0 + 10 * 5.0 + 30.0)
     for tokens in (100, 300):  # 0.01 s for each token, 200 tokens on average
         remaining.note(tokens * 0.01, tokens)
-    remaining.evaluation_s = 5.0
-    assert remaining.seconds(2) == pytest.approx(98 * 2.0 + 9 * 5.0 + 30.0)  # at 10, 20, ..., 90
-    assert remaining.seconds(90) == pytest.approx(10 * 2.0 + 30.0)  # the one at 100 is the final evaluation
+    assert remaining.seconds(3) == pytest.approx(97 * 2.0 + 10 * 5.0 + 30.0)  # at 10, 20, ..., 100
+    assert remaining.seconds(90) == pytest.approx(10 * 2.0 + 2 * 5.0 + 30.0)  # that of update 90 is still to come
+    assert remaining.seconds(100) == pytest.approx(5.0 + 30.0)
     for _ in range(RECENT):  # the machine is slower now: the first updates no longer count for the speed
         remaining.note(4.0, 200)
-    assert remaining.seconds(50) == pytest.approx(50 * 4.0 + 4 * 5.0 + 30.0)
+    assert remaining.seconds(50) == pytest.approx(50 * 4.0 + 6 * 5.0 + 30.0)
     assert duration(119.4) == "119 s"
     assert duration(7199) == "120 min"
     assert duration(9000) == "2.5 h"

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from medqa.data.sources import Row
 from medqa.data.tokens import Example, prompt_ids, prompt_of
+from medqa.errors import is_out_of_memory
 from medqa.limited import Failed, limited
 from medqa.limits import MAX_TEMPLATE_CHARACTERS
 from medqa.model.base_files import location
@@ -64,8 +65,8 @@ def generate_answers(
             room = min(rooms[i] - len(written[i]) for i in batch)
             try:
                 found = _continue(model, tokenizer.pad_token_id, [asked[i] + written[i] for i in batch], room, ends)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(batch) == 1:
                     raise
                 half = len(batch) // 2
                 batches[:0] = [batch[:half], batch[half:]]

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from medqa.config import Tokenization
 from medqa.data.batches import IGNORED, collate, divide, epoch_permutation, pack
 from medqa.data.tokens import Example
-from medqa.errors import TrainingStopped, UserError
+from medqa.errors import TrainingStopped, UserError, is_out_of_memory
 from medqa.model.loss import token_losses
 from medqa.model.sharding import is_sharded, put_apart
 
@@ -84,8 +84,9 @@ class Evaluator:
                 batch = mine.pop(0)
                 try:
                     table[batch] = self._sums([examples[i] for i in batch])
-                except torch.OutOfMemoryError:
-                    if len(batch) == 1 or sharded:  # if sharded, the others do not expect another batch
+                except (RuntimeError, MemoryError) as error:
+                    # If sharded, the other processes do not expect another batch.
+                    if not is_out_of_memory(error) or len(batch) == 1 or sharded:
                         raise
                     half = len(batch) // 2  # batching has no influence on the losses
                     mine[:0] = [batch[:half], batch[half:]]

@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig
 
 from medqa import config
 from medqa.config import Experiment
-from medqa.errors import UserError
+from medqa.errors import UserError, is_out_of_memory
 from medqa.model.device import no_native_bfloat16
 from medqa.variables import is_on
 
@@ -187,9 +187,9 @@ def four_bit_unavailable(device: torch.device, dtype: torch.dtype) -> str | None
         layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=dtype, quant_type="nf4").to(device)
         layer.support_avx512bf16_for_cpu = False
         layer(torch.ones(1, 64, device=device, dtype=dtype))
-    except torch.OutOfMemoryError:  # also a RuntimeError, but not a reason to fall back
-        raise
     except (ImportError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):  # not a reason to fall back
+            raise
         return f"4-bit is not available: {type(error).__name__}: {str(error).splitlines()[0]}"
     return None
 

@@ -69,7 +69,7 @@ class Batches:
             progress.micro_batch_rows,
         )
 
-    def halve(self, micro_batches: Sequence[MicroBatch], error: RuntimeError) -> str:
+    def halve(self, micro_batches: Sequence[MicroBatch], error: RuntimeError | MemoryError) -> str:
         """Halve the size of micro-batches from now on, because these ran out of memory.
 
         It lowers `progress.micro_batch_rows` or `progress.micro_batch_tokens`.
@@ -165,13 +165,13 @@ def _largest(micro_batches: Sequence[MicroBatch]) -> tuple[int, int | None, bool
     return rows, tokens, tokens <= max(map(max, segments))
 
 
-def _out_of_memory(rows: int, tokens: int | None, error: RuntimeError) -> str:
+def _out_of_memory(rows: int, tokens: int | None, error: RuntimeError | MemoryError) -> str:
     """The message for an update that cannot be repeated in smaller micro-batches: several processes, or a single row.
 
     Args:
         rows, tokens: of the largest micro-batch; tokens None if it was padded.
     """
-    what = str(error).splitlines()[0]
+    what = str(error).partition("\n")[0] or "out of memory"
     if rows > 1:
         smaller = f"per_device_batch_size={rows // 2}" if tokens is None else f"micro_batch_tokens={tokens // 2}"
         return f"{what}, in one of several processes; start again with --set training.{smaller}"

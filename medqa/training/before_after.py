@@ -108,9 +108,17 @@ class HeldOut:
         reset_peak(self._evaluator.accelerator.device)  # from here on the peak memory is that of training
         recorder.startup.record("evaluation")
 
+    def expected_seconds(self, progress: Progress) -> tuple[float, float]:
+        """Estimates of the seconds of an evaluation during training, and of the final evaluation.
+
+        The final one measures validation and test, and with `training.keep: best` validation once more.
+        """
+        splits = 3 if self._experiment.training.keep == "best" else 2
+        return progress.evaluation_s * len(self._fixed_rows) / len(self._rows), splits * progress.evaluation_s
+
     def final_seconds(self, progress: Progress) -> float:
-        """An estimate of the seconds for the final evaluation: validation once or twice, test once, and a margin."""
-        return (4 if self._experiment.training.keep == "best" else 3) * progress.evaluation_s
+        """The seconds that the final evaluation needs before a deadline: an estimate and a margin."""
+        return self.expected_seconds(progress)[1] + progress.evaluation_s
 
     def measure_final(self, state: TrainState, directories: Sequence[Path], recorder: Recorder) -> FinalMetrics:
         """The final evaluation. With `training.keep: best` the model has the best adapter afterwards.
@@ -142,7 +150,9 @@ class HeldOut:
                 f"training.keep=best: the adapter of update {adapter_step} is kept; it has the lowest loss on the "
                 "fixed validation rows"
             )
-            _, final = self._measure("best adapter, validation", recorder)
+            full = [self._rows[i] for i in self._full]
+            with recorder.evaluating("best adapter, validation", len(full)) as done:
+                final = self._evaluator.measure(full, done)
         with recorder.evaluating("final evaluation, test", len(self._test)) as done:
             test = self._evaluator.measure(self._test, done)
         recorder.log_split(progress.step, "test", test)

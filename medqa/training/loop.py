@@ -61,7 +61,8 @@ def train(
             # Log
             recorder.log_update(progress, result, seconds, last)
 
-            # Evaluate. At the last update this result only serves `keep: best`; the final evaluation is logged instead.
+            # Evaluate. After the last update the result decides `keep: best`, here and in a run that is extended later;
+            # the final evaluation measures the same rows again, and logs them.
             improved = False
             if progress.step % experiment.evaluation.steps == 0:
                 began, loss = time.perf_counter(), evaluate()
@@ -119,7 +120,7 @@ def robust_step(
             continue
         except TrainingStopped as error:
             raise TrainingStopped(f"update {state.progress.step + 1}: {error}") from error
-        except RuntimeError as error:  # on a CPU out of memory is no torch.OutOfMemoryError, only its base class
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is for GPUs only, and a RuntimeError
             if not is_out_of_memory(error):
                 raise
             # Changes progress.micro_batch_*, which `next_update` reads, and returns the message.

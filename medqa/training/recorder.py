@@ -311,30 +311,33 @@ class RemainingTime:
     Args:
         updates: the number of updates of the run.
         every: an evaluation follows each so many updates.
-        closing: the seconds that the final evaluation takes.
+        expected: the seconds that an evaluation during training takes, and those of the final evaluation.
     """
 
-    def __init__(self, updates: int, every: int, closing: float) -> None:
-        self._updates, self._every, self._closing = updates, every, closing
+    def __init__(self, updates: int, every: int, expected: tuple[float, float]) -> None:
+        self._updates, self._every = updates, every
+        self.evaluation_s, self._closing = expected
         self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # seconds and target tokens of an update
-        self._tokens, self._seen = 0.0, 0
-        self.evaluation_s = 0.0  # of the newest evaluation during training
+        self._tokens, self._seen, self._warm = 0.0, 0, False
 
     def note(self, seconds: float, tokens: float) -> None:
-        """Count an update."""
+        """Count an update. The first one of a session is slow, and counts only until there is a second."""
+        if self._seen == 1 and not self._warm:
+            self._recent.clear()
+            self._tokens, self._seen, self._warm = 0.0, 0, True
         self._recent.append((seconds, tokens))
         self._tokens, self._seen = self._tokens + tokens, self._seen + 1
 
     def seconds(self, step: int) -> float:
-        """The estimate after update `step`, in seconds; 0 before the first update of a session."""
+        """The estimate after update `step` and before its evaluation, in seconds; 0 before the first update."""
         if not self._recent:
             return 0.0
         spent, tokens = (sum(column) for column in zip(*self._recent, strict=True))
         # Recent seconds per token, and the mean number of tokens of an update: few updates with long examples, or with
         # short ones, do not mislead it. Without target tokens the mean over the updates has to do.
         an_update = spent / tokens * self._tokens / self._seen if tokens else spent / len(self._recent)
-        evaluations = (self._updates - 1) // self._every - step // self._every
-        return (self._updates - step) * an_update + max(evaluations, 0) * self.evaluation_s + self._closing
+        evaluations = self._updates // self._every - (step - 1) // self._every
+        return (self._updates - step) * an_update + evaluations * self.evaluation_s + self._closing
 
 
 class ProgressLine:
@@ -345,7 +348,7 @@ class ProgressLine:
     ) -> None:
         self._console = console
         self._max_steps, self._log_steps = max_steps, log_steps
-        self.remaining = remaining or RemainingTime(max_steps, max_steps, 0.0)
+        self.remaining = remaining or RemainingTime(max_steps, max_steps, (0.0, 0.0))
         self._validation = ""
         self._bar = rich.progress.Progress(
             # On a narrow terminal only the bar shrinks.
@@ -533,14 +536,16 @@ class Recorder:
         self.startup.record("start")
 
     @contextlib.contextmanager
-    def training(self, progress: Progress, stream: Stream, updates: int, closing: float = 0.0) -> Iterator[None]:
+    def training(
+        self, progress: Progress, stream: Stream, updates: int, expected: tuple[float, float] = (0.0, 0.0)
+    ) -> Iterator[None]:
         """Show the progress of training in this block.
 
         Args:
-            closing: the seconds that the final evaluation takes.
+            expected: the seconds that an evaluation during training takes, and those of the final evaluation.
         """
         self._epoch = stream.epoch
-        remaining = RemainingTime(updates, self._experiment.evaluation.steps, closing)
+        remaining = RemainingTime(updates, self._experiment.evaluation.steps, expected)
         log_steps = self._experiment.training.log_steps
         with ProgressLine(self._console, progress.step, updates, log_steps, remaining) as self._bar:
             yield
@@ -555,7 +560,8 @@ class Recorder:
         """
         began = printed = time.perf_counter()
         measured, processes = 0, self.accelerator.num_processes
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        name = TextColumn("{task.description}", markup=False)
+        columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         bar = rich.progress.Progress(*columns, console=self._console, transient=True)
         bar.disable = not self._console.is_terminal
         task = bar.add_task(title, total=rows)

@@ -265,7 +265,7 @@ def load_into(state: TrainState, found: Found, identity: Identity) -> None:
 
 def resume_lines(found: Found | None, progress: Progress, unreadable_lines: int) -> list[tuple[str, str]]:
     """Lines of the plan about resuming: skipped checkpoints, dropped lines, and where last digits may differ."""
-    lines = [("skipped checkpoint", reason) for reason in (found.skipped if found else ())]
+    lines = [("skipped", reason) for reason in (found.skipped if found else ())]
     if found:
         lines.append(("resumed", f"after update {progress.step}, from {found.path}"))
     if progress.stopped_early:

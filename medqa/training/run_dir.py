@@ -511,7 +511,7 @@ def find_saved(
         UserError: the checkpoint belongs to another experiment, or all checkpoints of the run are damaged or missing.
             Otherwise the run would silently start over.
     """
-    return _find_checkpoint(output_dir, mirror, experiment), _finished(output_dir, experiment)
+    return _find_checkpoint(output_dir, mirror, experiment), finished(output_dir, experiment)
 
 
 def _find_checkpoint(output_dir: Path, mirror: Path | None, experiment: Experiment) -> Found | None:
@@ -557,7 +557,7 @@ def restore_from_mirror(found: Found, output_dir: Path) -> None:
         raise UserError(f"{output_dir}: {error}; check the disk") from error
 
 
-def _finished(output_dir: Path, experiment: Experiment) -> dict[str, Any] | None:
+def finished(output_dir: Path, experiment: Experiment) -> dict[str, Any] | None:
     """The summary of a run that is already complete, else None.
 
     A run whose data or base model now come from another location does not count as complete. Whether they are the same

@@ -872,6 +872,23 @@ def test_all_validation_rows_are_apart_from_the_fixed_ones(tmp_path):
     assert cells["new"]["rows of validation and test"].startswith("28")
 
 
+def test_runs_that_measured_a_part_of_the_rows_are_not_ranked(tmp_path):
+    """`evaluation.full_rows` changes no update; its results stand apart, until `medqa evaluate` measures all rows."""
+    whole = make_run(tmp_path / "whole", "exp_001")
+    some = make_run(tmp_path / "some", "exp_001", "evaluation.full_rows=5", "lora.r=4")
+    both = make_run(tmp_path / "both", "exp_001", "evaluation.full_rows=5", evaluation=evaluated(rows=31))
+    comparison = compared(whole, some, both)
+    cells = cells_of(comparison, "answer perplexity")
+    names = ("rows of validation and test", "validation, baseline", "validation, fine-tuned", "test, fine-tuned")
+    assert [cells["some"][name] for name in names] == ["- and -", "-", "-", "-"]
+    assert cells["both"]["rows of validation and test"] == "- and 31"
+    assert cells["both"]["test, fine-tuned"].startswith("41.25")
+    (apart,) = [table for table in main_tables(comparison) if table.title == "answer perplexity on a part of the rows"]
+    assert len([row for row in apart.rows if row[0] == "some"]) == 2
+    differ = {(pair.first.label, pair.second.label): pair.keys for pair in comparison.pairs}
+    assert differ["whole", "some"] == ("lora.r",)
+
+
 def test_other_seeds_and_other_data_are_other_rows(tmp_path):
     one = make_run(tmp_path / "one", "exp_001", evaluation=FEW)
     two = make_run(tmp_path / "two", "exp_001", evaluation={**FEW, "seed": 1})

@@ -531,6 +531,7 @@ def test_figures_follow_by_source(beside, alone):
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert [set(r["sources"]) for r in records if r["split"] in ("eval_full", "test")] == [sources] * 3
         assert all(set(r["sources"]) <= sources for r in records if r["split"] == "eval")  # the fixed rows alone
+        assert sum(r["split"] == "eval" for r in records) == 2
         report = json.loads((run / "data_report.json").read_text())
         assert set(report["sources"]) == sources
         assert [report["sources"][name]["kept"] for name in ("one", "two", "three")] == [40] * 3
@@ -545,6 +546,7 @@ def test_figures_follow_by_source(beside, alone):
         (path,) = run.glob("wandb/offline-run-*/*.wandb")
         logged = read_finished_run(path)
         assert {f"eval_full/{name}/answer_loss" for name in sources} <= logged.history[0].keys()
+        assert {f"eval/{name}/answer_loss" for name in records[0]["sources"]} <= logged.history[0].keys()
         assert {f"test/{name}/answer_loss" for name in sources} <= logged.history[1].keys()
         assert logged.config["data"]["files"] == dict.fromkeys(["one", "two", "three"], "a local file")
 
@@ -593,7 +595,7 @@ def test_a_run_goes_on_from_another_place_but_not_by_another_name(alone, place, 
 
 def test_runs_from_before_there_was_the_key_go_on(alone, tmp_path):
     from medqa.recorded import differences
-    from medqa.training.run_dir import check_run_dir, find_saved
+    from medqa.training.run_dir import check_run_dir, finished
 
     experiment = load_experiment("exp_001", tiny=True)
     old = {key: value for key, value in flat(experiment).items() if key != "data.files"}
@@ -604,8 +606,8 @@ def test_runs_from_before_there_was_the_key_go_on(alone, tmp_path):
     sections = experiment.model_dump()
     del sections["data"]["files"]
     dump_yaml(sections, tmp_path / "config.yaml")
-    (tmp_path / "run.json").write_text('{"run_id": "a", "resumes": 0, "saved": false}')
+    (tmp_path / "run.json").write_text("{}")
     check_run_dir(tmp_path, experiment, False)
-    assert find_saved(tmp_path, None, experiment)[1] is not None
+    assert finished(tmp_path, experiment) is not None
     elsewhere = experiment.model_copy(update={"data": experiment.data.model_copy(update={"files": {"a": "a.csv"}})})
-    assert find_saved(tmp_path, None, elsewhere)[1] is None, "it is read from another place: it may be other data"
+    assert finished(tmp_path, elsewhere) is None, "it is read from another place: it may be other data"

@@ -116,12 +116,13 @@ def test_progress_is_told_of_each_question_once(parts, questions):
     assert all(count >= 0 for count in told)
 
 
-def test_without_memory_a_batch_is_halved(parts, questions, alone, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), MemoryError()], ids=repr)
+def test_without_memory_a_batch_is_halved(error, parts, questions, alone, monkeypatch):
     real = inference._continue
 
     def little_memory(model, pad, prompts, *rest):
         if len(prompts) > 3:
-            raise torch.OutOfMemoryError("out of memory")
+            raise error
         return real(model, pad, prompts, *rest)
 
     monkeypatch.setattr(inference, "_continue", little_memory)

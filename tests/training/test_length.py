@@ -264,6 +264,16 @@ def test_the_rows_before_and_after_can_be_bounded(tmp_path, capfd):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # the six rows are the first six of the same permutation
 
 
+def test_no_change_is_shown_since_a_baseline_of_other_rows(tmp_path, capfd):
+    sets = ("evaluation.steps=1", "training.save_steps=1", "evaluation.rows=6")
+    assert run(tmp_path / "run", "--set", *sets, "training.max_steps=1") == 0
+    assert "since the baseline" in capfd.readouterr().out
+    assert run(tmp_path / "run", "--set", *sets[:2], "evaluation.rows=8", "training.max_steps=2") == 0
+    said = capfd.readouterr().out
+    assert "update 2: validation answer perplexity" in said
+    assert "since the baseline" not in said
+
+
 def test_a_new_best_is_saved_between_the_saves(tmp_path):
     sets = (*EARLY, "training.save_steps=50", "training.max_steps=3", "training.keep=best")
     assert run(tmp_path / "run", *sets) == 0

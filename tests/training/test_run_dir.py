@@ -1,6 +1,5 @@
 """A run's directory: whose it is, what may change when a run goes on, and what starting over removes."""
 
-import contextlib
 import errno
 import json
 import os
@@ -29,6 +28,7 @@ from medqa.training.run_dir import (
     check_run_dir,
     clear,
     find_saved,
+    finished,
     other_files,
     read_session,
     read_summary,
@@ -283,13 +283,13 @@ SUMMARY = {
 
 def test_finished_only_with_a_whole_summary_of_as_many_updates(tmp_path):
     run = experiment("training.max_steps=4")
-    assert find_saved(tmp_path, None, run)[1] is None
+    assert finished(tmp_path, run) is None
     whole = SUMMARY | {"of a later version": [1]}
     for content, complete in [(whole, True), (whole | {"updates": 3}, False), ({"updates": 4}, False), ([], False)]:
         (tmp_path / "summary.json").write_text(json.dumps(content))
-        assert (find_saved(tmp_path, None, run)[1] is not None) == complete
+        assert (finished(tmp_path, run) is not None) == complete
     (tmp_path / "summary.json").write_text(json.dumps(whole)[:-5])
-    assert find_saved(tmp_path, None, run)[1] is None
+    assert finished(tmp_path, run) is None
 
 
 @pytest.mark.parametrize(
@@ -304,9 +304,9 @@ def test_finished_only_with_a_whole_summary_of_as_many_updates(tmp_path):
 def test_a_summary_with_a_part_of_another_kind_is_not_believed(change, tmp_path):
     run = experiment("training.max_steps=4")
     (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
-    show_result(Console(quiet=True), find_saved(tmp_path, None, run)[1])
+    show_result(Console(quiet=True), finished(tmp_path, run))
     (tmp_path / "summary.json").write_text(json.dumps(SUMMARY | change))
-    assert find_saved(tmp_path, None, run)[1] is None
+    assert finished(tmp_path, run) is None
 
 
 @pytest.mark.parametrize(
@@ -371,8 +371,7 @@ def test_what_is_no_regular_file_is_refused_by_name_at_the_start(name, kind, acc
     odd_file(run / name, kind)
     with pytest.raises(UserError, match=rf"--output-dir .*{name}.*(not the kind of file|no run created)"):
         check_run_dir(run, experiment(), False)
-    with contextlib.suppress(UserError):
-        assert find_saved(run, None, experiment())[1] is None
+    assert finished(run, experiment()) is None
     read_session(run)
     read_summary(run)
 

@@ -37,6 +37,7 @@ RECORDING = {
     "training.keep_checkpoints",
     "training.process_timeout_s",
     "evaluation.samples",
+    "evaluation.full_rows",
 }
 EVALUATED = {
     "evaluation.steps",

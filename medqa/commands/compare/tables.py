@@ -40,7 +40,7 @@ class Curve:
     rows: list[int | None]
 
     def on_the_usual_rows(self) -> list[bool]:
-        """For each point, whether it has the most frequent number of rows; before and after training all are used."""
+        """For each point, whether it has the most frequent number of rows; in version 0.1 the ends had all rows."""
         usual = max(self.rows, key=self.rows.count, default=None)
         return [rows == usual for rows in self.rows]
 
@@ -107,32 +107,45 @@ def curve(run: Run, records: dict[int, Json], key: str) -> Curve:
 
 
 def perplexity(run: Run) -> Perplexity:
-    """Answer perplexities: from an evaluation of all rows, else from the summary, else from the last validation."""
+    """Answer perplexities: from an evaluation of all rows, else from the summary, else from the last validation.
+
+    Those of a run that measured only `evaluation.full_rows` rows before and after training are on some rows.
+    """
     newest = max(run.validation, default=None)
     first = run.validation_full.get(0, {})
     last = (run.validation_full.get(newest) or run.validation.get(newest, {})) if newest else {}
+    before = first.get("answer_perplexity", number(part(run.summary, "baseline", "answer_perplexity")))
+    after = number(part(run.summary, "final", "answer_perplexity")) if run.finished else None
     said = Figure(number(part(run.summary, "test", "answer_perplexity")) if run.finished else None)
-    validation = number(part(run.summary, "final", "answer_perplexity")) if run.finished else None
-    untuned, tuned = (run.figures.get(ANSWER_PERPLEXITY.format(system), Figure(None)) for system in SYSTEMS)
-    step, limit = number(run.evaluation.get("step")), limit_of(run)
-    some: list[OnSomeRows] = []
-    whole = limit is None and step in (None, run.adapter_step)
-    if not whole and tuned.value is not None:
-        rows = limit if tuned.rows is None else tuned.rows
-        some.append(OnSomeRows("test", None if step is None else int(step), rows, seed_of(run), untuned, tuned))
-    update, rows = (run.adapter_step if validation is not None else newest), count(last.get("rows"))
-    if validation is None and rows == count(first.get("rows")):
-        validation = last.get("answer_perplexity")
-    elif validation is None and "answer_perplexity" in last:
-        some.append(OnSomeRows("validation", newest, rows, None, Figure(None), Figure(last["answer_perplexity"])))
     of_test = count(run.test[max(run.test)].get("rows")) if run.test else None
+    rows, of_validation = count(last.get("rows")), count(first.get("rows", last.get("rows")))
+    bounded, some = run.experiment.evaluation.full_rows, list[OnSomeRows]()
+    if bounded is not None and run.finished:
+        seed, step = run.experiment.training.seed, run.adapter_step
+        some.append(OnSomeRows("validation", step, of_validation or bounded, seed, Figure(before), Figure(after)))
+        some.append(OnSomeRows("test", step, of_test or bounded, seed, Figure(None), said))
+    if bounded is not None:
+        said, of_test, of_validation = Figure(None), None, None
+    untuned, tuned = (run.figures.get(ANSWER_PERPLEXITY.format(system), Figure(None)) for system in SYSTEMS)
+    step_evaluated, limit = number(run.evaluation.get("step")), limit_of(run)
+    whole = limit is None and step_evaluated in (None, run.adapter_step)
+    if not whole and tuned.value is not None:
+        limited = limit if tuned.rows is None else tuned.rows
+        step_told = None if step_evaluated is None else int(step_evaluated)
+        some.append(OnSomeRows("test", step_told, limited, seed_of(run), untuned, tuned))
+    update = run.adapter_step if after is not None else newest
+    if after is None and bounded is None and rows == count(first.get("rows")):
+        after = last.get("answer_perplexity")
+    elif after is None and "answer_perplexity" in last:
+        some.append(OnSomeRows("validation", newest, rows, None, Figure(None), Figure(last["answer_perplexity"])))
+    evaluated = whole and tuned.value is not None
     return Perplexity(
-        first.get("answer_perplexity", number(part(run.summary, "baseline", "answer_perplexity"))),
-        validation,
-        count(first.get("rows", last.get("rows"))),
+        None if bounded is not None else before,
+        None if bounded is not None else after,
+        of_validation,
         untuned if whole else Figure(None),
-        tuned if whole and tuned.value is not None else said,
-        tuned.rows if whole and of_test is None else of_test,
+        tuned if evaluated else said,
+        tuned.rows if evaluated and tuned.rows is not None else of_test,
         update,
         tuple(some),
     )
