@@ -146,7 +146,7 @@ def test_a_checkpoint_under_another_name_is_passed_over(name, half, straight, ca
     shutil.copytree(half / "checkpoint-4", half / name)
     assert main(words(half)) == 0
     said = capsys.readouterr().out.replace("\n", "")
-    assert f"skipped checkpoint {half / name} is damaged: manifest.json has another update than the name" in said
+    assert f"skipped          {half / name} is damaged: manifest.json has another update than the name" in said
     assert "resumed          after update 4" in said
     shutil.rmtree(half / name)
     assert contents(half) == contents(straight)
