@@ -34,8 +34,9 @@ lint: $(VENV)/.dev
 gpu-check: $(VENV)/.run
 	$(BIN)/python -m benchmarks.gpu_check
 
-# Needs a GPU, the model and the data: the four experiments, their evaluation, results/<gpu>.json, the README's table.
+# The experiments with a real model and data: results/<setting>.json and the README's table. Needs a GPU, or --cpu:
 # make results RESULTS_ARGS="--experiments exp_002 exp_004"
+# make results RESULTS_ARGS="--cpu --model HuggingFaceTB/SmolLM2-135M-Instruct --examples 800 --limit 200"
 results: $(VENV)/.run
 	$(BIN)/python -m benchmarks.results $(RESULTS_ARGS)
 

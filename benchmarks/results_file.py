@@ -1,11 +1,12 @@
-"""`results/<gpu>.json`: what the experiments gave on one kind of GPU. Its form, reading it, putting a record into it.
+"""`results/<setting>.json`: what the experiments gave in one setting. Its form, reading it, putting a record into it.
+
+A setting is a base model, a kind of machine, and a budget: columns of one table, whose figures can be compared.
 
 A file is checked when it is read, and one that is damaged, or that something else wrote, is refused by name. How a
 run's own files become a record is in `results_records.py`, the table of all files in `results_table.py`.
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +17,7 @@ from medqa.errors import UserError
 from medqa.files import write_json
 
 RECIPES = ("exp_001", "exp_002", "exp_003", "exp_004")
-FORMAT = 1
+FORMAT = 2
 LONGEST = 1_000_000  # bytes; one that is longer is not ours
 
 
@@ -42,19 +43,27 @@ class Losses(Part):
 
 
 class SplitLosses(Part):
-    """What the untuned base (`before`) and the adapter (`after`) give.
+    """Losses over `rows` rows of a split: baseline (`before`) and adapter (`after`).
 
-    Where not all rows were evaluated, the figures are the run's own, without intervals, and test has no `before`.
+    Where an evaluation failed, they are the run's own losses, without intervals; then test has no baseline.
+
+    Attributes:
+        own_template: answer perplexity of the baseline in its own chat template; None if it has none, or if the run
+            was trained with it.
     """
 
+    rows: int
     before: Losses | None
+    own_template: Figure | None = None
     after: Losses
 
 
 class Machine(Part):
-    """What it ran on. Memory is that of the smallest card, in bytes."""
+    """What it ran on: GPUs, or a CPU with the number of threads. Memory is that of the smallest GPU, in bytes."""
 
     gpus: list[str]
+    cpu: str | None = None
+    threads: int | None = None
     memory_bytes: int | None
     driver: str | None
     cuda: str | None
@@ -170,11 +179,38 @@ class Record(Part):
         return self
 
 
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+()/-]{0,99}$")]
+
+
+class Setting(Part):
+    """What all records of a file have in common.
+
+    Attributes:
+        machine: GPUs or CPU (`machine_label`).
+        base: the base model.
+        examples: the number of training examples, with repetition; None: as in the experiment files.
+        rows: the number of evaluated rows of each split, and of questions; None: all.
+    """
+
+    machine: Label
+    base: Label
+    examples: Annotated[int, Field(ge=1)] | None = None
+    rows: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def label(self) -> str:
+        """The setting in words: `SmolLM2-135M-Instruct, AMD EPYC 7B13 (2 threads), 800 examples, 200 rows`."""
+        words = [self.base, self.machine]
+        words += [f"{self.examples} examples"] if self.examples is not None else []
+        words += [f"{self.rows} rows"] if self.rows is not None else []
+        return ", ".join(words)
+
+
 class Results(Part):
-    """A file of `results/`: records by experiment, all of one kind of GPU, and as many of them."""
+    """A file of `results/`: records of one setting, by experiment."""
 
     format: Literal[FORMAT]
-    gpu: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+()/-]{0,99}$")]
+    setting: Setting
     records: dict[Literal[RECIPES], Record]
 
     @model_validator(mode="after")
@@ -185,11 +221,18 @@ class Results(Part):
         return self
 
 
-def gpu_label(gpus: Sequence[str]) -> str:
-    """`Tesla T4`; `4x Tesla T4` of several; `cpu` of none."""
-    counts = {name: gpus.count(name) for name in gpus}
+def machine_label(machine: Machine) -> str:
+    """`Tesla T4`; `4x Tesla T4`; `AMD EPYC 7B13 (2 threads)`."""
+    counts = {name: machine.gpus.count(name) for name in machine.gpus}
     words = [name if count == 1 else f"{count}x {name}" for name, count in counts.items()]
-    return re.sub(r"[^A-Za-z0-9 ._+()/-]", "-", " + ".join(words) or "cpu")[:100]
+    if not words:
+        words = [f"{machine.cpu or 'CPU'} ({machine.threads} thread{'' if machine.threads == 1 else 's'})"]
+    return as_label(" + ".join(words))
+
+
+def as_label(text: str) -> str:
+    """Text with only the characters of a `Label`."""
+    return re.sub(r"[^A-Za-z0-9 ._+()/-]", "-", re.sub(r"\((R|TM)\)", "", text)).lstrip(" ._+()/-")[:100] or "unknown"
 
 
 def slug(label: str) -> str:
@@ -232,13 +275,14 @@ def read_results(path: Path) -> Results:
         where = ".".join(map(str, first["loc"]))
         what = f"{where}: {first['msg']}" if where else first["msg"]
         raise UserError(f"{path}: no file of results, or damaged: {what}; {advice}") from error
-    if slug(found.gpu) != path.stem:
-        raise UserError(f"{path}: holds the results of {found.gpu}, which belong in {slug(found.gpu)}.json")
+    if slug(found.setting.label) != path.stem:
+        right = f"{slug(found.setting.label)}.json"
+        raise UserError(f"{path} has the results of another setting: {found.setting.label}; rename it to {right}")
     return found
 
 
-def keep(record: Record, label: str, directory: Path) -> bool:
-    """Put a record into the file of its GPU, in the place of that experiment's and of no other's.
+def keep(record: Record, setting: Setting, directory: Path) -> bool:
+    """Put a record into the file of its setting, in the place of that experiment's and of no other's.
 
     What the user can mend (exit code 2) never takes the place of figures: says whether it was written.
 
@@ -246,12 +290,12 @@ def keep(record: Record, label: str, directory: Path) -> bool:
         UserError: the file that is there is damaged.
         OSError: it cannot be written.
     """
-    path = directory / f"{slug(label)}.json"
+    path = directory / f"{slug(setting.label)}.json"
     records = read_results(path).records if path.exists() else {}
     before = records.get(record.experiment)
     if record.failure is not None and record.failure.exit_code == 2 and before is not None and before.failure is None:
         return False
     records = dict(sorted({**records, record.experiment: record}.items()))
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(Results(format=FORMAT, gpu=label, records=records).model_dump(mode="json"), path)
+    write_json(Results(format=FORMAT, setting=setting, records=records).model_dump(mode="json"), path)
     return True

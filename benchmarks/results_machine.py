@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import multiprocessing
+import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT_PATHS = (":(exclude)README.md", ":(exclude)results")  # what `make results` itself changes
 UNKNOWN = "unknown"  # in the place of a commit
 NO_GPU = Machine(gpus=[], memory_bytes=None, driver=None, cuda=None)
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def code_commit() -> str | None:
@@ -43,13 +45,13 @@ def _git(*words: str) -> str | None:
 
 
 def this_machine(processes: int, cpu: bool) -> Machine:
-    """The GPUs that would be used.
+    """The GPUs that would be used, or the CPU.
 
     Raises:
-        UserError: there are none that torch can use, or not so many.
+        UserError: there are no GPUs that torch can use, or not so many.
     """
     if cpu:
-        return NO_GPU
+        return NO_GPU.model_copy(update={"cpu": cpu_name(), "threads": torch.get_num_threads()})
     if torch.cuda.is_available():  # so far nothing is on the GPU: what this process held there, the runs would lack
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             found = pool.submit(ask_torch).result()
@@ -57,12 +59,23 @@ def this_machine(processes: int, cpu: bool) -> Machine:
         found = ask_torch()
     if not found.gpus:
         raise UserError(
-            "make results: no GPU that torch can use, and the results are those of GPUs; run the same command on a "
-            'machine with one. To try it here: make results RESULTS_ARGS="--tiny --cpu --limit 8 --out trial"'
+            "make results: there is no GPU that torch can use; run the same command on a machine with one, or pass "
+            "--cpu, a small base model, and a budget: "
+            'make results RESULTS_ARGS="--cpu --model HuggingFaceTB/SmolLM2-135M-Instruct --examples 800 --limit 200"'
         )
     if len(found.gpus) < processes:
         raise UserError(f"--processes {processes}: this machine shows {len(found.gpus)} GPU(s); give as many or fewer")
     return found.model_copy(update={"gpus": found.gpus[:processes]})
+
+
+def cpu_name() -> str:
+    """The model name of this machine's CPU, as Linux gives it; elsewhere its architecture."""
+    try:
+        lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names and names[0] else platform.machine()
 
 
 def ask_torch() -> Machine:

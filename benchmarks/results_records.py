@@ -1,4 +1,4 @@
-"""A run's own files to a record of `results/<gpu>.json`, and a process that failed to what is said of it.
+"""A run's own files to a record of `results/<setting>.json`, and a process that failed to what is said of it.
 
 Nothing is computed here but a median: every figure is copied from what a run and its evaluation wrote.
 """
@@ -78,7 +78,7 @@ def _figures(run: Run, evaluated: bool) -> dict[str, Any]:
     """The parts of a record that a finished run gives."""
     summary, shown = run.summary, shown_config(run.experiment)
     tasks = run.evaluation["tasks"] if evaluated else {}
-    losses = tasks["loss"] if evaluated and run.evaluation["limit"] is None else {}  # the run's own are of all rows
+    losses = tasks["loss"] if evaluated else {}
     speeds = [
         record["tokens_per_s"] for record in read_metrics(run.directory / "metrics.jsonl") if record["split"] == "train"
     ]
@@ -92,13 +92,8 @@ def _figures(run: Run, evaluated: bool) -> dict[str, Any]:
             in_effect=run.in_effect,
             not_bitwise=[Moved(**moved) for moved in summary["not_bitwise"]],
         ),
-        "validation": SplitLosses(
-            before=_losses(summary["baseline"], losses, "validation", "untuned"),
-            after=_losses(summary["final"], losses, "validation", "tuned"),
-        ),
-        "test": SplitLosses(
-            before=_losses(None, losses, "test", "untuned"), after=_losses(summary["test"], losses, "test", "tuned")
-        ),
+        "validation": _split(losses, "validation", run, before=summary["baseline"], after=summary["final"]),
+        "test": _split(losses, "test", run, before=None, after=summary["test"]),
         "data": Data(
             medquad=shown["data"]["medquad"],
             afrimedqa=shown["data"]["afrimedqa"],
@@ -110,8 +105,22 @@ def _figures(run: Run, evaluated: bool) -> dict[str, Any]:
     }
 
 
+def _split(
+    losses: Mapping[str, Any], split: str, run: Run, before: Mapping[str, Any] | None, after: Mapping[str, Any]
+) -> SplitLosses:
+    """The losses of a split as the evaluation measured them, or, without an evaluation, as the run did."""
+    all_rows = run.data_report["splits"][split]["rows"]
+    bound = run.experiment.evaluation.full_rows
+    return SplitLosses(
+        rows=losses[split]["rows"] if losses else min(all_rows, bound or all_rows),
+        before=_losses(before, losses, split, "untuned"),
+        own_template=_figure(losses.get(split, {}).get("own_template", {}).get("answer_perplexity")),
+        after=_losses(after, losses, split, "tuned"),
+    )
+
+
 def _losses(told: Mapping[str, Any] | None, losses: Mapping[str, Any], split: str, system: str) -> Losses | None:
-    """With intervals where the evaluation has looked at the split, else as the run itself told, or not at all."""
+    """With intervals from the evaluation if there is one, else from the run's summary (`told`) if it has them."""
     if losses:
         found = losses[split][system]
         answer = _figure(found.get("answer_perplexity"))

@@ -1,6 +1,6 @@
 """The README's table of results, built from the files in `results/` and from nothing else."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.results_file import RECIPES, Figure, Record, Results
@@ -9,11 +9,10 @@ from medqa.files import write_file
 
 BEGIN, END = "<!-- results: `make results` writes what stands between these two lines -->", "<!-- /results -->"
 NOT_YET = "not yet run"
-NOTHING = """No run on a GPU has been measured yet. What this documentation says about GPUs follows from the source code
-of the libraries."""
-ABOUT = """From the files in [results](results), which `make results` writes; in brackets 95 % intervals over rows. Each
-experiment is measured on the rows as it reads them: exp_004's perplexities (longer rows, named options) are not to be
-compared with those of the others."""
+NOTHING = """No experiment with a real model has been measured yet: `make results` does it."""
+ABOUT = """From the files in [results](results), which `make results` writes ([how](docs/benchmarks.md#results)); 95 %
+intervals over rows in brackets. exp_001 to exp_003 read shorter rows: their perplexities are over other tokens."""
+BREAK = "<br>"
 
 
 def rebuild(readme: Path, results: Mapping[str, Results], trials: bool) -> bool:
@@ -54,69 +53,67 @@ def section(results: Mapping[str, Results], trials: bool) -> str:
                 )
     if not results:
         return f"{NOTHING}\n"
-    lines = [_line(["TinyLlama-1.1B", *RECIPES]), _line(["---"] * (1 + len(RECIPES)))]
-    for found in results.values():
-        lines += _block(found.gpu, found.records)
+    shown = [name for name in RECIPES if any(name in found.records for found in results.values())]
+    lines = [_line(["", *(_heading(found) for found in results.values())]), _line(["---"] * (1 + len(results)))]
+    for name in shown:
+        lines.append(_line([name, *(_cell(found.records.get(name)) for found in results.values())]))
     return "\n".join([*lines, "", ABOUT, ""])
 
 
-def _block(gpu: str, records: Mapping[str, Record]) -> list[str]:
-    """The rows of one GPU."""
-    caveats = dict.fromkeys(caveat for record in records.values() for caveat in record.caveats)
-    label = f"{gpu}, a trial ({', '.join(map(_plain, caveats))})" if caveats else gpu
-    return [
-        _line([f"{label}: {what}", *(_cell(records.get(experiment), show) for experiment in RECIPES)])
-        for what, show in ROWS.items()
-    ]
+def _heading(found: Results) -> str:
+    """The setting of a column, and why it is a trial if it is one."""
+    caveats = dict.fromkeys(caveat for record in found.records.values() for caveat in record.caveats)
+    label = found.setting.label
+    return f"{label}, a trial ({', '.join(map(_plain, caveats))})" if caveats else label
 
 
-def _cell(record: Record | None, show: Callable[[Record], str]) -> str:
-    """One cell. A run that failed says so in each; one whose evaluation failed, where that would have been."""
+def _cell(record: Record | None) -> str:
+    """What an experiment gave in a setting. A failure is said where its figures would be."""
     if record is None:
         return NOT_YET
-    if record.failure is None or (record.failure.stage == "evaluation" and show is _cost):
-        return show(record)
-    return f"{'' if record.failure.stage == 'training' else 'evaluation '}failed: {record.failure.what}"
+    if record.failure is not None and record.failure.stage == "training":
+        return f"failed: {record.failure.what}"
+    if record.failure is not None:
+        return BREAK.join([_perplexity(record), _cost(record), f"evaluation failed: {record.failure.what}"])
+    return BREAK.join(show(record) for show in (_perplexity, _answers, _choices, _cost))
 
 
 def _perplexity(record: Record) -> str:
-    """Of the answers: on test with its interval, or, where not all rows were evaluated, as the run measured it."""
-    losses, split = (record.test, "") if record.test.before else (record.validation, ", on validation")
+    """Answer perplexity of baseline and adapter: on test, or, if the evaluation failed, on validation."""
+    losses, split = (record.test, "test") if record.test.before else (record.validation, "validation")
     before, after = losses.before.answer_perplexity, losses.after.answer_perplexity
     if before is None or after is None:
-        return "no answer tokens"
-    return f"{_number(before.value)} → {_with_interval(after)}{split}"
+        return f"answer perplexity: no answer tokens in {split}"
+    own = losses.own_template
+    base = f"base {_number(before.value)}" + (f", in its own template {_number(own.value)}" if own else "")
+    return f"answer perplexity: **{_number(after.value)}**{_interval(after)}; {base} ({losses.rows:,} rows of {split})"
 
 
 def _cost(record: Record) -> str:
     """Memory and time, and the precision that decides them."""
     training = record.training
-    weights = "4-bit" if training.quantization == "4bit" else "no 4-bit"
+    weights = ", 4-bit" if training.quantization == "4bit" else ""
     precision = "float32" if training.mixed_precision == "no" else training.mixed_precision
-    return f"{training.peak_memory_bytes / 2**30:.1f} GiB, {_time(training.wall_clock_s)} ({weights}, {precision})"
+    return f"{training.peak_memory_bytes / 2**30:.1f} GiB, {_time(training.wall_clock_s)} ({precision}{weights})"
 
 
 def _answers(record: Record) -> str:
     """ROUGE-L beside that of a copied training answer."""
-    found, rows = record.evaluation.generation.rouge_l, record.evaluation.generation.rows
-    return f"{found['tuned'].value:.3f}, {found['untuned'].value:.3f}, {found['copied'].value:.3f} ({rows} answers)"
+    found = record.evaluation.generation.rouge_l
+    own = f", in its own template {found['own_template'].value:.3f}" if "own_template" in found else ""
+    others = f"base {found['untuned'].value:.3f}{own}, a copied answer {found['copied'].value:.3f}"
+    tuned = f"ROUGE-L: **{found['tuned'].value:.3f}**{_interval(found['tuned'], '.3f')}"
+    return f"{tuned}; {others} ({record.evaluation.generation.rows:,} answers)"
 
 
 def _choices(record: Record) -> str:
     """Multiple choice beside chance."""
     found = record.evaluation.mcq
     if found is None:
-        return "no questions"
-    tuned, untuned = (found.accuracy[system].value for system in ("tuned", "untuned"))
-    return f"{tuned:.1%}, {untuned:.1%}, {found.chance:.1%} ({found.rows:,} questions)"
-
-
-ROWS: dict[str, Callable[[Record], str]] = {
-    "answer perplexity on test, before → after": _perplexity,
-    "peak memory, time": _cost,
-    "ROUGE-L tuned, untuned, of a copied answer": _answers,
-    "multiple choice tuned, untuned, by chance": _choices,
-}
+        return "multiple choice: no questions"
+    tuned, untuned = (found.accuracy[system] for system in ("tuned", "untuned"))
+    shown = f"**{tuned.value:.1%}**{_interval(tuned, '.1%')}; base {untuned.value:.1%}, chance {found.chance:.1%}"
+    return f"multiple choice: {shown} ({found.rows:,} questions)"
 
 
 def _line(cells: list[str]) -> str:
@@ -134,11 +131,12 @@ def _number(value: float) -> str:
     return f"{value:,.{2 if value < 100 else 1 if value < 1000 else 0}f}"
 
 
-def _with_interval(figure: Figure) -> str:
-    """A figure, and the ends of its interval."""
+def _interval(figure: Figure, digits: str | None = None) -> str:
+    """The ends of a figure's interval in brackets; nothing if it has none."""
     if figure.low is None or figure.high is None:
-        return _number(figure.value)
-    return f"{_number(figure.value)} ({_number(figure.low)} to {_number(figure.high)})"
+        return ""
+    low, high = (_number(end) if digits is None else format(end, digits) for end in (figure.low, figure.high))
+    return f" ({low} to {high})"
 
 
 def _time(seconds: float) -> str:

@@ -16,8 +16,21 @@ from launching import QUIET, metrics, wait_until_gone
 
 from benchmarks import results as command
 from benchmarks import results_machine
-from benchmarks.results_file import FORMAT, RECIPES, Failure, Machine, Record, Results, gpu_label, keep, read_all, slug
-from benchmarks.results_machine import NO_GPU, code_caveats, code_commit
+from benchmarks.results_file import (
+    FORMAT,
+    RECIPES,
+    Failure,
+    Machine,
+    Record,
+    Results,
+    Setting,
+    as_label,
+    keep,
+    machine_label,
+    read_all,
+    slug,
+)
+from benchmarks.results_machine import NO_GPU, code_caveats, code_commit, this_machine
 from benchmarks.results_process import beside, run_stage
 from benchmarks.results_records import evaluated_tasks, make_record, what_failed
 from benchmarks.results_table import BEGIN, END, NOT_YET, section
@@ -28,6 +41,9 @@ from medqa.training.run_dir import RunLock
 ROOT = Path(__file__).resolve().parents[2]
 README = f"# A project\n\n{BEGIN}\nold\n{END}\n\nThe rest.\n"
 T4 = Machine(gpus=["Tesla T4"], memory_bytes=15_828_320_256, driver="550.54.15", cuda="12.4")
+ON_T4 = Setting(machine="Tesla T4", base="TinyLlama-1.1B-Chat-v1.0")
+ON_TWO = ON_T4.model_copy(update={"machine": "2x Tesla T4"})
+T4_FILE, TWO_FILE = "tinyllama-1-1b-chat-v1-0-tesla-t4", "tinyllama-1-1b-chat-v1-0-2x-tesla-t4"
 SHORT = (
     "training.max_steps=4", "scheduler.warmup_steps=2", "training.global_batch_size=8", "tokenization.max_length=64",
 )  # fmt: skip
@@ -77,7 +93,9 @@ def tried(tmp_path_factory) -> Path:
     words = options_for(directory, "--experiments", "exp_002", "--limit", "2", "--set", *SHORT)
     assert command.main(words, start) == 0
     assert [stage for stage, _ in started] == ["training", "evaluation"]
-    words = options_for(directory, "--experiments", "exp_003", "--set", *SHORT, "optimizer.learning_rate=1e9")
+    words = options_for(
+        directory, "--experiments", "exp_003", "--limit", "2", "--set", *SHORT, "optimizer.learning_rate=1e9"
+    )
     assert command.main(words, start) == 1
     assert [stage for stage, _ in started] == ["training", "evaluation", "training"]
     return directory
@@ -86,8 +104,13 @@ def tried(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def complete(tried) -> Record:
     """The record of exp_002, as if it were none of a trial."""
-    record = read_all(tried / "out")["cpu"].records["exp_002"]
+    record = only_file(tried / "out").records["exp_002"]
     return record.model_copy(update={"caveats": [], "machine": T4})
+
+
+def only_file(directory: Path) -> Results:
+    [found] = read_all(directory).values()
+    return found
 
 
 def run_of(directory: Path, experiment: str) -> Path:
@@ -95,13 +118,17 @@ def run_of(directory: Path, experiment: str) -> Path:
 
 
 def test_the_record_is_what_the_run_wrote(tried):
-    record, run = read_all(tried / "out")["cpu"].records["exp_002"], run_of(tried, "exp_002")
+    record, run = only_file(tried / "out").records["exp_002"], run_of(tried, "exp_002")
     summary, evaluation = (json.loads((run / f"{name}.json").read_text()) for name in ("summary", "evaluation"))
     assert record.failure is None
-    assert record.validation.before.answer_perplexity.value == summary["baseline"]["answer_perplexity"]
-    assert record.validation.after.perplexity.value == summary["final"]["perplexity"]
-    assert record.test.after.answer_perplexity.value == summary["test"]["answer_perplexity"]
-    assert record.test.before is None  # only two rows of it were evaluated
+    assert record.validation.before.answer_perplexity.value == pytest.approx(summary["baseline"]["answer_perplexity"])
+    assert record.validation.after.perplexity.value == pytest.approx(summary["final"]["perplexity"])
+    assert record.test.after.answer_perplexity.value == pytest.approx(summary["test"]["answer_perplexity"])
+    assert (record.validation.rows, record.test.rows) == (2, 2)
+    losses = evaluation["tasks"]["loss"]["test"]
+    assert record.test.before.answer_perplexity.value == losses["untuned"]["answer_perplexity"]["value"]
+    assert record.test.after.answer_perplexity.high == losses["tuned"]["answer_perplexity"]["high"]
+    assert record.test.own_template.value == losses["own_template"]["answer_perplexity"]["value"]
     assert (record.training.updates, record.training.processes, record.training.resumes) == (4, 1, 0)
     assert record.training.peak_memory_bytes == summary["peak_memory_bytes"]
     assert record.training.wall_clock_s == summary["wall_clock_s"]
@@ -121,12 +148,14 @@ def test_the_record_is_what_the_run_wrote(tried):
     assert record.base.fingerprint == summary["base_fingerprint"]
     assert record.versions == summary["versions"]
     assert record.commits == [code_commit()]
-    assert {"--tiny", "on a CPU", "training.global_batch_size=8"} <= set(record.caveats)
+    assert {"--tiny", "training.global_batch_size=8"} <= set(record.caveats)
+    assert (record.machine.gpus, record.machine.threads) == ([], torch.get_num_threads())
+    assert record.machine.cpu
     assert "/" not in record.data.medquad + record.base.name
 
 
 def test_a_run_that_fails_is_recorded_as_failed(tried):
-    found = read_all(tried / "out")["cpu"].records["exp_003"]
+    found = only_file(tried / "out").records["exp_003"]
     assert found.failure.stage == "training"
     assert (found.failure.what, found.failure.exit_code) == ("not finite", 3)
     assert found.failure.message.startswith("training stopped: update ")
@@ -135,12 +164,19 @@ def test_a_run_that_fails_is_recorded_as_failed(tried):
     assert table.startswith("# A project\n\n<!--")
     assert table.endswith(f"{END}\n\nThe rest.\n")
     assert "old" not in table
-    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| cpu, a trial (--tiny, on a CPU")]
-    perplexity, cost, *_ = rows
-    assert perplexity[1] == NOT_YET
-    assert re.fullmatch(r"\d+\.\d+ → \d+\.\d+, on validation", perplexity[2])
-    assert perplexity[3] == cost[3] == "failed: not finite"
-    assert re.fullmatch(r"\d\.\d GiB, \d+ s \(4-bit, float32\)", cost[2])
+    rows = dict(cells(table))
+    assert list(rows) == ["", "---", "exp_002", "exp_003"]
+    assert re.search(r", 2 rows, a trial \(--tiny, ", rows[""])
+    perplexity, rouge, choices, cost = rows["exp_002"].split("<br>")
+    assert re.fullmatch(
+        r"answer perplexity: \*\*[\d.,]+\*\* \(.* to .*\); "
+        r"base [\d.,]+, in its own template [\d.,]+ \(2 rows of test\)",
+        perplexity,
+    )
+    assert rouge.endswith("(2 answers)")
+    assert choices.endswith("(2 questions)")
+    assert re.fullmatch(r"\d\.\d GiB, \d+ s \(float32, 4-bit\)", cost)
+    assert rows["exp_003"] == "failed: not finite"
 
 
 def test_what_is_done_is_not_done_again(tried, tmp_path):
@@ -154,9 +190,9 @@ def test_what_is_done_is_not_done_again(tried, tmp_path):
         raise AssertionError("nothing was to be started")
 
     (again / "README.md").write_text(README)
-    before = read_all(again / "out")["cpu"]
+    before = only_file(again / "out")
     assert command.main(words, nothing) == 0
-    assert read_all(again / "out")["cpu"].records["exp_003"] == before.records["exp_003"]
+    assert only_file(again / "out").records["exp_003"] == before.records["exp_003"]
     assert (again / "README.md").read_text() == (tried / "README.md").read_text()
     # Killed in the middle of its evaluation: the tasks that are missing are what is left to do.
     evaluation["tasks"] = {name: evaluation["tasks"][name] for name in ("loss", "mcq")}
@@ -202,10 +238,9 @@ def test_a_trial_has_no_place_among_the_results(capsys, tmp_path):
 
     assert command.main(["--tiny", "--cpu", "--outputs", str(tmp_path)], nothing) == 2
     said = capsys.readouterr().err
-    assert "a trial, no result: --tiny; on a CPU" in said
+    assert "a trial, no result: --tiny" in said
     assert "--out trial" in said
     assert (ROOT / "README.md").read_bytes() == before
-    assert not list((ROOT / "results").glob("cpu.json"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,27 +249,53 @@ def test_without_a_gpu_it_says_what_to_do(capsys):
     assert command.main([]) == 2
     said = capsys.readouterr().err
     assert "no GPU that torch can use" in said
-    assert "--tiny --cpu --limit 8 --out trial" in said
+    assert "--cpu --model HuggingFaceTB/SmolLM2-135M-Instruct --examples 800 --limit 200" in said
 
 
 @pytest.mark.parametrize(
     "words, caveats",
     [
         ([], []),
+        (["--cpu", "--examples", "3200", "--limit", "128"], []),
+        (["--model", "x/y"], []),
+        (["--model", "/usr", "--base-name", "A base"], []),
+        (["--model", "/usr"], ["a base model in a directory, without --base-name"]),
         (["--afrimedqa", "afrimedqa/afrimedqa_v2"], []),
+        (["--medquad", "README.md"], []),
+        (["--medquad", "x/y"], ["data.medquad=x/y"]),
         (["--set", "training.log_steps=1", "training.save_steps=5"], []),
         (["--afrimedqa", "none"], ["data.afrimedqa=none"]),
-        (["--model", "x/y", "--medquad", "m.csv"], ["model.base=x/y", "data.medquad=m.csv"]),
-        (["--model", "/home/somebody/base"], ["model.base=base"]),
         (["--set", "data.files={mine: /home/somebody/m.csv}"], ["data.files={'mine': 'a local file'}"]),
         (["--set", "training.max_steps=5"], ["training.max_steps=5"]),
+        (["--examples", "3200", "--set", "training.max_steps=5"], ["training.max_steps=5"]),
         (["--set", "training.micro_batch_tokens=512"], ["training.micro_batch_tokens=512"]),
-        (["--tiny", "--cpu"], ["--tiny", "on a CPU"]),
+        (["--tiny", "--cpu"], ["--tiny"]),
     ],
 )
 def test_what_makes_it_a_trial(words, caveats, tmp_path):
     options = command.parse_options(["--outputs", str(tmp_path), *words])
     assert command.make_job("exp_001", options, "Tesla T4").caveats == caveats
+
+
+def test_a_budget_is_the_same_number_of_examples_for_all(tmp_path):
+    """Warmup is in proportion: 50 of exp_004's 1,816 updates are 6 of 200; 20 of exp_002's 400 are 5 of 100."""
+    options = command.parse_options(["--outputs", str(tmp_path), "--examples", "3200", "--limit", "128"])
+    jobs = {name: command.make_job(name, options, "Tesla T4") for name in RECIPES}
+    updates = {name: job.experiment.training.max_steps for name, job in jobs.items()}
+    assert all(updates[name] * job.experiment.training.global_batch_size == 3200 for name, job in jobs.items())
+    warmup = {name: job.experiment.scheduler.warmup_steps for name, job in jobs.items()}
+    assert (warmup["exp_001"], warmup["exp_002"], warmup["exp_003"], warmup["exp_004"]) == (0, 5, 0, 6)
+    assert all(job.experiment.training.padding_free for job in jobs.values())
+    assert all(job.experiment.evaluation.full_rows == 128 for job in jobs.values())
+    label = "TinyLlama-1.1B-Chat-v1.0, Tesla T4, 3200 examples, 128 rows"
+    assert jobs["exp_001"].setting.label == label
+    assert jobs["exp_001"].run_dir.parent == tmp_path / slug(label)
+
+
+def test_a_budget_that_does_not_divide_into_updates_is_refused(tmp_path, capsys):
+    assert command.main(["--cpu", "--outputs", str(tmp_path), "--examples", "40"]) == 2
+    assert "--examples 40: exp_001 has 32 examples in an update" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_changed_code_makes_it_a_trial(tmp_path, monkeypatch):
@@ -260,18 +321,18 @@ def test_changed_code_makes_it_a_trial(tmp_path, monkeypatch):
 
 def test_one_record_takes_its_own_place_alone(complete, tmp_path):
     other = complete.model_copy(update={"experiment": "exp_001"})
-    assert keep(complete, "Tesla T4", tmp_path)
-    assert keep(other, "Tesla T4", tmp_path)
-    assert keep(complete, "2x Tesla T4", tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"tesla-t4.json", "2x-tesla-t4.json"}
+    assert keep(complete, ON_T4, tmp_path)
+    assert keep(other, ON_T4, tmp_path)
+    assert keep(complete, ON_TWO, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{T4_FILE}.json", f"{TWO_FILE}.json"}
     mended = Failure(stage="training", what="an error", exit_code=2, message="error: no network")
-    assert not keep(complete.model_copy(update={"failure": mended}), "Tesla T4", tmp_path)
-    assert read_all(tmp_path)["tesla-t4"].records == {"exp_001": other, "exp_002": complete}
+    assert not keep(complete.model_copy(update={"failure": mended}), ON_T4, tmp_path)
+    assert read_all(tmp_path)[T4_FILE].records == {"exp_001": other, "exp_002": complete}
     memory = Failure(stage="training", what="out of memory", exit_code=3, message="training stopped: out of memory")
     failed = complete.model_copy(update={"failure": memory, "training": None})
-    assert keep(failed, "Tesla T4", tmp_path)
-    assert read_all(tmp_path)["tesla-t4"].records == {"exp_001": other, "exp_002": failed}
-    assert read_all(tmp_path)["2x-tesla-t4"].records == {"exp_002": complete}
+    assert keep(failed, ON_T4, tmp_path)
+    assert read_all(tmp_path)[T4_FILE].records == {"exp_001": other, "exp_002": failed}
+    assert read_all(tmp_path)[TWO_FILE].records == {"exp_002": complete}
 
 
 def damaged(good: bytes) -> dict[str, bytes]:
@@ -288,8 +349,8 @@ def damaged(good: bytes) -> dict[str, bytes]:
         "no text": b"\xff\xfe",
         "another format": with_(format=FORMAT + 1),
         "a key more": with_(more=1),
-        "another GPU's": with_(gpu="Tesla P100"),
-        "a name that is markup": with_(gpu="Tesla | T4"),
+        "another GPU's": with_(setting=ON_TWO.model_dump()),
+        "a name that is markup": with_(setting={"machine": "Tesla | T4", "base": "x"}),
         "figures missing": json.dumps(content).encode(),
         "not finite": re.sub(rb'"wall_clock_s": [0-9.e-]+', b'"wall_clock_s": NaN', good),
         "under another name": good.replace(b'"exp_002": {', b'"exp_001": {'),
@@ -298,11 +359,11 @@ def damaged(good: bytes) -> dict[str, bytes]:
 
 
 def test_a_damaged_or_foreign_file_is_refused_by_name(complete, tmp_path, capsys):
-    keep(complete, "Tesla T4", tmp_path / "good")
-    good = (tmp_path / "good" / "tesla-t4.json").read_bytes()
+    keep(complete, ON_T4, tmp_path / "good")
+    good = (tmp_path / "good" / f"{T4_FILE}.json").read_bytes()
     (tmp_path / "README.md").write_text(README)
     (tmp_path / "out").mkdir()
-    path = tmp_path / "out" / "tesla-t4.json"
+    path = tmp_path / "out" / f"{T4_FILE}.json"
     cases = damaged(good)
     assert len(cases) == 12
     for name, content in cases.items():
@@ -316,7 +377,7 @@ def test_a_damaged_or_foreign_file_is_refused_by_name(complete, tmp_path, capsys
             assert command.main(options_for(tmp_path, *more), nothing) == 2, name
             assert str(path) in capsys.readouterr().err, name
         with pytest.raises(UserError, match=r"tesla-t4\.json"):
-            keep(complete, "Tesla T4", path.parent)
+            keep(complete, ON_T4, path.parent)
         assert path.read_bytes() == content
         assert (tmp_path / "README.md").read_text() == README
     path.write_bytes(good)
@@ -342,7 +403,7 @@ def cells(table: str) -> list[list[str]]:
 
 def test_without_files_there_is_a_sentence_and_no_table():
     text = section({}, trials=False)
-    assert text.startswith("No run on a GPU has been measured yet.")
+    assert text.startswith("No experiment with a real model has been measured yet")
     assert "|" not in text
 
 
@@ -351,7 +412,7 @@ def made_up(complete: Record, experiment: str, **changes) -> Record:
     content = complete.model_dump(mode="json") | {"experiment": experiment}
     figures = {"perplexity": {"value": 8.61}, "answer_perplexity": {"value": 12.3456, "low": 11.9, "high": 12.7}}
     after = {"perplexity": {"value": 6.0}, "answer_perplexity": {"value": 9.1, "low": 8.994, "high": 9.2049}}
-    content["test"] = {"before": figures, "after": after}
+    content["test"] = {"rows": 1796, "before": figures, "own_template": {"value": 11.0}, "after": after}
     content["training"] |= {"peak_memory_bytes": 7_086_696_038, "wall_clock_s": 5067.0, "mixed_precision": "fp16"}
     content["evaluation"]["generation"] |= {
         "rows": 256,
@@ -363,58 +424,60 @@ def made_up(complete: Record, experiment: str, **changes) -> Record:
     return Record.model_validate_json(json.dumps(content | changes))
 
 
-def test_the_table_of_several_gpus(complete):
+def test_the_table_of_several_settings(complete):
     memory = {"what": "out of memory", "exit_code": 3, "message": "training stopped: out of memory"}
     nothing = dict.fromkeys(("training", "validation", "test", "data", "base", "evaluation"))
-    large = {"before": {"perplexity": {"value": 1.0}, "answer_perplexity": {"value": 123456.7}}}
+    large = {"rows": 1796, "before": {"perplexity": {"value": 1.0}, "answer_perplexity": {"value": 123456.7}}}
     large["after"] = {"perplexity": {"value": 1.0}, "answer_perplexity": {"value": 456.78}}
     found = {
-        "tesla-t4": Results(
+        T4_FILE: Results(
             format=FORMAT,
-            gpu="Tesla T4",
+            setting=ON_T4,
             records={
                 "exp_001": made_up(complete, "exp_001", failure={"stage": "training", **memory}, **nothing),
                 "exp_002": made_up(complete, "exp_002"),
                 "exp_003": made_up(complete, "exp_003", failure={"stage": "evaluation", **memory}, evaluation=None),
             },
         ),
-        "4x-tesla-t4": Results(
-            format=FORMAT, gpu="4x Tesla T4", records={"exp_004": made_up(complete, "exp_004", test=large)}
-        ),
+        TWO_FILE: Results(format=FORMAT, setting=ON_TWO, records={"exp_004": made_up(complete, "exp_004", test=large)}),
     }
     table = section(found, trials=False)
     rows = {row[0]: row[1:] for row in cells(table)}
-    assert len(rows) == 9
-    assert {len(row) for row in rows.values()} == {4}
-    failed, evaluation = "failed: out of memory", "evaluation failed: out of memory"
-    assert rows["Tesla T4: answer perplexity on test, before → after"] == [
-        failed, "12.35 → 9.10 (8.99 to 9.20)", evaluation, NOT_YET,
-    ]  # fmt: skip
-    cost = "6.6 GiB, 1 h 24 min (4-bit, fp16)"
-    assert rows["Tesla T4: peak memory, time"] == [failed, cost, cost, NOT_YET]
-    assert rows["Tesla T4: ROUGE-L tuned, untuned, of a copied answer"] == [
-        failed, "0.213, 0.160, 0.180 (256 answers)", evaluation, NOT_YET,
-    ]  # fmt: skip
-    assert rows["Tesla T4: multiple choice tuned, untuned, by chance"] == [
-        failed, "30.1%, 25.0%, 24.6% (2,941 questions)", evaluation, NOT_YET,
-    ]  # fmt: skip
-    assert rows["4x Tesla T4: answer perplexity on test, before → after"] == [NOT_YET] * 3 + ["123,457 → 456.8"]
-    assert rows["TinyLlama-1.1B"] == list(RECIPES)
-    assert "No run on a GPU" not in table
+    assert rows[""] == ["TinyLlama-1.1B-Chat-v1.0, Tesla T4", "TinyLlama-1.1B-Chat-v1.0, 2x Tesla T4"]
+    assert list(rows) == ["", "---", "exp_001", "exp_002", "exp_003", "exp_004"]
+    assert rows["exp_001"] == ["failed: out of memory", NOT_YET]
+    perplexity = (
+        "answer perplexity: **9.10** (8.99 to 9.20); base 12.35, in its own template 11.00 (1,796 rows of test)"
+    )
+    cost = "6.6 GiB, 1 h 24 min (fp16, 4-bit)"
+    assert rows["exp_002"][0].split("<br>") == [
+        perplexity,
+        "ROUGE-L: **0.213**; base 0.160, a copied answer 0.180 (256 answers)",
+        "multiple choice: **30.1%**; base 25.0%, chance 24.6% (2,941 questions)",
+        cost,
+    ]
+    assert rows["exp_003"][0].split("<br>") == [perplexity, cost, "evaluation failed: out of memory"]
+    assert rows["exp_004"][1].startswith("answer perplexity: **456.8**; base 123,457 (1,796 rows of test)<br>")
+    assert "has been measured yet" not in table
     records = {"exp_002": made_up(complete, "exp_002", caveats=["data.medquad=a|b\n# c"])}
-    trial = {"tesla-t4": Results(format=FORMAT, gpu="Tesla T4", records=records)}
-    with pytest.raises(UserError, match=r"tesla-t4.json: exp_002 is a trial"):
+    trial = {T4_FILE: Results(format=FORMAT, setting=ON_T4, records=records)}
+    with pytest.raises(UserError, match=rf"{T4_FILE}.json: exp_002 is a trial"):
         section(trial, trials=False)
-    assert "Tesla T4, a trial (data.medquad=a b   c): peak memory, time" in section(trial, trials=True)
+    assert "Tesla T4, a trial (data.medquad=a b   c) |" in section(trial, trials=True)
 
 
 def test_the_names_of_files():
-    assert slug(gpu_label(["Tesla T4"])) == "tesla-t4"
-    assert slug(gpu_label(["NVIDIA H100 80GB HBM3"])) == "nvidia-h100-80gb-hbm3"
-    assert slug(gpu_label(["NVIDIA H100 80GB HBM3"] * 4)) == "4x-nvidia-h100-80gb-hbm3"
-    assert slug(gpu_label(["Tesla T4", "NVIDIA L4"])) == "tesla-t4-nvidia-l4"
-    assert slug(gpu_label(["../x|<b>"])) == "x-b"
-    assert gpu_label([]) == "cpu"
+    names = {"Tesla T4": 1, "NVIDIA H100 80GB HBM3": 4, "../x|<b>": 1}
+    labels = [machine_label(T4.model_copy(update={"gpus": [name] * count})) for name, count in names.items()]
+    assert labels == ["Tesla T4", "4x NVIDIA H100 80GB HBM3", "x--b-"]
+    assert machine_label(T4.model_copy(update={"gpus": ["Tesla T4", "NVIDIA L4"]})) == "Tesla T4 + NVIDIA L4"
+    cpu = NO_GPU.model_copy(update={"cpu": "Intel(R) Xeon(R) CPU @ 2.20GHz", "threads": 2})
+    assert machine_label(cpu) == "Intel Xeon CPU - 2.20GHz (2 threads)"
+    assert as_label("|") == "unknown"
+    assert (
+        slug("TinyLlama-1.1B-Chat-v1.0, 4x Tesla T4, 800 examples")
+        == "tinyllama-1-1b-chat-v1-0-4x-tesla-t4-800-examples"
+    )
 
 
 @pytest.mark.parametrize(
@@ -482,7 +545,8 @@ def test_killed_twice_it_goes_on(tmp_path):
     (tmp_path / "README.md").write_text(README)
     words = options_for(tmp_path, "--experiments", "exp_002", "--limit", "4")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
-    run = tmp_path / "runs" / "cpu" / "exp_002-tiny"
+    job = command.make_job("exp_002", command.parse_options(words), machine_label(this_machine(1, True)))
+    run = job.run_dir
 
     def begin() -> subprocess.Popen:
         return subprocess.Popen(
@@ -503,10 +567,10 @@ def test_killed_twice_it_goes_on(tmp_path):
     before = (run / "summary.json").read_bytes()
     assert begin().wait(600) == 0
     assert (run / "summary.json").read_bytes() == before
-    record = read_all(tmp_path / "out")["cpu"].records["exp_002"]
+    record = only_file(tmp_path / "out").records["exp_002"]
     assert (record.training.updates, record.training.resumes, record.training.not_bitwise) == (40, 1, [])
     assert record.failure is None
-    assert "| cpu, a trial (--tiny, on a CPU" in (tmp_path / "README.md").read_text()
+    assert ", 4 rows, a trial (--tiny" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -515,7 +579,7 @@ def test_what_the_launcher_says_of_a_failure(tmp_path):
     (tmp_path / "README.md").write_text(README)
     words = options_for(tmp_path, "--experiments", "exp_001", "--set", "optimizer.learning_rate=1e9")
     assert command.main(words) == 1
-    failure = read_all(tmp_path / "out")["cpu"].records["exp_001"].failure
+    failure = only_file(tmp_path / "out").records["exp_001"].failure
     assert (failure.what, failure.exit_code) == ("not finite", 3)
     assert failure.message.startswith("training stopped: update ")
 
@@ -524,7 +588,7 @@ def test_what_the_launcher_says_of_a_failure(tmp_path):
 def test_all_four(tmp_path):
     (tmp_path / "README.md").write_text(README)
     assert command.main(options_for(tmp_path, "--limit", "2"), starter(tmp_path, [])) == 0
-    found = read_all(tmp_path / "out")["cpu"].records
+    found = only_file(tmp_path / "out").records
     assert list(found) == list(RECIPES)
     assert all(record.training.updates == 40 and record.failure is None for record in found.values())
     assert NOT_YET not in (tmp_path / "README.md").read_text()
