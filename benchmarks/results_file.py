@@ -16,7 +16,7 @@ from medqa.config import Section
 from medqa.errors import UserError
 from medqa.files import write_json
 
-RECIPES = ("exp_001", "exp_002", "exp_003", "exp_004")
+RECIPES = ("exp_001", "exp_002", "exp_003", "exp_004", "exp_005")
 FORMAT = 2
 LONGEST = 1_000_000  # bytes; one that is longer is not ours
 

@@ -54,7 +54,7 @@ def section(results: Mapping[str, Results], trials: bool) -> str:
     if not results:
         return f"{NOTHING}\n"
     shown = [name for name in RECIPES if any(name in found.records for found in results.values())]
-    lines = [_line(["", *(_heading(found) for found in results.values())]), _line(["---"] * (1 + len(results)))]
+    lines = [_line(["recipe", *(_heading(found) for found in results.values())]), _line(["---"] * (1 + len(results)))]
     for name in shown:
         lines.append(_line([name, *(_cell(found.records.get(name)) for found in results.values())]))
     return "\n".join([*lines, "", ABOUT, ""])

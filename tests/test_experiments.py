@@ -89,8 +89,30 @@ RECOMMENDED = {  # what exp_004 changes of exp_001
 }
 
 
-def test_there_are_four_files():
-    assert [path.name for path in FILES] == [f"{name}.yaml" for name in (*NAMES, "exp_004")]
+ON_A_CPU = {  # what exp_005 changes of exp_004
+    "model.base": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "model.quantization": "none",
+    "lora.r": 16,
+    "lora.lora_alpha": 32,
+    "tokenization.prompt": "chat",
+    "optimizer.learning_rate": 1e-3,
+    "scheduler.warmup_steps": 10,
+    "training.max_steps": 150,
+    "training.save_steps": 25,
+    "evaluation.steps": 25,
+    "evaluation.rows": 64,
+    "evaluation.full_rows": 256,
+    "tracking.tags": ["exp_005"],
+}
+
+
+def test_there_are_five_files():
+    assert [path.name for path in FILES] == [f"{name}.yaml" for name in (*NAMES, "exp_004", "exp_005")]
+
+
+def test_the_recipe_for_a_cpu_changes_what_its_header_says():
+    recommended, on_a_cpu = flat(load_experiment("exp_004")), flat(load_experiment("exp_005"))
+    assert {key: value for key, value in on_a_cpu.items() if value != recommended[key]} == ON_A_CPU
 
 
 def test_the_recommended_recipe_changes_what_its_header_says():

@@ -132,8 +132,8 @@ def test_the_sweep_goes_by_what_a_run_logs():
 def test_a_sweep_is_no_experiment(name, tmp_path):
     with pytest.raises(UserError, match=r"a W&B sweep, not an experiment: `wandb sweep .*sweep\.yaml`") as caught:
         find_experiment(name)
-    assert str(caught.value).endswith("known experiments: exp_001, exp_002, exp_003, exp_004")
-    with pytest.raises(UserError, match="known: exp_001, exp_002, exp_003, exp_004 "):
+    assert str(caught.value).endswith("known experiments: exp_001, exp_002, exp_003, exp_004, exp_005")
+    with pytest.raises(UserError, match="known: exp_001, exp_002, exp_003, exp_004, exp_005 "):
         find_experiment("sweeps")
     (tmp_path / "own.yml").write_text("lora: {r: 4}\n# parameters: none\n")
     assert find_experiment(str(tmp_path / "own.yml")) == tmp_path / "own.yml"

@@ -165,8 +165,8 @@ def test_a_run_that_fails_is_recorded_as_failed(tried):
     assert table.endswith(f"{END}\n\nThe rest.\n")
     assert "old" not in table
     rows = dict(cells(table))
-    assert list(rows) == ["", "---", "exp_002", "exp_003"]
-    assert re.search(r", 2 rows, a trial \(--tiny, ", rows[""])
+    assert list(rows) == ["recipe", "exp_002", "exp_003"]
+    assert re.search(r", 2 rows, a trial \(--tiny, ", rows["recipe"])
     perplexity, rouge, choices, cost = rows["exp_002"].split("<br>")
     assert re.fullmatch(
         r"answer perplexity: \*\*[\d.,]+\*\* \(.* to .*\); "
@@ -287,6 +287,7 @@ def test_a_budget_is_the_same_number_of_examples_for_all(tmp_path):
     assert (warmup["exp_001"], warmup["exp_002"], warmup["exp_003"], warmup["exp_004"]) == (0, 5, 0, 6)
     assert all(job.experiment.training.padding_free for job in jobs.values())
     assert all(job.experiment.evaluation.full_rows == 128 for job in jobs.values())
+    assert jobs["exp_005"].setting.base == "SmolLM2-135M-Instruct"
     label = "TinyLlama-1.1B-Chat-v1.0, Tesla T4, 3200 examples, 128 rows"
     assert jobs["exp_001"].setting.label == label
     assert jobs["exp_001"].run_dir.parent == tmp_path / slug(label)
@@ -443,8 +444,8 @@ def test_the_table_of_several_settings(complete):
     }
     table = section(found, trials=False)
     rows = {row[0]: row[1:] for row in cells(table)}
-    assert rows[""] == ["TinyLlama-1.1B-Chat-v1.0, Tesla T4", "TinyLlama-1.1B-Chat-v1.0, 2x Tesla T4"]
-    assert list(rows) == ["", "---", "exp_001", "exp_002", "exp_003", "exp_004"]
+    assert rows["recipe"] == ["TinyLlama-1.1B-Chat-v1.0, Tesla T4", "TinyLlama-1.1B-Chat-v1.0, 2x Tesla T4"]
+    assert list(rows) == ["recipe", "exp_001", "exp_002", "exp_003", "exp_004"]
     assert rows["exp_001"] == ["failed: out of memory", NOT_YET]
     perplexity = (
         "answer perplexity: **9.10** (8.99 to 9.20); base 12.35, in its own template 11.00 (1,796 rows of test)"
@@ -585,7 +586,7 @@ def test_what_the_launcher_says_of_a_failure(tmp_path):
 
 
 @pytest.mark.slow
-def test_all_four(tmp_path):
+def test_all_recipes(tmp_path):
     (tmp_path / "README.md").write_text(README)
     assert command.main(options_for(tmp_path, "--limit", "2"), starter(tmp_path, [])) == 0
     found = only_file(tmp_path / "out").records
