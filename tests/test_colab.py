@@ -185,6 +185,7 @@ def test_its_settings_are_options_and_experiments_that_there_are():
 # --- its cells
 
 
+@pytest.mark.slow
 def test_every_cell_from_top_to_bottom(repository, tmp_path):
     options = f"--tiny --set training.max_steps=4 tracking.wandb=disabled {QUICK}"
     settings = {"OPTIONS": options, "EVALUATE": "--limit 4 --tasks loss", "EXPORT_FORMAT": "merged"}

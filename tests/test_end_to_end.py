@@ -22,6 +22,7 @@ from medqa.evaluation.loss import fixed_subset
 from medqa.tiny import AFRIMEDQA_CSV, BASE_DIR, MEDQUAD_CSV
 
 NAMES = ("exp_001", "exp_002", "exp_003")
+QUICK = [name if name == "exp_002" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 UPDATES = {"exp_001": 10, "exp_002": 20, "exp_003": 10}  # of the 40 that `--tiny` has: enough at a rate of 1e-2
 SHARED = ROOT.parent / "shared"
 
@@ -50,16 +51,24 @@ print(json.dumps({"loss": total / count, "tokens": count}))
 """
 
 
+class Runs(dict[str, Path]):
+    """Runs of the three, started when first asked for; exp_002 as a user starts it."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__()
+        self.place = place
+
+    def __missing__(self, name: str) -> Path:
+        directory = self.place / name
+        words = ("--exp", name, "--tiny", "--set", f"training.max_steps={UPDATES[name]}")
+        process = start(LAUNCH, directory, *words) if name == "exp_002" else Group(directory, *words)
+        assert finish(process, directory) == 0, output(directory)
+        return self.setdefault(name, directory)
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Path]:
-    """All three, side by side, one thread each; one of them as a user starts it."""
-    place = tmp_path_factory.mktemp("tiny")
-    words = {n: ("--exp", n, "--tiny", "--set", f"training.max_steps={UPDATES[n]}") for n in NAMES}
-    started = {"exp_002": start(LAUNCH, place / "exp_002", *words["exp_002"])}
-    started |= {name: Group(place / name, *words[name]) for name in ("exp_001", "exp_003")}
-    for name, process in started.items():
-        assert finish(process, place / name) == 0, output(place / name)
-    return {name: place / name for name in NAMES}
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("tiny"))
 
 
 def experiment(name: str) -> Experiment:
@@ -80,7 +89,7 @@ def validation_ids(run: Path, name: str) -> list[list[int]]:
     return [example.input_ids.tolist() for example in tokenize(chosen, tokenizer, experiment(name).tokenization)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICK)
 def test_it_learns(runs, name):
     told = summary(runs[name])
     assert told["baseline"]["perplexity"] <= 1024 / 4
@@ -90,7 +99,7 @@ def test_it_learns(runs, name):
     assert "before and after" in output(runs[name])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICK)
 def test_the_recipe_really_ran(runs, name):
     told, recipe = summary(runs[name]), experiment(name)
     assert told["quantization"] == "4bit"
@@ -109,7 +118,7 @@ def test_the_recipe_really_ran(runs, name):
     assert (rates[0], rates[-1] < 1e-3) == ((0.0, True) if name == "exp_002" else (1e-2, False))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICK)
 def test_metrics_hold_together(runs, name):
     records, told, last = metrics(runs[name]), summary(runs[name]), UPDATES[name]
     places = [(record["step"], record["split"]) for record in records]
@@ -124,7 +133,7 @@ def test_metrics_hold_together(runs, name):
     assert report["overlap"]["held_out"]["question_or_answer"]["rows"] == 0
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[:2]), NAMES[2]])
+@pytest.mark.parametrize("name", QUICK)
 def test_the_adapter_alone_in_a_fresh_process_has_the_final_loss(runs, name, tmp_path):
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps(validation_ids(runs[name], name)))
@@ -139,7 +148,7 @@ def test_the_adapter_alone_in_a_fresh_process_has_the_final_loss(runs, name, tmp
     assert found["loss"] == pytest.approx(summary(runs[name])["final"]["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICK)
 def test_adapters_hold_nothing_of_the_base(runs, name):
     found = [*runs[name].glob("*/adapter_model.safetensors")]
     assert len(found) == min(3, UPDATES[name] // 10) + 1
@@ -150,7 +159,7 @@ def test_adapters_hold_nothing_of_the_base(runs, name):
     assert not [path for path in runs[name].glob("checkpoint-*/*") if path.stat().st_size > 1_000_000]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICK)
 def test_the_saved_template_is_the_training_prompt(runs, name):
     tokenizer = AutoTokenizer.from_pretrained(runs[name] / "lora_adapters")
     question = "What are the symptoms of Malaria ?"
@@ -158,7 +167,7 @@ def test_the_saved_template_is_the_training_prompt(runs, name):
     assert ids["input_ids"] == prompt_ids(question, tokenizer)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICK)
 def test_wandb_has_what_was_logged(runs, name):
     files = list(runs[name].glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 1
@@ -215,14 +224,12 @@ def test_real_data_on_a_real_small_model(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs the full datasets in ../shared")
-@pytest.mark.parametrize("name", NAMES)
-def test_the_whole_of_the_real_data(tmp_path, name):
+def test_the_whole_of_the_real_data(tmp_path):
     run, data = tmp_path / "run", SHARED / "data"
     words = ("--model", str(SHARED / "models" / "stories260k"), "--medquad", str(data / "medquad.csv"))
     words += ("--afrimedqa", str(data / "afrimedqa_v2.csv"), "--set", "training.max_steps=10")
-    words += ("training.log_steps=1", "tracking.wandb=disabled")
-    words += ("scheduler.warmup_steps=2",) if name == "exp_002" else ()
-    process = start(LAUNCH, run, "--exp", name, *words)
+    words += ("training.log_steps=1", "tracking.wandb=disabled", "scheduler.warmup_steps=2")
+    process = start(LAUNCH, run, "--exp", "exp_002", *words)
     assert finish(process, run, 1200) == 0, output(run)
     report = json.loads((run / "data_report.json").read_text())
     sources = report["sources"]

@@ -281,6 +281,7 @@ def test_a_run_is_the_same_whatever_they_say(tmp_path, own_accelerator, monkeypa
     assert len(figures(tmp_path / "run")) == 8
 
 
+@pytest.mark.slow
 def test_a_configuration_file_of_the_launcher_decides_no_number(tmp_path, own_accelerator):
     config = {
         "compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "num_processes": 1, "num_machines": 1,

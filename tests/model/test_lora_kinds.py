@@ -225,6 +225,7 @@ def test_sharded_weights_are_refused(tiny, monkeypatch):
         shards_from_launcher(tiny("exp_001", "model.quantization=none", "lora.use_dora=true"))
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_magnitudes(capsys):
     found = {}
     for use in ("false", "true"):

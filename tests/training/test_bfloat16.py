@@ -51,7 +51,10 @@ def native(monkeypatch, why_not: str | None = None) -> None:
 # --- parity with HF Trainer
 
 
-@pytest.mark.parametrize("recipe", ["exp_001", "exp_002", "exp_003"])
+RECIPES = ["exp_001", *(pytest.param(name, marks=pytest.mark.slow) for name in ("exp_002", "exp_003"))]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_update_equals_that_of_trainer(recipe, tiny, tmp_path, monkeypatch):
     """With padding, as in the recipe, and `TrainingArguments(bf16=True)`. On an AVX2 CPU the differences are 0."""
     native(monkeypatch)

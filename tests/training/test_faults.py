@@ -69,7 +69,8 @@ def assert_nothing_torn(directory: Path) -> None:
 # --- random kills
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 6])
 def test_random_kills_change_no_bit(kills, tmp_path, capsys):
     seed = int(os.environ.get("CHAOS_SEED", random.randrange(10**6)))
     with capsys.disabled():

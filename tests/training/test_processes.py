@@ -166,6 +166,7 @@ def test_a_process_without_a_piece_takes_part(tmp_path):
     assert_same_whole_run(tmp_path / "one", tmp_path / "more")
 
 
+@pytest.mark.slow
 def test_when_one_process_fails_all_stop_in_time_and_the_checkpoint_is_whole(tmp_path):
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from launching import LAUNCH, Group, figures, finish, output, start, summary, wait_for_update, wait_until_gone
 
+pytestmark = pytest.mark.slow  # in one process: test_equivalences.py and test_faults.py
+
 UPDATES = 24
 WORDS = (
     "--exp", "exp_002", "--tiny", "--set", f"training.max_steps={UPDATES}", "training.save_steps=10",

@@ -14,6 +14,8 @@ from wandb_server import WandbServer
 from harness.processes import Forked
 from medqa.training.recorder import read_metrics
 
+pytestmark = pytest.mark.slow
+
 UPDATES = 30
 FEW = 12  # of a run in which nothing is killed while it trains
 SETS = (
@@ -101,7 +103,6 @@ def test_without_a_fault_nothing_is_said_and_everything_is_there(runs):
     ]
 
 
-@pytest.mark.slow
 def test_a_service_process_that_hangs_is_not_waited_for_without_end(tmp_path):
     server = WandbServer()
     process = start(tmp_path / "run", 2, **server.environment)
@@ -142,7 +143,6 @@ def newest(server: WandbServer) -> int:
     return max((line.get("train/global_step", 0) for line in server.history), default=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kills", [(13,), (7, 17, 26)], ids=["one", "three"])
 def test_an_online_run_that_is_killed_goes_on_without_doubled_or_lost_steps(kills, tmp_path):
     server = WandbServer()
@@ -166,7 +166,6 @@ def test_an_online_run_that_is_killed_goes_on_without_doubled_or_lost_steps(kill
     told_once({"server": server.history}, tmp_path / "run")
 
 
-@pytest.mark.slow
 def test_the_newest_offline_session_has_everything_and_stands_alone(tmp_path):
     run = tmp_path / "run"
     for step in (7, 17):
