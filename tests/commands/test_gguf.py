@@ -52,8 +52,10 @@ def in_llama_cpp(path: Path) -> fidelity.LlamaCpp:
 # --- Tokenizers
 
 ISOLATED = {"behavior": "isolated"}
-LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
+)
 QWEN_2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -398,12 +400,23 @@ def test_what_llama_cpp_does_not_compute_is_refused_by_name(family, change, said
 
 # --- Prompts
 
+MODEL_TURNS = (  # as in Gemma's own template
+    "{{ bos_token }}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else 'user' %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
 
 @pytest.mark.parametrize("kind", ["instruction", "chat"])
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
 def test_the_chat_endpoint_sends_the_prompt_of_the_run(family, kind, tmp_path):
     """With BOS (Gemma) and without (Qwen), with EOS or the template's own end of turn."""
     make_base(family, tmp_path / "base", **(WINDOW if family == "gemma3_text" else {}))
+    path = tmp_path / "base" / "tokenizer_config.json"
+    tokenizer_config = json.loads(path.read_text(encoding="utf-8"))
+    if family == "gemma3_text":
+        tokenizer_config["chat_template"] = MODEL_TURNS
+        path.write_text(json.dumps(tokenizer_config), encoding="utf-8")
     tokenizer = load_tokenizer(str(tmp_path / "base"), Tokenization(prompt=kind))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     words = gguf_vocabulary.vocabulary(tokenizer, model.config.vocab_size)
