@@ -164,9 +164,10 @@ def write_gguf(
     """
     from gguf import GGUFWriter
 
-    writer = GGUFWriter(path, FAMILIES[model.config.model_type].architecture)
+    config: Any = model.config
+    writer = GGUFWriter(path, FAMILIES[config.model_type].architecture)
     try:
-        _describe(writer, model.config, outtype, about)
+        _describe(writer, config, outtype, about)
         _describe_tokenizer(writer, tokenizer, words)
         for name, tensor in _tensors(model):
             shape, dtype = _stored_shape(tensor, outtype)
@@ -342,9 +343,9 @@ def _describe(writer: "GGUFWriter", config: Any, outtype: str, about: dict[str, 
     if ropes["full_attention"].get("rope_type") == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(ropes["full_attention"]["factor"])
-    if FAMILIES[config.model_type].windows:
+    if FAMILIES[config.model_type].windows and (period := _window_period(config)) is not None:
         writer.add_sliding_window(config.sliding_window)
-        writer.add_sliding_window_pattern(_window_period(config))
+        writer.add_sliding_window_pattern(period)
     if "sliding_attention" in ropes:
         writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
     if config.model_type == "gemma2":
