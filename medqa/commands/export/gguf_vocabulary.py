@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tokenizers.normalizers import NFC
 from transformers import PreTrainedTokenizerBase
 
 from medqa.data.tokens import prompt_of
@@ -175,8 +176,8 @@ def fit_to_prompts(tokenizer: PreTrainedTokenizerBase, found: Vocabulary, questi
 
 def changed_by_normalizer(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     """Whether the tokenizer first brings a text into Unicode's NFC, which llama.cpp does not, and that changes it."""
-    normalizer = json.loads(tokenizer.backend_tokenizer.to_str())["normalizer"]
-    return _type(normalizer) == "NFC" and not unicodedata.is_normalized("NFC", text)
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return isinstance(normalizer, NFC) and not unicodedata.is_normalized("NFC", text)
 
 
 def ids_by_score(found: Vocabulary, text: str, special: bool, ids: Mapping[str, int]) -> list[int]:
