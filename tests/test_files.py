@@ -28,7 +28,8 @@ WRITERS = {
 READERS = {
     "commands/compare/read": "lines in which a figure that is not finite does not spoil the others",
     "commands/dashboard": "what a library has just made",
-    "commands/export/gguf": "what a library has just made",
+    "commands/export/fidelity": "what llama.cpp in this process answers",
+    "commands/export/gguf_vocabulary": "what a library has just made",
     "commands/export/merge": "what a library has just written",
     "files": "the reader itself",
     "limited": "what the package's own process answers",

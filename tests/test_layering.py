@@ -35,7 +35,7 @@ TOP = {
     "terminal",
     "variables",
 }
-LAZY = {"gguf", "llama_cpp", "wandb", "bitsandbytes", "kagglehub", "matplotlib", "wandb_workspaces", "defusedxml"}
+LAZY = {"gguf", "xllamacpp", "wandb", "bitsandbytes", "kagglehub", "matplotlib", "wandb_workspaces", "defusedxml"}
 LAZY |= {"rouge", "rouge_score", "sklearn", "nltk", "lm_eval"}
 COMMANDS = "medqa.__main__"  # thin commands over all wings; nothing imports it
 
@@ -307,7 +307,7 @@ DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "ruamel": "ruamel-
 
 def test_what_is_imported_is_declared_and_nothing_else():
     used = {name.split(".")[0] for path in (*FILES, ROOT / "train.py") for name in imports(tree(path))}
-    used -= sys.stdlib_module_names | {"medqa", "train", "llama_cpp"}
+    used -= sys.stdlib_module_names | {"medqa", "train", "xllamacpp"}
     used = {DISTRIBUTIONS.get(name, name).replace("_", "-").lower() for name in used}
     assert len(used) >= 20
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]

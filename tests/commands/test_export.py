@@ -4,7 +4,6 @@ import base64
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import re
 import resource
@@ -26,11 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import train
 from medqa.__main__ import main
 from medqa.commands.adapter import find_adapter
-from medqa.commands.export import card, fidelity, merge
+from medqa.commands.export import card, fidelity, gguf_vocabulary, merge
 from medqa.commands.export import card as modelfile
 from medqa.commands.export import export as export_module
 from medqa.commands.export import gguf as gguf_file
-from medqa.commands.export import gguf as gguf_vocabulary
 from medqa.commands.export.fidelity import held_out_prompts
 from medqa.config import Data
 from medqa.config_file import load_yaml
@@ -119,9 +117,9 @@ def refused(capsys, *words: str) -> str:
     return said
 
 
-def in_llama_cpp(path: Path):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (requirements-llama.txt)")
-    return llama_cpp.Llama(str(path), n_ctx=512, n_gpu_layers=0, verbose=False)
+def in_llama_cpp(path: Path) -> fidelity.LlamaCpp:
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed (requirements-llama.txt)")
+    return fidelity.LlamaCpp(path, 512)
 
 
 # Merged
@@ -377,25 +375,18 @@ def test_llama_cpp_makes_the_same_tokens_and_the_same_answers(exports, exact, ki
     adapted, held_out, reference = exact
     model = in_llama_cpp(exports[kind] / "model.gguf")
     for question in QUESTIONS + held_out.questions:
-        found = model.tokenize(prompt(question).encode(), add_bos=True, special=False)
+        found = model.tokens(prompt(question), bos=True, special=False)
         assert found == prompt_ids(question, adapted.tokenizer), question
-    answers = []
-    for ids in held_out.ids:
-        generated = itertools.islice(model.generate(ids, temp=0.0, repeat_penalty=1.0), fidelity.ANSWER_TOKENS)
-        answer = list(itertools.takewhile(lambda token: token != 2, generated))
-        answers.append(answer + [2] * (len(answer) < fidelity.ANSWER_TOKENS))
+    answers = [model.answer(ids, fidelity.ANSWER_TOKENS) for ids in held_out.ids]
     found = fidelity.Fidelity(0.0, 1, *fidelity.parting(reference, answers))
     found.check("f16" if kind == "gguf" else kind)
     assert found.equal >= (15 if kind == "gguf" else 8)
 
 
-def chat_ids(model, question: str) -> list[int]:
-    """The ids that llama-cpp-python's chat endpoint makes of a question."""
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    formatter = Jinja2ChatFormatter(model.metadata["tokenizer.chat_template"], eos_token="</s>", bos_token="<s>")
-    rendered = formatter(messages=[{"role": "user", "content": question}])
-    return model.tokenize(rendered.prompt.encode(), add_bos=not rendered.added_special, special=True)
+def chat_ids(model: fidelity.LlamaCpp, question: str) -> list[int]:
+    """The ids that the chat endpoint of llama.cpp's server makes of a question."""
+    chat = [{"role": "user", "content": question}]
+    return model.tokens(model.post("/apply-template", {"messages": chat})["prompt"], bos=True, special=True)
 
 
 def test_llama_cpp_s_chat_endpoint_sends_the_training_prompt(exports, exact):
@@ -404,7 +395,7 @@ def test_llama_cpp_s_chat_endpoint_sends_the_training_prompt(exports, exact):
     for question in QUESTIONS:
         assert chat_ids(model, question) == prompt_ids(question, tokenizer)
     chat = [{"role": "user", "content": QUESTIONS[0]}]
-    answer = model.create_chat_completion(chat, temperature=0.0, repeat_penalty=1.0, max_tokens=8)
+    answer = model.post("/v1/chat/completions", {"messages": chat, "temperature": 0, "max_tokens": 8})
     assert answer["usage"]["prompt_tokens"] == len(prompt_ids(QUESTIONS[0], tokenizer))
 
 
@@ -459,7 +450,7 @@ def test_a_vocabulary_of_pieces_is_written_with_scores(base, tmp_path):
     assert words.kinds[:4] == [2, 3, 3, 6]
     assert words.tokens[13] == "<0x0A>"
     questions = QUESTIONS + questions_of_medquad(80)
-    gguf_vocabulary.check_vocabulary(tokenizer, words, questions)
+    assert gguf_vocabulary.fit_to_prompts(tokenizer, words, questions) == words
     model = small_llama(size)
     about = {"name": "x", "license": "other", "description": ""}
     gguf_file.write_gguf(tmp_path / "x.gguf", model, tokenizer, words, "f16", about)
@@ -467,7 +458,7 @@ def test_a_vocabulary_of_pieces_is_written_with_scores(base, tmp_path):
         torch.testing.assert_close(weight, model.state_dict()[name].half().float(), rtol=1e-3, atol=1e-7)
     there = in_llama_cpp(tmp_path / "x.gguf")
     for question in questions:
-        found = there.tokenize(prompt(question).encode(), add_bos=True, special=False)
+        found = there.tokens(prompt(question), bos=True, special=False)
         assert found == prompt_ids(question, tokenizer), question
     for question in QUESTIONS:
         assert chat_ids(there, question) == prompt_ids(question, tokenizer)
@@ -477,42 +468,13 @@ def test_merges_that_scores_cannot_tell_are_refused():
     tokens = ["▁", "a", "b", "ab", "▁a"]
     ids = {token: i for i, token in enumerate(tokens)}
     for scores, joined in (([0, 0, 0, -1, -2], [0, 3]), ([0, 0, 0, -2, -1], [4, 2])):
-        words = gguf_vocabulary.Vocabulary("llama", tokens, [1] * 5, scores)
+        words = gguf_vocabulary.Vocabulary("llama", "default", tokens, [1] * 5, scores)
         assert gguf_vocabulary.joined_by_score(words, " ab", ids) == joined
     tokenizer = load_tokenizer(str(BASE_DIR))
-    wrong = gguf_vocabulary.Vocabulary("llama", [f"<0x{i:02X}>" for i in range(256)], [6] * 256, [0.0] * 256)
+    bytes_only = [f"<0x{i:02X}>" for i in range(256)]
+    wrong = gguf_vocabulary.Vocabulary("llama", "default", bytes_only, [6] * 256, [0.0] * 256)
     with pytest.raises(UserError, match="its merges cannot be expressed as scores"):
-        gguf_vocabulary.check_vocabulary(tokenizer, wrong, ["What is it?"])
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        ({"model_type": "qwen2"}, "a qwen2 model; only llama is written as GGUF"),
-        ({"attention_bias": True}, "attention_bias = True cannot be written as GGUF"),
-        (
-            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}},
-            "rope_type = llama3 cannot be",
-        ),
-    ],
-)
-def test_what_gguf_cannot_express_is_refused_by_name(change, said):
-    config = LlamaConfig()
-    for key, value in change.items():
-        object.__setattr__(config, key, value) if key == "model_type" else setattr(config, key, value)
-    with pytest.raises(UserError, match=said):
-        gguf_file.check_expressible(config, "some/base")
-
-
-def test_other_tokenizers_are_refused_by_name(monkeypatch):
-    from tokenizers import Tokenizer, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer.from_file(str(BASE_DIR / "tokenizer.json"))
-    backend.pre_tokenizer = pre_tokenizers.Digits()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    with pytest.raises(UserError, match="prepared by Digits"):
-        gguf_vocabulary.vocabulary(tokenizer, 1024)
+        gguf_vocabulary.fit_to_prompts(tokenizer, wrong, ["What is it?"])
 
 
 @pytest.mark.skipif(not (SHARED / "models" / "stories260k").is_dir(), reason="../shared/models/stories260k is absent")
@@ -547,9 +509,9 @@ def own_base(place: Path, change) -> Path:
     return place
 
 
-def digits_first(described: dict) -> None:
+def words_first(described: dict) -> None:
     before = described["pre_tokenizer"]
-    steps = [{"type": "Digits", "individual_digits": True}, before]
+    steps = [{"type": "Whitespace"}, before]
     described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
 
 
@@ -561,7 +523,7 @@ def more_tokens(described: dict) -> None:
 @pytest.mark.parametrize(
     "form, change, eos, said",
     [
-        ("gguf", digits_first, None, "its text is prepared by Sequence, which llama.cpp may not support"),
+        ("gguf", words_first, None, "llama.cpp has no way to prepare a text like Whitespace, ByteLevel"),
         ("gguf", None, "</s>\\n", "a Modelfile cannot quote it"),
         ("merged", more_tokens, None, "its tokenizer has 1025 tokens, but its weights have 1024"),
     ],
@@ -571,6 +533,7 @@ def test_what_the_base_alone_decides_is_refused_before_a_weight_is_loaded(
 ):
     base = own_base(tmp_path / "base", change or (lambda described: None))
     monkeypatch.setattr(merge, "load_base", lambda *arguments: pytest.fail("loaded"))
+    monkeypatch.setattr(export_module, "held_out_prompts", lambda *arguments: pytest.fail("read data"))
     if eos is not None:
 
         def with_eos(own, *more):

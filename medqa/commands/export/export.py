@@ -19,14 +19,8 @@ from medqa.commands.adapter import Source, find_adapter, unchecked_base
 from medqa.commands.export import fidelity
 from medqa.commands.export.card import GGUF_NAME, MODELFILE, Measured, card, licence, modelfile, ollama_commands
 from medqa.commands.export.fidelity import has_llama_cpp, held_out_prompts, run_llama_cpp
-from medqa.commands.export.gguf import (
-    bos_text,
-    check_expressible,
-    check_vocabulary,
-    load_gguf,
-    vocabulary,
-    write_gguf,
-)
+from medqa.commands.export.gguf import check_expressible, context_length, load_gguf, write_gguf
+from medqa.commands.export.gguf_vocabulary import bos_text, fit_to_prompts, vocabulary
 from medqa.commands.export.merge import DTYPES, Exact, check_chat_template, load_stored, merge, prepare, save_merged
 from medqa.data.tokens import prompt_of
 from medqa.errors import UserError, refusal
@@ -129,19 +123,20 @@ def _build(directory: Path, exact: Exact, wanted: Wanted, outtype: str, say: Say
     """
     source, tokenizer, config, device = exact.source, exact.tokenizer, exact.config, exact.device
     longest = getattr(config, "max_position_embeddings", None) or source.experiment.tokenization.max_length
-    held_out = held_out_prompts(source, tokenizer, longest - fidelity.ANSWER_TOKENS)
     words = None
-    if wanted.form == "merged":
+    if wanted.form == "gguf":  # before the data are read
+        longest = context_length(config)
+        words = vocabulary(tokenizer, config.vocab_size)
+        text = modelfile(prompt_of(tokenizer), bos_text(tokenizer), longest, ": ".join(licence(source)))
+        write_file(directory / MODELFILE, text)
+    held_out = held_out_prompts(source, tokenizer, longest - fidelity.ANSWER_TOKENS)
+    if words is None:
         save_tokenizer(tokenizer, directory)
         check_chat_template(directory, tokenizer, held_out.questions)
     else:
-        words = vocabulary(tokenizer, config.vocab_size)
-        check_vocabulary(tokenizer, words, held_out.questions)
-        terms = ": ".join(licence(source))
-        text = modelfile(prompt_of(tokenizer), bos_text(tokenizer), config.max_position_embeddings, terms)
-        write_file(directory / MODELFILE, text)
+        words = fit_to_prompts(tokenizer, words, held_out.questions)
         if not has_llama_cpp():
-            say("llama.cpp: not tested, because llama-cpp-python is not installed (requirements-llama.txt)")
+            say("llama.cpp: not tested, because xllamacpp is not installed (requirements-llama.txt)")
     adapted = exact.load()
     quantization = adapted.settings.quantization
     say(f"measuring on {len(held_out.ids)} of {held_out.where_from}")
@@ -164,7 +159,7 @@ def _build(directory: Path, exact: Exact, wanted: Wanted, outtype: str, say: Say
     speed = fidelity.tokens_per_second(stored, tokenizer, held_out.ids[0])
     del stored
     if words is not None and has_llama_cpp():
-        ran = run_llama_cpp(files[0], held_out, prompt_of(tokenizer))
+        ran = run_llama_cpp(files[0], held_out, tokenizer)
         in_llama_cpp = fidelity.Fidelity(found.kl, found.positions, *fidelity.parting(reference, ran.answers))
         say(f"llama.cpp: the same tokens of each prompt; {in_llama_cpp.answers_text()}")
         in_llama_cpp.check(outtype)

@@ -1,22 +1,26 @@
 """Whether an export computes what the adapter computes, measured on held-out prompts; GGUF files run in llama.cpp."""
 
 import contextlib
+import http.client
 import itertools
+import json
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medqa.commands.adapter import Source
+from medqa.commands.export.gguf_vocabulary import changed_by_normalizer
 from medqa.config import Data
 from medqa.data.batches import epoch_permutation
 from medqa.data.sources import Row, load_sources
 from medqa.data.splits import Splits, split_sources
-from medqa.data.tokens import Prompt, prompt_ids, prompt_of
+from medqa.data.tokens import prompt_ids, prompt_of
 from medqa.errors import UserError
 from medqa.evaluation.answers import plain_greedy
 from medqa.tiny import AFRIMEDQA_CSV, MEDQUAD_CSV
@@ -231,7 +235,7 @@ def _chosen(
 
 
 # ----------------------------------------------------------------------------------------------------
-# A GGUF file in llama.cpp itself, if llama-cpp-python is installed: its tokens and its answers.
+# A GGUF file in llama.cpp itself, if xllamacpp is installed: its tokens and its answers.
 
 
 @dataclass(frozen=True)
@@ -243,43 +247,86 @@ class Ran:
 
 
 def has_llama_cpp() -> bool:
-    """Whether llama-cpp-python is installed and works on this machine."""
+    """Whether xllamacpp is installed and works on this machine."""
     try:
-        import llama_cpp  # noqa: F401
+        import xllamacpp  # noqa: F401
     except (ImportError, OSError, RuntimeError):  # the last two: a library that does not fit the machine
         return False
     return True
 
 
-def run_llama_cpp(path: Path, held_out: HeldOutPrompts, own: Prompt) -> Ran:
+class LlamaCpp:
+    """llama.cpp's server with one GGUF file, in this process; it listens on a free port of the loopback interface."""
+
+    def __init__(self, path: Path, context: int) -> None:
+        """Load the file.
+
+        Raises:
+            UserError: llama.cpp does not load it.
+        """
+        import xllamacpp
+
+        asked = xllamacpp.CommonParams()
+        asked.model.path = str(path)
+        asked.n_ctx, asked.n_parallel, asked.n_gpu_layers = context, 1, 0
+        asked.warmup, asked.verbosity = False, -1
+        asked.cpuparams.n_threads = asked.cpuparams_batch.n_threads = torch.get_num_threads()
+        try:
+            self._server = xllamacpp.Server(asked)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"llama.cpp does not load the file: {error}; use --format merged") from error
+        self.address: str = self._server.listening_address
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The server's answer to a request.
+
+        Raises:
+            RuntimeError: it refuses the request.
+        """
+        connection = http.client.HTTPConnection(self.address.removeprefix("http://"))
+        with contextlib.closing(connection):
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            said = response.read()
+        if response.status != 200:
+            raise RuntimeError(f"llama.cpp, {path}: {said[:300]!r}")
+        return json.loads(said)
+
+    def tokens(self, text: str, bos: bool, special: bool) -> list[int]:
+        """The ids of a text.
+
+        Args:
+            bos: whether BOS is put in front, if the file says so.
+            special: whether special tokens that are written in the text become tokens.
+        """
+        body = {"content": text, "add_special": bos, "parse_special": special}
+        return list(self.post("/tokenize", body)["tokens"])
+
+    def answer(self, ids: list[int], most: int) -> list[int]:
+        """The greedy continuation, including the end token."""
+        body = {"prompt": ids, "n_predict": most, "temperature": 0, "return_tokens": True, "cache_prompt": False}
+        return list(self.post("/completion", body)["tokens"])
+
+
+def run_llama_cpp(path: Path, held_out: HeldOutPrompts, tokenizer: PreTrainedTokenizerBase) -> Ran:
     """llama.cpp's greedy answers to the prompts.
 
     Raises:
         UserError: it does not load the file, or tokenizes a prompt differently.
     """
-    import llama_cpp
-
-    room = max(map(len, held_out.ids)) + ANSWER_TOKENS + 1
-    try:
-        model = llama_cpp.Llama(str(path), n_ctx=room, n_gpu_layers=0, verbose=False)
-    except ValueError as error:
-        raise UserError(f"llama.cpp does not load the file: {error}; use --format merged") from error
+    own = prompt_of(tokenizer)
+    server = LlamaCpp(path, max(map(len, held_out.ids)) + ANSWER_TOKENS + 1)
     chat = own.kind == "chat"  # parse the special tokens (and BOS) of its text; those in a question become tokens too
     for question, ids in zip(held_out.questions, held_out.ids, strict=True):
-        text = own.text(question).encode()
-        if (found := model.tokenize(text, add_bos=bool(own.bos), special=chat)) != ids:
+        text = own.text(question)
+        if changed_by_normalizer(tokenizer, text):
+            continue
+        if (found := server.tokens(text, bool(own.bos), chat)) != ids:
             raise UserError(
                 f"llama.cpp tokenizes the prompt for {question[:60]!r} as {found[:8]}..., training as {ids[:8]}...; "
                 "use --format merged"
             )
-    answers, start = [], time.perf_counter()
-    for ids in held_out.ids:
-        answer: list[int] = []
-        for token in model.generate(ids, temp=0.0, repeat_penalty=1.0):
-            answer.append(token)
-            if token == own.end or len(answer) == ANSWER_TOKENS:
-                break
-        answers.append(answer)
+    start = time.perf_counter()
+    answers = [server.answer(ids, ANSWER_TOKENS) for ids in held_out.ids]
     seconds = time.perf_counter() - start
-    model.close()
     return Ran(answers, sum(map(len, answers)) / seconds)

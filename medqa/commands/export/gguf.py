@@ -1,215 +1,148 @@
-"""Write a Llama model with its vocabulary as a GGUF file for llama.cpp and Ollama, and read it back to compare it."""
+"""Write a model with its vocabulary as a GGUF file for llama.cpp and Ollama, and read it back to compare it."""
 
-import heapq
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from medqa.data.tokens import prompt, prompt_of
+from medqa.commands.export.gguf_vocabulary import Vocabulary, bos_text, gguf_chat_template
+from medqa.data.tokens import prompt_of
 from medqa.errors import UserError
-
-# ----------------------------------------------------------------------------------------------------
-# A tokenizer in GGUF's form: pieces with scores (SentencePiece's BPE), or bytes with merges (GPT-2's BPE).
-#
-# For the first kind llama.cpp uses neither merges nor `tokenizer.json`: it joins the neighbours whose union has the
-# highest score. Scores that follow the order of the merges make it join the same pieces, if every way to join two
-# pieces into a third is a merge. `joined_by_score` tests on real prompts whether that is so.
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
-WORD_START = "▁"
-NO_SCORE = -1e9
-ODD = "  two  spaces\n\n\t5 µg/ml € 漢字 🙂 naïve  "  # characters that few questions have
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """A vocabulary in GGUF's form.
-
-    Attributes:
-        model: `llama` (pieces with scores) or `gpt2` (bytes with merges).
-        tokens: the text of each id; `kinds` and `scores` belong to them.
-        merges: only for `gpt2`, in order.
-        space_prefix: whether a space is put before text (only for `llama`).
-    """
-
-    model: str
-    tokens: list[str]
-    kinds: list[int]
-    scores: list[float]
-    merges: list[str] = field(default_factory=list)
-    space_prefix: bool = False
-
-
-def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
-    """The tokenizer's vocabulary, padded with unused tokens to the model's `size`.
-
-    Raises:
-        UserError: GGUF cannot express the tokenizer; the message says which part.
-    """
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = described["model"]
-    if model["type"] != "BPE":
-        raise _cannot(tokenizer, f"its model is {model['type']}, not BPE")
-    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ", 1)) for pair in model["merges"]]
-    tokens, kinds = _tokens_and_kinds(tokenizer, described, size)
-    if _is_byte_level(described):
-        return Vocabulary("gpt2", tokens, kinds, [], [f"{left} {right}" for left, right in merges])
-    if not model["byte_fallback"] or not _marks_words(described):
-        what = (described["pre_tokenizer"] or described["normalizer"] or {}).get("type", "nothing")
-        raise _cannot(tokenizer, f"its text is prepared by {what}, which llama.cpp may not support")
-    rank: dict[str, int] = {}
-    for left, right in merges:
-        rank.setdefault(left + right, len(rank))
-    kinds = [BYTE if _is_byte(text) and kind == NORMAL else kind for text, kind in zip(tokens, kinds, strict=True)]
-    scores = [-float(rank[text]) if text in rank else NO_SCORE for text in tokens]
-    scores = [score if kind == NORMAL else 0.0 for score, kind in zip(scores, kinds, strict=True)]
-    start = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens[0]
-    return Vocabulary("llama", tokens, kinds, scores, space_prefix=start.startswith(WORD_START))
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, found: Vocabulary, questions: list[str]) -> None:
-    """Tokenize prompts by the written scores, as llama.cpp does, and compare.
-
-    Raises:
-        UserError: they give other ids than the tokenizer, so that prompts would differ from those in training.
-    """
-    if found.model != "llama":
-        return  # the file has the merges themselves
-    ids = {token: i for i, token in enumerate(found.tokens)}
-    for question in (*questions, ODD):
-        text = prompt(question)
-        if (
-            joined_by_score(found, text, ids)
-            != tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        ):
-            raise _cannot(tokenizer, f"its merges cannot be expressed as scores ({question[:60]!r} gives other tokens)")
-
-
-def joined_by_score(found: Vocabulary, text: str, ids: Mapping[str, int]) -> list[int]:
-    """The ids of a text, without BOS: neighbours are joined by the best score, leftmost first; the rest by bytes.
-
-    Args:
-        ids: the id of each of `found.tokens`.
-    """
-    symbols: list[str | None] = list((" " * found.space_prefix + text).replace(" ", WORD_START))
-    before, after = list(range(-1, len(symbols) - 1)), [*range(1, len(symbols)), -1]
-    waiting: list[tuple[float, int, int, str]] = []
-
-    def offer(left: int, right: int) -> None:
-        if left >= 0 and right >= 0 and (joined := f"{symbols[left]}{symbols[right]}") in ids:
-            heapq.heappush(waiting, (-found.scores[ids[joined]], left, right, joined))
-
-    for i in range(1, len(symbols)):
-        offer(i - 1, i)
-    while waiting:
-        _, left, right, joined = heapq.heappop(waiting)
-        if symbols[left] is None or symbols[right] is None or f"{symbols[left]}{symbols[right]}" != joined:
-            continue  # one of them has been joined to another since then
-        symbols[left], symbols[right] = joined, None
-        after[left] = after[right]
-        if after[left] >= 0:
-            before[after[left]] = left
-        offer(before[left], left)
-        offer(left, after[left])
-    result = []
-    for symbol in filter(None, symbols):
-        result += [ids[symbol]] if symbol in ids else [ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
-    return result
-
-
-def gguf_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template for llama.cpp, which itself puts the space before a first word after a BOS written as text."""
-    template = tokenizer.get_chat_template()
-    own = prompt_of(tokenizer).kind == "instruction"
-    return template.replace("{{ bos_token }} ", "{{ bos_token }}", 1) if own else template
-
-
-def bos_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of the BOS that the prompt begins with, which llama.cpp adds by itself; "" if the prompt has no BOS."""
-    own, bos = prompt_of(tokenizer), tokenizer.bos_token or ""
-    return bos if own.bos or (bos and own.before.startswith(bos)) else ""
-
-
-def _tokens_and_kinds(
-    tokenizer: PreTrainedTokenizerBase, described: dict[str, Any], size: int
-) -> tuple[list[str], list[int]]:
-    """The text and type of every id."""
-    known = {i: text for text, i in tokenizer.get_vocab().items()}
-    tokens = [known.get(i, f"<unused{i}>") for i in range(size)]
-    kinds = [NORMAL if i in known else UNUSED for i in range(size)]
-    for added in described["added_tokens"]:
-        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    if tokenizer.unk_token_id is not None:
-        kinds[tokenizer.unk_token_id] = UNKNOWN
-    return tokens, kinds
-
-
-def _is_byte_level(described: dict[str, Any]) -> bool:
-    """Whether text is split by GPT-2's pattern only, and then by bytes."""
-    before = described["pre_tokenizer"] or {}
-    plain = before.get("use_regex") and not before.get("add_prefix_space")
-    return before.get("type") == "ByteLevel" and bool(plain) and described["normalizer"] is None
-
-
-def _marks_words(described: dict[str, Any]) -> bool:
-    """Whether the only change to a text is a mark in place of each space, and perhaps one in front."""
-    normalizer, before = described["normalizer"], described["pre_tokenizer"]
-    if before is not None:
-        metaspace = before.get("type") == "Metaspace" and before.get("replacement") == WORD_START
-        return metaspace and not before.get("split") and normalizer is None
-    steps = normalizer["normalizers"] if normalizer and normalizer.get("type") == "Sequence" else [normalizer]
-    replacing = {"type": "Replace", "pattern": {"String": " "}, "content": WORD_START}
-    return steps in ([replacing], [{"type": "Prepend", "prepend": WORD_START}, replacing])
-
-
-def _is_byte(text: str) -> bool:
-    """Whether it is a token for one byte, for example `<0x0A>`."""
-    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
-
-
-def _cannot(tokenizer: PreTrainedTokenizerBase, why: str) -> UserError:
-    """The error about a tokenizer that GGUF cannot express."""
-    return UserError(
-        f"model.base = {tokenizer.name_or_path}: its tokenizer cannot be written as GGUF: {why}; use --format merged"
-    )
-
-
-# ----------------------------------------------------------------------------------------------------
+from medqa.model.attention import attention_in_effect
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-ARCHITECTURE = "llama"
-# Values of config.json that llama.cpp's Llama assumes.
-FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+# ----------------------------------------------------------------------------------------------------
+# What llama.cpp computes for each family. What its code assumes is checked in config.json before anything is loaded.
+
+
+@dataclass(frozen=True)
+class Family:
+    """How llama.cpp computes a family of models.
+
+    Attributes:
+        architecture: llama.cpp's name.
+        fixed: values of config.json that its code assumes.
+        paired: RoPE rotates neighbouring rows of queries and keys, not rows that are half a head apart.
+        shifted: norms are multiplied by their weight and not, as in transformers, by 1 + weight.
+        windows: some layers attend to a sliding window. Without it, the context is cut to the window.
+        ropes: the types of RoPE beside `default`.
+    """
+
+    architecture: str
+    fixed: Mapping[str, Any]
+    paired: bool = False
+    shifted: bool = False
+    windows: bool = False
+    ropes: tuple[str, ...] = ()
+
+
+SILU = {"hidden_act": "silu"}
+GEMMA = {"attention_bias": False, "tie_word_embeddings": True}
+NEW_GEMMA = {**GEMMA, "hidden_activation": "gelu_pytorch_tanh"}
+FAMILIES = {
+    "llama": Family(
+        "llama", {**SILU, "attention_bias": False, "mlp_bias": False}, paired=True, ropes=("linear", "llama3")
+    ),
+    "mistral": Family("llama", SILU, paired=True, ropes=("linear",)),
+    "qwen2": Family("qwen2", SILU, ropes=("linear",)),
+    "qwen3": Family("qwen3", {**SILU, "attention_bias": False}, ropes=("linear",)),
+    "gemma": Family("gemma", {**GEMMA, "hidden_act": "gelu_pytorch_tanh"}, shifted=True),
+    "gemma2": Family("gemma2", NEW_GEMMA, shifted=True, windows=True),
+    "gemma3_text": Family(
+        "gemma3",
+        {**NEW_GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+        shifted=True,
+        windows=True,
+    ),
+}
+GEMMA_2_27B = 46  # the number of layers by which llama.cpp recognizes it, to scale its queries differently
 Q8_BLOCK = 32  # weights that share one scale
+FREQUENCIES = "rope_freqs.weight"  # by what each frequency of RoPE is divided
 
 
 def check_expressible(config: Any, base: str) -> None:
     """Check before anything is loaded or written whether this model can be a GGUF file.
 
     Raises:
-        UserError: another architecture, a Llama with unsupported parts, or the library is not installed.
+        UserError: another architecture, parts that llama.cpp does not compute, or the library is not installed.
     """
     try:
         import gguf  # noqa: F401
     except ImportError as error:
         raise UserError("--format gguf: run `pip install gguf` to use it") from error
     advice = "use --format merged, and llama.cpp's own convert_hf_to_gguf.py if it knows it"
-    if config.model_type != ARCHITECTURE:
-        raise UserError(f"model.base = {base}: a {config.model_type} model; only llama is written as GGUF; {advice}")
-    odd = [f"{key} = {getattr(config, key)}" for key, value in FIXED.items() if getattr(config, key, value) != value]
-    rope = config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        odd.append(f"rope_type = {rope['rope_type']}")
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        known = ", ".join(FAMILIES)
+        raise UserError(f"model.base = {base}: a {config.model_type} model; only {known} are written as GGUF; {advice}")
+    odd = [
+        f"{key} = {getattr(config, key)}" for key, value in family.fixed.items() if getattr(config, key, value) != value
+    ]
+    for rope in _ropes(config).values():
+        if rope.get("rope_type", "default") not in ("default", *family.ropes):
+            odd.append(f"rope_type = {rope['rope_type']}")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            odd.append(f"partial_rotary_factor = {rope['partial_rotary_factor']}")
+    if config.model_type == "qwen2" and _head_dim(config) * config.num_attention_heads != config.hidden_size:
+        odd.append(f"head_dim = {_head_dim(config)}")
+    if config.model_type == "gemma2":
+        odd += [f"{key} = None" for key in SOFT_CAPS if getattr(config, key, None) is None]
+    if family.windows:
+        if config.query_pre_attn_scalar != _query_scalar(config):
+            odd.append(f"query_pre_attn_scalar = {config.query_pre_attn_scalar}")
+        if _window_period(config) is None:
+            odd.append("layer_types without a period")
     if odd:
         raise UserError(f"model.base = {base}: {', '.join(odd)} cannot be written as GGUF; {advice}")
+
+
+SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+
+
+def context_length(config: Any) -> int:
+    """The longest context for which the file computes what transformers computes.
+
+    llama.cpp has no sliding window for some families. Within one window, its attention is the same.
+    """
+    window = getattr(config, "sliding_window", None)
+    if window is None or FAMILIES[config.model_type].windows:
+        return config.max_position_embeddings
+    return min(window, config.max_position_embeddings)
+
+
+def _head_dim(config: Any) -> int:
+    """The width of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _query_scalar(config: Any) -> int:
+    """The width by whose root llama.cpp divides the scores of Gemma 2 and 3."""
+    largest = config.model_type == "gemma2" and config.num_hidden_layers == GEMMA_2_27B
+    return config.hidden_size // config.num_attention_heads if largest else _head_dim(config)
+
+
+def _window_period(config: Any) -> int | None:
+    """The number n where every n-th layer attends to everything and the others to a window; None if there is none."""
+    slides = [kind == "sliding_attention" for kind in config.layer_types]
+    periods = range(1, len(slides) + 2)
+    return next((n for n in periods if slides == [i % n < n - 1 for i in range(len(slides))]), None)
+
+
+def _ropes(config: Any) -> dict[str, dict[str, Any]]:
+    """The parameters of RoPE of the layers of each type; with one type of layers only, of `full_attention`."""
+    found = config.rope_parameters
+    return {"full_attention": found} if "rope_theta" in found else found
+
+
+# ----------------------------------------------------------------------------------------------------
+# Weights.
 
 
 def write_gguf(
@@ -231,9 +164,10 @@ def write_gguf(
     """
     from gguf import GGUFWriter
 
-    writer = GGUFWriter(path, ARCHITECTURE)
+    config: Any = model.config
+    writer = GGUFWriter(path, FAMILIES[config.model_type].architecture)
     try:
-        _describe(writer, model.config, outtype, about)
+        _describe(writer, config, outtype, about)
         _describe_tokenizer(writer, tokenizer, words)
         for name, tensor in _tensors(model):
             shape, dtype = _stored_shape(tensor, outtype)
@@ -262,7 +196,10 @@ def load_gguf(path: Path, config: Any, device: torch.device) -> torch.nn.Module:
     Raises:
         RuntimeError: the file does not have exactly the weights of such a model.
     """
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    attention, _ = attention_in_effect("sdpa", config)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+    )
     weights = dict(read_weights(path, config))
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
@@ -271,16 +208,18 @@ def load_gguf(path: Path, config: Any, device: torch.device) -> torch.nn.Module:
 
 
 def read_weights(path: Path, config: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight of a file, dequantized to float32, with transformers' name and order of rows."""
+    """Every weight of a file, dequantized to float32, with transformers' name, order of rows, and norms."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
     names = {there: here for here, there in _names(config).items()}
     for found in GGUFReader(path).tensors:
+        if found.name == FREQUENCIES:
+            continue  # they follow from the configuration
         values = torch.from_numpy(dequantize(found.data, found.tensor_type).astype(np.float32))
         here = names[found.name]
         heads = _rotated_heads(here, config)
-        yield here, rotate_halves(values, heads) if heads else values
+        yield here, _shifted(rotate_halves(values, heads) if heads else values, here, config, -1.0)
 
 
 def rotate_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -297,11 +236,14 @@ def rotate_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight with llama.cpp's name and order of rows, float32, on the CPU."""
-    weights = model.state_dict()
-    for here, there in _names(model.config).items():
-        heads = _rotated_heads(here, model.config)
-        yield there, (rotate_pairs(weights[here], heads) if heads else weights[here]).float().cpu().contiguous()
+    """Every weight with llama.cpp's name, order of rows, and norms, float32, on the CPU."""
+    config, weights = model.config, model.state_dict()
+    for here, there in _names(config).items():
+        heads = _rotated_heads(here, config)
+        values = (rotate_pairs(weights[here], heads) if heads else weights[here]).float().cpu()
+        yield there, _shifted(values, here, config, 1.0).contiguous()
+    if _ropes(config)["full_attention"].get("rope_type") == "llama3":
+        yield FREQUENCIES, _frequency_divisors(config)
 
 
 def _names(config: Any) -> dict[str, str]:
@@ -310,23 +252,40 @@ def _names(config: Any) -> dict[str, str]:
     Raises:
         RuntimeError: llama.cpp has no name for a weight; `check_expressible` should have refused the model.
     """
-    from gguf import MODEL_ARCH, get_tensor_name_map
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    known = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+    architecture = numbers[FAMILIES[config.model_type].architecture]
+    known = get_tensor_name_map(architecture, config.num_hidden_layers)
     with torch.device("meta"):  # only the names are needed
         names = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict().keys()
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    found = {name: known.get_name(name, (".weight",)) for name in names if name not in tied}
+    found = {name: known.get_name(name, (".weight", ".bias")) for name in names if name not in tied}
     if unknown := [name for name, there in found.items() if there is None]:
         raise RuntimeError(f"llama.cpp has no name for {', '.join(unknown)}")
     return {name: str(there) for name, there in found.items()}
 
 
 def _rotated_heads(name: str, config: Any) -> int:
-    """The number of heads of a weight whose rows RoPE rotates; 0 for other weights."""
+    """The number of heads of a weight whose rows are in another order in the file; 0 for other weights."""
+    if not FAMILIES[config.model_type].paired:
+        return 0
     if name.endswith("q_proj.weight"):
         return config.num_attention_heads
     return config.num_key_value_heads if name.endswith("k_proj.weight") else 0
+
+
+def _shifted(weight: torch.Tensor, name: str, config: Any, by: float) -> torch.Tensor:
+    """The weight, plus `by` if it is the weight of a norm that has another zero in the file."""
+    return weight + by if FAMILIES[config.model_type].shifted and name.endswith("norm.weight") else weight
+
+
+def _frequency_divisors(config: Any) -> torch.Tensor:
+    """By what llama.cpp divides the frequencies of a plain RoPE to get those of Llama 3, [half the head's width]."""
+    dim, theta = _head_dim(config), _ropes(config)["full_attention"]["rope_theta"]
+    plain = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device=torch.device("cpu"))
+    return plain / scaled
 
 
 def _kind(shape: torch.Size, outtype: str) -> Any:
@@ -357,27 +316,41 @@ def _stored(tensor: torch.Tensor, outtype: str) -> np.ndarray:
     return quantize(tensor.numpy(), _kind(tensor.shape, outtype))
 
 
+# ----------------------------------------------------------------------------------------------------
+# Metadata.
+
+
 def _describe(writer: "GGUFWriter", config: Any, outtype: str, about: dict[str, str]) -> None:
     """Write the model's description."""
-    from gguf import GGML_QUANT_VERSION, LlamaFileType
+    from gguf import GGML_QUANT_VERSION, LlamaFileType, RopeScalingType
 
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_dim, ropes = _head_dim(config), _ropes(config)
     writer.add_type("model")
     writer.add_name(about["name"])
     writer.add_license(about["license"])
     writer.add_description(about["description"])
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
+    writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(ropes["full_attention"]["rope_theta"])
     writer.add_rope_dimension_count(head_dim)
+    if ropes["full_attention"].get("rope_type") == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(ropes["full_attention"]["factor"])
+    if FAMILIES[config.model_type].windows and (period := _window_period(config)) is not None:
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern(period)
+    if "sliding_attention" in ropes:
+        writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
+    if config.model_type == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(LlamaFileType.MOSTLY_Q8_0 if outtype == "q8_0" else LlamaFileType.MOSTLY_F16)
     writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -387,7 +360,7 @@ def _describe_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase
     """Write the tokenizer: one BOS if the prompt has one, no EOS, and the training prompt as the chat template."""
     own = prompt_of(tokenizer)
     writer.add_tokenizer_model(words.model)
-    writer.add_tokenizer_pre("gpt-2" if words.model == "gpt2" else "default")
+    writer.add_tokenizer_pre(words.pre)
     writer.add_token_list(words.tokens)
     if words.scores:
         writer.add_token_scores(words.scores)
