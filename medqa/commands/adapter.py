@@ -7,7 +7,7 @@ metrics and answers would be those of another model.
 import contextlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,11 @@ def find_adapter(
     return _alone(where, _from_hub(where), base)
 
 
-def load_adapted(source: Source, device: torch.device) -> Adapted:
+def load_adapted(source: Source, device: torch.device, quantized: bool = True) -> Adapted:
     """Load the adapter on its base, onto this device, with the precision and quantization of training if available.
+
+    Args:
+        quantized: False: on the unquantized weights of the base, in the precision of training.
 
     Raises:
         UserError: base or adapter cannot be loaded, or do not fit each other.
@@ -136,6 +139,8 @@ def load_adapted(source: Source, device: torch.device) -> Adapted:
     model_config = check_model(experiment.model, experiment.tokenization.max_length if source.run else 0)
     tokenizer = load_tokenizer(experiment.model.base, experiment.tokenization, source.bos)
     settings = resolve_settings(experiment, cpu=device.type == "cpu", saved=source.settings)
+    if not quantized:
+        settings = replace(settings, quantization="none")
     memory = available_memory(device)
     settings = fit_to_memory(settings, experiment, model_config, len(tokenizer), memory, source.settings)
     model = load_model(experiment, settings, tokenizer, device)
