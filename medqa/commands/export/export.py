@@ -17,7 +17,16 @@ import torch
 
 from medqa.commands.adapter import Source, find_adapter, unchecked_base
 from medqa.commands.export import fidelity
-from medqa.commands.export.card import GGUF_NAME, MODELFILE, Measured, card, licence, modelfile, ollama_commands
+from medqa.commands.export.card import (
+    GGUF_NAME,
+    MODELFILE,
+    Measured,
+    card,
+    licence,
+    modelfile,
+    ollama_commands,
+    which_measures_better,
+)
 from medqa.commands.export.fidelity import has_llama_cpp, held_out_prompts, run_llama_cpp
 from medqa.commands.export.gguf import (
     bos_text,
@@ -47,7 +56,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """The options of the command; `outtype` None: float32 if the base's file is float32, else float16."""
+    """The options of the command; `outtype` None: float32 if the base's file is float32, else float16.
+
+    `weights` is `trained` or `base`, as in `merge.prepare`.
+    """
 
     run: str
     to: Path
@@ -57,6 +69,7 @@ class Wanted:
     base: str | None = None
     cpu: bool = False
     push: str | None = None
+    weights: str = "trained"
 
 
 def export(wanted: Wanted, say: Say) -> None:
@@ -70,7 +83,7 @@ def export(wanted: Wanted, say: Say) -> None:
     if wanted.push is not None:
         _check_push(wanted.push)
     source = find_adapter(wanted.run, wanted.checkpoint, wanted.base)
-    exact = prepare(source, torch.device("cuda" if not wanted.cpu and usable_gpu() else "cpu"))
+    exact = prepare(source, torch.device("cuda" if not wanted.cpu and usable_gpu() else "cpu"), wanted.weights)
     outtype = wanted.outtype or _default_outtype(wanted.form, exact.config)
     if wanted.form == "gguf":
         check_expressible(exact.config, source.experiment.model.base)
@@ -143,7 +156,11 @@ def _build(directory: Path, exact: Exact, wanted: Wanted, outtype: str, say: Say
         if not has_llama_cpp():
             say("llama.cpp: not tested, because llama-cpp-python is not installed (requirements-llama.txt)")
     adapted = exact.load()
-    quantization = adapted.settings.quantization
+    merged_into = exact.merged_into
+    if merged_into.quantized:
+        say(f"merged into {merged_into}")
+        if (better := which_measures_better(source)) is not None:
+            say(better)
     say(f"measuring on {len(held_out.ids)} of {held_out.where_from}")
     reference = fidelity.observe(adapted.model, tokenizer, held_out.ids)
     merged = merge(adapted.model)
@@ -170,7 +187,7 @@ def _build(directory: Path, exact: Exact, wanted: Wanted, outtype: str, say: Say
         in_llama_cpp.check(outtype)
         engine, speed = "llama.cpp on the CPU", ran.tokens_per_s
     size = sum(file.stat().st_size for file in files)
-    return Measured(found, held_out.where_from, size, speed, engine, quantization, prompt_of(tokenizer))
+    return Measured(found, held_out.where_from, size, speed, engine, merged_into, prompt_of(tokenizer))
 
 
 def _about(source: Source, wanted: Wanted) -> dict[str, str]:
