@@ -105,8 +105,8 @@ SYSTEMS = {
     "tuned_unquantized": "fine-tuned, unquantized",
 }
 PAIRS = {  # of the differences between 4-bit and unquantized weights
-    "tuned - untuned_unquantized": "fine-tuned, 4-bit - baseline, unquantized",
-    "tuned_unquantized - untuned_unquantized": "fine-tuned - baseline, unquantized",
+    "tuned - untuned_unquantized": "fine-tuned (4-bit) - baseline (unquantized)",
+    "tuned_unquantized - untuned_unquantized": "fine-tuned - baseline, both unquantized",
     "untuned - untuned_unquantized": "baseline: 4-bit - unquantized",
     "tuned - tuned_unquantized": "fine-tuned: 4-bit - unquantized",
 }
@@ -240,7 +240,7 @@ def _add_systems(table: Table, label: str, part: Mapping[str, Any]) -> None:
     if (difference := part.get("difference", {}).get("answer_loss")) is not None:
         p_value = TOO_FEW if as_figure(difference).too_few else f"{difference['p_value']:.2g}"
         alone = {key: value for key, value in difference.items() if key != "p_value"}
-        table.add_row("", "fine-tuned - baseline" + ", 4-bit" * both, "", shown(alone), "", p_value)
+        table.add_row("", "fine-tuned - baseline" + ", both 4-bit" * both, "", shown(alone), "", p_value)
     for pair, found in part.get("quantization", {}).items():
         difference = found["answer_loss"]
         p_value = TOO_FEW if as_figure(difference).too_few else f"{difference['p_value']:.2g}"

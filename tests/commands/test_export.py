@@ -283,12 +283,12 @@ def test_which_weights_measure_better_is_said(run, tmp_path, difference, verdict
     source = find_adapter(str(place))
     systems = {"tuned": {"answer_loss": {"value": 2.254}}, "tuned_unquantized": {"answer_loss": {"value": 2.191}}}
     pair = {"quantization": {"tuned - tuned_unquantized": {"answer_loss": difference}}}
-    report = {"step": source.step, "limit": None, "tasks": {"loss": {"test": {"rows": 49, **systems, **pair}}}}
+    report = {"step": source.step, "limit": 49, "tasks": {"loss": {"test": {"rows": 49, **systems, **pair}}}}
     (place / "evaluation.json").write_text(json.dumps(report))
     assert card.which_measures_better(source) == (
         f"answer loss on test, 49 rows: 2.2540 with 4-bit weights, 2.1910 with unquantized weights: {verdict}"
     )
-    for other in ({"step": 1}, {"limit": 4}, {"tasks": {"loss": 3}}):
+    for other in ({"step": 1}, {"tasks": {"loss": 3}}):
         (place / "evaluation.json").write_text(json.dumps({**report, **other}))
         assert card.which_measures_better(source) is None
 

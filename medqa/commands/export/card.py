@@ -111,8 +111,11 @@ servers make a token of it. Use greedy decoding (temperature 0), as in the evalu
 
 
 def which_measures_better(source: Source) -> str | None:
-    """The adapter's answer losses on 4-bit and on unquantized weights, compared in words; None if not measured."""
-    found = _evaluated(source)
+    """The adapter's answer losses on 4-bit and on unquantized weights, compared in words; None if not measured.
+
+    An evaluation with a limit counts too, because both losses are of the same rows, and their number is said.
+    """
+    found = _evaluated(source, limited=True)
     four_bit, unquantized, difference = (
         found.get(("loss", "test", *path), Figure(None))
         for path in (
@@ -196,12 +199,16 @@ def _figures(source: Source) -> str:
     return "\n".join(["| | value (without an interval) |", "|---|---|", *lines]) if lines else "Not recorded."
 
 
-def _evaluated(source: Source) -> dict[tuple[str, ...], Figure]:
-    """The metrics of this adapter on all rows, by path; empty if `medqa evaluate` has not measured them."""
+def _evaluated(source: Source, limited: bool = False) -> dict[tuple[str, ...], Figure]:
+    """The metrics of this adapter by path; empty if `medqa evaluate` has not measured them.
+
+    Args:
+        limited: also those of a limited number of rows.
+    """
     if source.run is None or not source.final:
         return {}
     evaluation = _read(source.run / "evaluation.json")
-    if evaluation.get("step") != source.step or evaluation.get("limit") is not None:
+    if evaluation.get("step") != source.step or not (limited or evaluation.get("limit") is None):
         return {}
     try:
         return figures(evaluation.get("tasks"))
