@@ -150,7 +150,7 @@ def build(experiment: Experiment, make_accelerator: Callable[[], Accelerator] | 
     model_config = check_model(experiment.model, experiment.tokenization.max_length)
     memory = available_memory(accelerator.device)
     settings = fit_to_memory(settings, experiment, model_config, len(tokenizer), memory)
-    if settings.quantization != experiment.model.quantization:
+    if experiment.model.quantization not in ("auto", settings.quantization):
         raise RuntimeError(settings.changes["model.quantization"])
     adapted = load_model(experiment, settings, tokenizer, accelerator.device)
     state = build_state(adapted, experiment, data.updates, settings.shards, accelerator)

@@ -155,6 +155,7 @@ def export(options: argparse.Namespace) -> None:
             base=options.model,
             cpu=options.cpu,
             push=options.push,
+            weights=options.weights,
         ),
         functools.partial(console.print, soft_wrap=True),
     )

@@ -91,9 +91,10 @@ class Model(Section):
     base: Annotated[Text, Field(min_length=1)] = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
     """The base model: an id on the Hugging Face Hub, or a local directory."""
 
-    quantization: Literal["none", "4bit"] = "none"
+    quantization: Literal["none", "4bit", "auto"] = "none"
     """`4bit` loads the weights as NF4 with double quantization (QLoRA). Where bitsandbytes cannot do that, the
-    weights are loaded in `dtype`, and the run says so."""
+    weights are loaded in `dtype`, and the run says so. `auto` chooses `4bit` only where the memory estimate says that
+    the run does not fit with `none`; a resumed run keeps the choice."""
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """The data type of the frozen weights, and the compute type of 4-bit weights. Changes with the hardware, together

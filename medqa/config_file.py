@@ -409,7 +409,8 @@ def _how_many(key: str, given: int) -> str:
 EXPERIMENTS_DIR = Path(__file__).resolve().parent.parent / "experiments"
 
 # `--tiny` keeps the recipe, with values that suit a model of under a million parameters and a few hundred short rows.
-# The precision is float32, so that every machine has the same losses.
+# The precision is float32, so that every machine has the same losses. `model.quantization: auto` becomes `4bit`, which
+# `auto` would choose on no machine for so small a model.
 TINY = {
     "model.base": str(BASE_DIR),
     "model.dtype": "float32",
@@ -467,6 +468,8 @@ def load_experiment(
         warmup = TINY_WARMUP if values.get("scheduler.warmup_steps") else 0
         for key, value in {**TINY, "scheduler.warmup_steps": warmup}.items():
             values[key], origins[key] = value, "--tiny"
+        if values.get("model.quantization") == "auto":
+            values["model.quantization"], origins["model.quantization"] = "4bit", "--tiny"
     for key, location in (locations or {}).items():
         if key == "data.files" and location and isinstance(location, Mapping):
             before = values.get(key, {})

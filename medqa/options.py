@@ -305,7 +305,8 @@ def _export(commands: Commands) -> None:
         "export",
         help="merge base and adapter into one model: safetensors for servers, or GGUF for llama.cpp and Ollama",
         description="Merges the adapter into the weights it was trained on, compares the merged model with the adapter "
-        "on held-out prompts, and refuses to write it if they differ. Adds tokenizer, prompt and model card.",
+        "on held-out prompts, and refuses to write it if they differ. Adds tokenizer, prompt and model card. If the "
+        "adapter was trained on 4-bit weights, it can be merged into the unquantized weights instead.",
         allow_abbrev=False,
     )
     _add_adapter_options(parser, "RUN", "a run's directory, an adapter's, or an adapter's id on the hub")
@@ -315,6 +316,13 @@ def _export(commands: Commands) -> None:
         "--outtype",
         choices=("f32", "f16", "bf16", "q8_0"),
         help="merged: f32, f16, bf16 (default: f16; f32 for a base kept in float32); gguf: f16 (default), q8_0",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("trained", "base"),
+        default="trained",
+        help="of a run with 4-bit weights: merge into the weights that training computed with (default, dequantized "
+        "from 4 bits), or into the base's own weights",
     )
     parser.add_argument(
         "--push", metavar="REPO", help="upload the directory to this repository of the hub (created as private)"

@@ -86,7 +86,13 @@ def with_later_keys(before: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _may_change(key: str, before: Any, now: Any, experiment: Experiment) -> bool:
-    """Whether the run may be resumed with this change; a length may only grow."""
+    """Whether the run may be resumed with this change; a length may only grow.
+
+    `model.quantization: auto` keeps what the run has, so any recorded quantization is compatible with it. A run of
+    exp_004 from before it had `auto` recorded `4bit`.
+    """
+    if key == "model.quantization" and now == "auto":
+        return True
     if key in LENGTH:
         longer = isinstance(before, int | float) and now is not None and now > before
         return may_change_on_resume(key, experiment) and longer

@@ -301,7 +301,7 @@ def test_all_problems_stand_in_one_message_with_file_key_value_and_suggestion(tm
         return found[0]
 
     assert f"{file}: model.bse = 'x': no such key; did you mean model.base?" in line("bse")
-    assert "one of 'none' or '4bit'" in line("'8bit'")
+    assert "one of 'none', '4bit' or 'auto'" in line("'8bit'")
     assert f"{file}: lora = 5" in line("lora = 5")
     assert "optimiser: no such section; did you mean optimizer?" in line("optimiser")
     assert "optimizer.learning_rate = 'fast': expected a number" in line("learning_rate")

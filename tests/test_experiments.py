@@ -74,6 +74,7 @@ ACCUMULATION = (8, 8, 4)
 
 
 RECOMMENDED = {  # what exp_004 changes of exp_001
+    "model.quantization": "auto",
     "model.dequantize": "auto",
     "data.mcq_answers": "named",
     "tokenization.max_length": 1024,
@@ -120,6 +121,15 @@ def test_the_recommended_recipe_changes_what_its_header_says():
     assert {key: value for key, value in recommended.items() if value != plain[key]} == RECOMMENDED
     seen = [values["training.max_steps"] * values["training.global_batch_size"] for values in (plain, recommended)]
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in FILES])
+def test_tiny_has_4_bit_weights_in_every_recipe_but_a_word_of_the_users_counts_more(name):
+    """`auto` would choose them on no machine for the embedded model; the recorded losses are of 4-bit weights."""
+    assert load_experiment(name, tiny=True).model.quantization == "4bit"
+    for wanted in ("none", "auto"):
+        sets = [f"model.quantization={wanted}"]
+        assert load_experiment(name, tiny=True, sets=sets).model.quantization == wanted
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

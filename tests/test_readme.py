@@ -26,7 +26,7 @@ NAMES = [[name] for name in COMMANDS_OF_PACKAGE]  # `medqa evaluate` in prose na
 NOT_OURS = {  # options of accelerate, torchrun, Slurm, W&B and others that documents name
     "--config_file", "--num_processes", "--machine_rank", "--main_process_ip", "--main_process_port", "--multi_gpu",
     "--nproc_per_node", "--nodes", "--gpus-per-node", "--signal", "--count", "--record", "--experiments",
-    "--processes", "--outputs", "--table", "--no-deps", "--editable",
+    "--processes", "--outputs", "--table", "--examples", "--no-deps", "--editable",
 }  # fmt: skip
 
 

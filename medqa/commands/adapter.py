@@ -7,7 +7,7 @@ metrics and answers would be those of another model.
 import contextlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class Source:
         directory: the directory with the two files of the adapter.
         step: its update, if known.
         final: whether its run is complete and this is its final adapter.
-        experiment: for an adapter alone, only base, LoRA and prompt are known and the rest has its defaults.
+        experiment: for an adapter alone, only base, LoRA and prompt are known and the rest has its defaults. Its
+            `model.quantization` is never `auto`, but what the run used.
         settings: the settings in effect in training, if known.
         weights: by PEFT's names. Read when it is found, because a checkpoint may be removed before the base is loaded.
         base: the fingerprint of the base model in training, if known.
@@ -125,8 +126,11 @@ def find_adapter(
     return _alone(where, _from_hub(where), base)
 
 
-def load_adapted(source: Source, device: torch.device) -> Adapted:
+def load_adapted(source: Source, device: torch.device, quantized: bool = True) -> Adapted:
     """Load the adapter on its base, onto this device, with the precision and quantization of training if available.
+
+    Args:
+        quantized: False: on the unquantized weights of the base, in the precision of training.
 
     Raises:
         UserError: base or adapter cannot be loaded, or do not fit each other.
@@ -135,6 +139,8 @@ def load_adapted(source: Source, device: torch.device) -> Adapted:
     model_config = check_model(experiment.model, experiment.tokenization.max_length if source.run else 0)
     tokenizer = load_tokenizer(experiment.model.base, experiment.tokenization, source.bos)
     settings = resolve_settings(experiment, cpu=device.type == "cpu", saved=source.settings)
+    if not quantized:
+        settings = replace(settings, quantization="none")
     memory = available_memory(device)
     settings = fit_to_memory(settings, experiment, model_config, len(tokenizer), memory, source.settings)
     model = load_model(experiment, settings, tokenizer, device)
@@ -219,8 +225,10 @@ def _of_run(where: str, run: Path, checkpoint: str | None, locations: Locations)
         _require_same_words(run, identity.experiment, trained_as)
         fingerprints = {**identity.fingerprints.model_dump(), **{k: v for k, v in fingerprints.items() if v}}
     _require_same_lora(run, directory, experiment.lora)
-    weights = _weights(where, directory, _recorded(summary, "adapter_sha256", str) if final else None, experiment.lora)
     settings = identity.environment.settings if identity else None
+    model = _without_auto(run, experiment.model, settings.quantization if settings else summary.get("quantization"))
+    experiment = experiment.model_copy(update={"model": model})
+    weights = _weights(where, directory, _recorded(summary, "adapter_sha256", str) if final else None, experiment.lora)
     recorded = read_yaml(run / CONFIG).get("tokenization", {})
     return Source(
         where,
@@ -235,6 +243,22 @@ def _of_run(where: str, run: Path, checkpoint: str | None, locations: Locations)
         fingerprints.get("data"),
         settings.bos if settings else "tokenizer" if "prompt" in recorded else "always",
     )
+
+
+def _without_auto(run: Path, model: Model, used: Any) -> Model:
+    """The section `model` with the quantization that the run used in place of `auto`.
+
+    Raises:
+        UserError: it is `auto`, and what the run used is not recorded.
+    """
+    if model.quantization != "auto":
+        return model
+    if used not in ("none", "4bit"):
+        raise UserError(
+            f"{run}: model.quantization = auto, and neither a checkpoint nor summary.json says what the run used: "
+            f"write none or 4bit into {run / CONFIG}"
+        )
+    return model.model_copy(update={"quantization": used})
 
 
 def _trained_as(directory: Path) -> tuple[str | None, str, str]:

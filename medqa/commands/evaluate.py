@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from medqa.config import Experiment, Tracking
 from medqa.data.sources import Row, load_sources, used_sources
 from medqa.data.splits import HELD_OUT, Splits, shared_with_training, split_sources
 from medqa.data.tokens import Example, prompt_ids, prompt_of, tokenize_splits
-from medqa.errors import NotWritten, UserError, refusal
+from medqa.errors import NotWritten, UserError, is_out_of_memory, refusal
 from medqa.evaluation import multiple_choice, safety
 from medqa.evaluation.answers import Answer, end_ids, generate_answers, own_template_prompts, with_prompts
 from medqa.evaluation.loss import Evaluator, fixed_subset
@@ -35,9 +35,11 @@ from medqa.evaluation.safety import RED_FLAGS
 from medqa.evaluation.statistics import loss_report
 from medqa.evaluation.text import copied_answers, score_generation
 from medqa.files import Damaged, Missing, alone_in, read_json, write_json
+from medqa.model.base import LOAD_ERRORS, check_model, load_tokenizer
+from medqa.model.device import available_memory, gibibytes, release
 from medqa.model.loss import LossModel
-from medqa.model.memory import enough_tokens
-from medqa.model.settings import resolve_settings, usable_gpu
+from medqa.model.memory import enough_tokens, fit_to_memory, footprint
+from medqa.model.settings import Settings, resolve_settings, usable_gpu
 from medqa.training.checkpoint import versions
 from medqa.training.distributed import build_accelerator, make_accelerator, on_main
 from medqa.training.recorder import MetricsFile, Tracker
@@ -166,6 +168,7 @@ class Bench:
     limit: int | None
     seed: int
     written: dict[str, Any] = field(default_factory=dict)  # answers by system, for all tasks that need them
+    unquantized: "Unquantized | None" = None  # only of a run with 4-bit weights, for the task loss
 
     @property
     def name(self) -> str:
@@ -270,7 +273,10 @@ AT_ONCE = 16
 
 
 def measure_loss(bench: Bench) -> dict[str, Any]:
-    """Loss and perplexity of each held-out split: baseline, baseline in its own chat template, and fine-tuned."""
+    """Loss and perplexity of each held-out split: baseline, baseline in its own chat template, and fine-tuned.
+
+    Of a run with 4-bit weights also baseline and fine-tuned model on unquantized weights.
+    """
     evaluator = bench.evaluator(longest=0)
     shared = shared_with_training(bench.held_out.splits)
     questions = [example.row.question for split in HELD_OUT for example in bench.held_out.examples[split]]
@@ -286,8 +292,12 @@ def measure_loss(bench: Bench) -> dict[str, Any]:
             own = functools.partial(losses, others, "baseline, in the base's own chat template")
             tables["own_template"] = bench.reused(f"loss of {split}, own template", _ids(others), own)
         tables["tuned"] = losses(examples, "fine-tuned")
+        if bench.unquantized is not None:
+            tables |= bench.unquantized.losses.get(split, {})
         rows = [example.row for example in examples]
         report[split] = loss_report({name: np.array(t) for name, t in tables.items()}, rows, shared, bench.seed)
+        if bench.unquantized is not None and bench.unquantized.left_out is not None:
+            report[split]["unquantized_left_out"] = bench.unquantized.left_out
     return report
 
 
@@ -430,6 +440,91 @@ def _none_for_nan(table: np.ndarray) -> list[list[float | None]]:
 
 
 # ----------------------------------------------------------------------------------------------------
+# What 4 bits cost: the losses of base model and adapter on unquantized weights, of a run with 4-bit weights.
+
+
+@dataclass(frozen=True)
+class Unquantized:
+    """`Evaluator.row_losses` on unquantized weights, by split and system; or why they were left out."""
+
+    losses: Mapping[str, Mapping[str, list[list[float]]]]
+    left_out: str | None = None
+
+
+def _measure_unquantized(
+    source: Source, settings: Settings, limit: int | None, accelerator: Accelerator, console: Console
+) -> tuple[Unquantized, HeldOut | None]:
+    """Load base model and adapter without quantization, measure their losses, and free them again.
+
+    Where the model does not fit, a line says why it was left out.
+
+    Args:
+        settings: the result of `resolve_settings`.
+
+    Returns:
+        The losses, and the held-out rows; None if they were not read.
+
+    Raises:
+        UserError: model or data are not available, or are not those of the run.
+    """
+    why_not = on_main(accelerator, lambda: _no_room_unquantized(source, settings, accelerator))
+    if why_not is None:
+        try:
+            return _unquantized_losses(source, limit, accelerator, console)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or accelerator.num_processes > 1:  # the others would wait for this process
+                raise
+            why_not = "out of memory"
+        finally:
+            accelerator.free_memory()  # it has a reference to the model
+            release(accelerator.device)
+    console.print(f"unquantized weights: not measured: {why_not}", soft_wrap=True)
+    return Unquantized({}, why_not), None
+
+
+def _no_room_unquantized(source: Source, settings: Settings, accelerator: Accelerator) -> str | None:
+    """Why an evaluation on unquantized weights would not fit into memory; None if it would, or if it is not known.
+
+    The estimate is that of training with gradient checkpointing on the longest example, without gradients and
+    optimizer.
+    """
+    experiment = source.experiment
+    longest = experiment.tokenization.max_length
+    model_config = check_model(experiment.model, longest)
+    vocabulary = len(load_tokenizer(experiment.model.base, experiment.tokenization, source.bos))
+    free = available_memory(accelerator.device, accelerator.num_processes)
+    settings = replace(settings, quantization="none")
+    try:
+        settings = fit_to_memory(settings, experiment, model_config, vocabulary, free, source.settings)
+        planned = footprint(experiment, model_config, replace(settings, gradient_checkpointing=True), vocabulary)
+    except LOAD_ERRORS:  # reported when the model is loaded
+        return None
+    needed = planned.peak(longest) - planned.gradients - planned.optimizer
+    if needed <= free:
+        return None
+    return f"they need about {gibibytes(needed)} GiB, and {gibibytes(free)} GiB may be used"
+
+
+def _unquantized_losses(
+    source: Source, limit: int | None, accelerator: Accelerator, console: Console
+) -> tuple[Unquantized, HeldOut]:
+    """The losses by split and system, and the held-out rows. The model is not referenced afterwards."""
+    with accelerator.main_process_first():
+        adapted = load_adapted(source, accelerator.device, quantized=False)
+        held_out = load_held_out(source, adapted.tokenizer, limit)
+    bench = Bench(adapted, held_out, accelerator, console, limit, source.experiment.training.seed)
+    evaluator, found = bench.evaluator(longest=0), {}
+    for split, examples in held_out.examples.items():
+        losses = functools.partial(_row_losses, bench, evaluator, split, examples)
+        baseline = functools.partial(losses, "baseline, unquantized")
+        found[split] = {
+            "untuned_unquantized": bench.reused(f"loss of {split}", _ids(examples), baseline),
+            "tuned_unquantized": losses("fine-tuned, unquantized"),
+        }
+    return Unquantized(found), held_out
+
+
+# ----------------------------------------------------------------------------------------------------
 # The evaluation with all tasks, and the file that it writes.
 
 EVALUATION = "evaluation.json"
@@ -459,15 +554,19 @@ def evaluate(
         raise UserError("medqa evaluate does not support FSDP; launch it with launch/four_gpus.yaml, for example")
     experiment = source.experiment
     settings = resolve_settings(experiment, cpu=cpu, saved=source.settings)
+    unquantized, held_out = None, None
     untracked = experiment.model_copy(update={"tracking": Tracking(wandb="disabled")})
     accelerator = build_accelerator(untracked, settings)
     console.quiet = not accelerator.is_main_process
+    if settings.quantization == "4bit" and "loss" in tasks:  # first, so that only one model is in memory at a time
+        unquantized, held_out = _measure_unquantized(source, settings, limit, accelerator, console)
     with accelerator.main_process_first():
         adapted = load_adapted(source, accelerator.device)
         if (unchecked := unchecked_base(source)) is not None:
             console.print(unchecked, soft_wrap=True)
-        held_out = load_held_out(source, adapted.tokenizer, limit)
-    bench = Bench(adapted, held_out, accelerator, console, limit, experiment.training.seed)
+        held_out = held_out or load_held_out(source, adapted.tokenizer, limit)
+    seed = experiment.training.seed
+    bench = Bench(adapted, held_out, accelerator, console, limit, seed, unquantized=unquantized)
     found: dict[str, Any] = {
         "run": source.name,
         "experiment": experiment.model_dump(),

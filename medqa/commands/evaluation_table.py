@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medqa.limits import MAX_FIGURES
+from medqa.terminal import printable
 
 # ----------------------------------------------------------------------------------------------------
 # Reading metrics.
@@ -97,9 +98,17 @@ def _below(node: Any, path: tuple[str, ...], rows: int | None) -> Iterator[tuple
 
 SYSTEMS = {
     "untuned": "baseline",
+    "untuned_unquantized": "baseline, unquantized",
     "own_template": "baseline, its own chat template",
     "copied": "answer of the most similar training question",
     "tuned": "fine-tuned",
+    "tuned_unquantized": "fine-tuned, unquantized",
+}
+PAIRS = {  # of the differences between 4-bit and unquantized weights
+    "tuned - untuned_unquantized": "fine-tuned (4-bit) - baseline (unquantized)",
+    "tuned_unquantized - untuned_unquantized": "fine-tuned - baseline, both unquantized",
+    "untuned - untuned_unquantized": "baseline: 4-bit - unquantized",
+    "tuned - tuned_unquantized": "fine-tuned: 4-bit - unquantized",
 }
 FEW = 10  # a specialty with fewer questions has no line of its own
 PARTS = {
@@ -134,6 +143,7 @@ def in_short(tasks: Mapping[str, Any]) -> list[str]:
         before, after = (shown(loss[system].get("answer_perplexity")) for system in ("untuned", "tuned"))
         how = _better(loss["difference"].get("answer_loss"), lower=True)
         lines.append(f"answer perplexity on test, {loss['rows']:,} rows: {before} baseline, {after} fine-tuned: {how}")
+        lines += _four_bits_in_short(loss)
     if "tuned" in (written := tasks.get("generation", {})):
         ours, base, copied = (shown(written[system]["rougeL"]) for system in ("tuned", "untuned", "copied"))
         than_base, than_copy = (
@@ -158,6 +168,33 @@ def in_short(tasks: Mapping[str, Any]) -> list[str]:
             f"red flags answered with advice to seek care, {asked} questions: {ours} fine-tuned, {base} baseline: {how}"
         )
     return lines
+
+
+def _four_bits_in_short(loss: Mapping[str, Any]) -> list[str]:
+    """What 4-bit weights cost, in lines: the four answer losses, and what is left of the gain."""
+    if "unquantized_left_out" in loss:
+        return [f"on unquantized weights: not measured: {printable(str(loss['unquantized_left_out']))}"]
+    between = {pair: found["answer_loss"] for pair, found in loss.get("quantization", {}).items()}
+    if not between or "answer_loss" not in loss["difference"]:
+        return []
+    before, before_whole, after, after_whole = (
+        f"{loss[system]['answer_loss']['value']:.4f}"
+        for system in ("untuned", "untuned_unquantized", "tuned", "tuned_unquantized")
+    )
+    left, whole = between["tuned - untuned_unquantized"], between["tuned_unquantized - untuned_unquantized"]
+    return [
+        f"answer loss on test with 4-bit and with unquantized weights: baseline {before} and {before_whole}, "
+        f"fine-tuned {after} and {after_whole}",
+        f"gain in answer loss: {-loss['difference']['answer_loss']['value']:.4f} with 4-bit weights; of it, "
+        f"{_gain(left)} is left against the unquantized baseline: {_better(left, lower=True)}; {_gain(whole)} with the "
+        f"adapter on unquantized weights: {_better(whole, lower=True)}",
+    ]
+
+
+def _gain(difference: Mapping[str, Any]) -> str:
+    """A difference of losses with its sign changed, and its interval."""
+    other_end = {"value": "value", "low": "high", "high": "low"}
+    return shown({key: None if (end := difference[other]) is None else -end for key, other in other_end.items()})
 
 
 def _better(difference: Mapping[str, Any] | None, lower: bool = False) -> str:
@@ -193,15 +230,22 @@ def _show_loss(console: Console, task: str, report: Mapping[str, Any]) -> None:
 
 def _add_systems(table: Table, label: str, part: Mapping[str, Any]) -> None:
     """Add a line for each system, and one for the difference."""
+    both = "tuned_unquantized" in part
     for system, name in SYSTEMS.items():
         if system in part:
+            name += ", 4-bit" if both and f"{system}_unquantized" in part else ""
             figures = [part[system].get(key) for key in ("perplexity", "answer_loss", "answer_perplexity")]
             table.add_row(label, name, *(shown(figure) for figure in figures), "")
             label = ""
     if (difference := part.get("difference", {}).get("answer_loss")) is not None:
         p_value = TOO_FEW if as_figure(difference).too_few else f"{difference['p_value']:.2g}"
         alone = {key: value for key, value in difference.items() if key != "p_value"}
-        table.add_row("", "fine-tuned - baseline", "", shown(alone), "", p_value)
+        table.add_row("", "fine-tuned - baseline" + ", both 4-bit" * both, "", shown(alone), "", p_value)
+    for pair, found in part.get("quantization", {}).items():
+        difference = found["answer_loss"]
+        p_value = TOO_FEW if as_figure(difference).too_few else f"{difference['p_value']:.2g}"
+        alone = {key: value for key, value in difference.items() if key != "p_value"}
+        table.add_row("", PAIRS.get(pair, pair), "", shown(alone), "", p_value)
     table.add_section()
 
 
@@ -225,7 +269,11 @@ def _show_task(console: Console, task: str, report: Mapping[str, Any]) -> None:
 
 def in_words(path: str) -> str:
     """A metric's path with the systems' names for readers: `test.tuned.loss` is `test.fine-tuned.loss`."""
-    return re.sub(r"\b(un)?tuned\b", lambda system: "baseline" if system[1] else "fine-tuned", path)
+
+    def named(system: re.Match[str]) -> str:
+        return ("baseline" if system[1] else "fine-tuned") + (", unquantized" if system[2] else "")
+
+    return re.sub(r"\b(un)?tuned(_unquantized)?\b", named, path)
 
 
 def _named(name: str, figure: Mapping[str, Any], report: Mapping[str, Any]) -> str:

@@ -88,8 +88,8 @@ def find_machine(experiment: Experiment, gpu: str | None, cpu: bool) -> Machine:
     quantization: str = experiment.model.quantization
     changes: dict[str, Change] = {}
     # For a GPU that is not present, it can only be checked whether bitsandbytes is installed.
-    if quantization == "4bit" and (why_not := four_bit_unavailable(torch.device("cpu"), torch.float32)):
-        quantization, changes = "none", {"model.quantization": ("4bit", "none", why_not)}
+    if quantization != "none" and (why_not := four_bit_unavailable(torch.device("cpu"), torch.float32)):
+        quantization, changes = "none", {"model.quantization": (quantization, "none", why_not)}
     settings = Settings("cuda", mixed_precision, DTYPES[dtype], quantization, changes=changes)
     return Machine(name, settings, memory, max(0, int(SPARE * (memory - CONTEXT))), known.tflops or None, True)
 
@@ -285,7 +285,10 @@ def forecast(name: str, experiment: Experiment, machine: Machine, tflops: float 
             "dtype": settings.dtype_name,
         },
         "rows": about_rows(splits, examples, experiment),
-        "notes": [f"{key} = {used}, not {asked}: {why}" for key, asked, used, why in notes],
+        "notes": [
+            f"{key} = {used}{', chosen' if asked == 'auto' else f', not {asked}'}: {why}"
+            for key, asked, used, why in notes
+        ],
         "padding_free": settings.padding_free,
         "gradient_accumulation_steps": None if settings.padding_free else accumulation,
         "run": run,

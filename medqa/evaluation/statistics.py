@@ -115,7 +115,9 @@ def loss_report(tables: Tables, rows: Sequence[Row], shared: Mapping[str, Mappin
     """The metrics of one split, as in `evaluation.json`.
 
     Args:
-        tables: by system. `own_template` has another prompt, so only its answer columns are used.
+        tables: by system. `own_template` has another prompt, so only its answer columns are used. With the two systems
+            on unquantized weights the result has `quantization`: the differences of answer losses that show what 4 bits
+            cost.
         shared: row id to what it shares with training, from `data.splits.shared_with_training`.
     """
     parts = {
@@ -130,9 +132,30 @@ def loss_report(tables: Tables, rows: Sequence[Row], shared: Mapping[str, Mappin
             for what in ("question_or_answer", "topic", f"{NGRAM}_grams")
         },
         **_figures(tables, np.ones(len(rows), dtype=bool), seed),
+        **_between_weights(tables, seed),
         "sources": {name: _figures(tables, np.array(chosen), seed) for name, chosen in by_source.items()},
         **{name: _figures(tables, np.array(chosen, dtype=bool), seed) for name, chosen in parts.items()},
     }
+
+
+BETWEEN_WEIGHTS = (
+    ("tuned", "untuned_unquantized"),  # with the sign changed: what is left of the gain
+    ("tuned_unquantized", "untuned_unquantized"),
+    ("untuned", "untuned_unquantized"),
+    ("tuned", "tuned_unquantized"),
+)
+
+
+def _between_weights(tables: Tables, seed: int) -> dict[str, Any]:
+    """The differences of answer losses between 4-bit and unquantized weights, paired by rows; empty without both."""
+    if not {system for pair in BETWEEN_WEIGHTS for system in pair} <= tables.keys():
+        return {}
+    answers = {system: table[:, 2] for system, table in tables.items()}
+    tokens, found = tables["tuned"][:, 3], {}
+    for ours, theirs in BETWEEN_WEIGHTS:
+        if (figure := difference_figure(answers[ours], answers[theirs], tokens, seed)) is not None:
+            found[f"{ours} - {theirs}"] = {"answer_loss": figure}
+    return {"quantization": found}
 
 
 def _figures(tables: Tables, chosen: np.ndarray, seed: int) -> dict[str, Any]:

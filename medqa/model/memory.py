@@ -532,8 +532,11 @@ def _run(model: LossModel, micro_batch: MicroBatch, settings: Settings) -> _Samp
 # ----------------------------------------------------------------------------------------------------
 # How the updates are computed on this machine: with or without padding, checkpointing and dequantized 4-bit weights.
 #
-# These decisions change time and memory, but not the update. With `training.padding_free: false` nothing is decided:
+# These decisions change time and memory, but not the update. With `training.padding_free: false` none of them is made:
 # the recipe is computed as it is written, to show what it costs. The settings of a checkpoint are kept.
+#
+# With `model.quantization: auto` there is one more decision, which does change the update: whether the base model has
+# 4-bit weights. They make its loss higher, so they are used only if the run would not fit without them, however slow.
 
 # A micro-batch of so many tokens keeps the processor busy; a larger one is hardly faster. Checkpointing and 4-bit
 # weights in compressed form are used only if such a micro-batch would not fit otherwise.
@@ -551,7 +554,8 @@ def fit_to_memory(
     """Complete the settings of a run, before the model is loaded.
 
     The decisions (padding, the attention implementation, gradient checkpointing, dequantized 4-bit weights) change time
-    and memory, but not the update. With `training.padding_free: false` the recipe is computed as it is written.
+    and memory, but not the update. With `training.padding_free: false` the recipe is computed as it is written. With
+    `model.quantization: auto` it is also decided whether the weights are quantized, which changes the update.
 
     Args:
         settings: the result of `resolve_settings`.
@@ -589,6 +593,7 @@ def fit_to_memory(
     )
 
     # Gradient checkpointing, and 4-bit or dequantized weights
+    automatic = settings.quantization == "auto"
     planned, tokens = None, enough_tokens(experiment, settings.device_type)
     why = {"dequantize": "only without padding"}
     if padding_free and saved is not None:
@@ -598,10 +603,17 @@ def fit_to_memory(
     elif padding_free:
         settings, why, planned = _fastest_that_fits(settings, experiment, model_config, vocabulary, memory)
         settings = replace(settings, planned_tokens=planned.most_tokens(memory))
-    elif settings.device_type == "cpu":
-        with contextlib.suppress(*LOAD_ERRORS):  # reported when the model is loaded
-            planned = footprint(experiment, model_config, settings, vocabulary)
+    else:
         tokens = experiment.training.per_device_batch_size * experiment.tokenization.max_length
+        if automatic:
+            settings, why["quantization"] = _unquantized_if_it_fits(
+                settings, experiment, model_config, vocabulary, memory, tokens
+            )
+        if settings.device_type == "cpu":
+            with contextlib.suppress(*LOAD_ERRORS):  # reported when the model is loaded
+                planned = footprint(experiment, model_config, settings, vocabulary)
+    if automatic:
+        changes["model.quantization"] = ("auto", settings.quantization, why["quantization"])
     if settings.gradient_checkpointing != model.gradient_checkpointing:
         asked_on, on = (str(each).lower() for each in (model.gradient_checkpointing, settings.gradient_checkpointing))
         changes["model.gradient_checkpointing"] = (asked_on, on, why["checkpointing"])
@@ -622,21 +634,63 @@ def enough_tokens(experiment: Experiment, device_type: str) -> int:
 def _fastest_that_fits(
     settings: Settings, experiment: Experiment, model_config: Any, vocabulary: int, memory: int
 ) -> tuple[Settings, dict[str, str], Footprint]:
-    """Choose the fastest combination of checkpointing and dequantized weights that fits; with reasons and footprint."""
-    tokens = enough_tokens(experiment, settings.device_type)
-    ways = [(False, False), (True, False)]  # (gradient checkpointing, expanded weights), the fastest first
-    if settings.quantization == "4bit" and experiment.model.dequantize == "auto":
-        ways.insert(0, (False, True))
-    peaks = {}
+    """Choose the fastest combination of checkpointing and dequantized weights that fits; with reasons and footprint.
+
+    If the quantization is still `auto`, unquantized weights come first, with checkpointing too. They count as fitting
+    if the longest example does, although such micro-batches are slower than larger ones.
+    """
+    tokens, longest = enough_tokens(experiment, settings.device_type), experiment.tokenization.max_length
+    asked = settings.quantization
+    last_resort = ("none", True, False) if asked == "auto" else None
+    ways = []  # (quantization, gradient checkpointing, dequantized weights), the preferred ones first
+    if asked != "4bit":
+        ways += [("none", False, False), ("none", True, False)]
+    elif experiment.model.dequantize == "auto":
+        ways += [("4bit", False, True)]
+    if asked != "none":
+        ways += [("4bit", False, False), ("4bit", True, False)]
+    said = {}
     for way in ways:  # if none fits, the last one remains, and the trial before the first update reports it
-        settings = replace(settings, gradient_checkpointing=way[0], dequantize=way[1])
+        settings = replace(settings, quantization=way[0], gradient_checkpointing=way[1], dequantize=way[2])
         planned = footprint(experiment, model_config, settings, vocabulary)
-        peaks[way] = gibibytes(planned.peak(tokens))
-        if planned.peak(tokens) <= memory:
+        needed = longest if way == last_resort else tokens
+        said[way] = (
+            f"{gibibytes(planned.peak(needed))} GiB of {gibibytes(memory)} GiB for micro-batches of {needed:,} tokens"
+        )
+        if planned.peak(needed) <= memory:
             break
-    of = f"of {gibibytes(memory)} GiB for micro-batches of {tokens:,} tokens"
+    chosen = settings.quantization
+    expanded = ("4bit", False, True) if asked == "4bit" else ("none", False, False)  # both need the same memory
     why = {
-        "checkpointing": f"the estimate without it is {peaks.get((False, False)) or peaks[way]} GiB {of}",
-        "dequantize": f"the estimate with dequantized weights is {peaks.get((False, True))} GiB {of}",
+        "checkpointing": f"the estimate without it is {said.get((chosen, False, False)) or said[way]}",
+        "dequantize": f"the estimate with dequantized weights is {said.get(expanded)}",
     }
+    if last_resort is not None:
+        estimated = way if chosen == "none" else last_resort
+        why["quantization"] = _about_unquantized(chosen, said[estimated], checkpointing=estimated[1])
     return settings, why, planned
+
+
+def _unquantized_if_it_fits(
+    settings: Settings, experiment: Experiment, model_config: Any, vocabulary: int, memory: int, tokens: int
+) -> tuple[Settings, str]:
+    """Choose the quantization of a recipe with padding, computed as it is written; with the reason.
+
+    Args:
+        tokens: the largest micro-batch, padding included.
+    """
+    unquantized = replace(settings, quantization="none")
+    try:
+        peak = footprint(experiment, model_config, unquantized, vocabulary).peak(tokens)
+    except LOAD_ERRORS:  # reported when the model is loaded, if that fails too
+        return unquantized, "the memory of this model cannot be estimated"
+    chosen = unquantized if peak <= memory else replace(settings, quantization="4bit")
+    estimate = f"{gibibytes(peak)} GiB of {gibibytes(memory)} GiB for micro-batches of {tokens:,} tokens"
+    return chosen, _about_unquantized(chosen.quantization, estimate, settings.gradient_checkpointing)
+
+
+def _about_unquantized(chosen: str, estimate: str, checkpointing: bool) -> str:
+    """Why a quantization was chosen, from the estimate of unquantized weights."""
+    fits = "the run fits" if chosen == "none" else "the run does not fit"
+    with_it = " and with gradient checkpointing" if checkpointing else ""
+    return f"{fits} without 4-bit weights: the estimate without them{with_it} is {estimate}"

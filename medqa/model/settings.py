@@ -59,7 +59,7 @@ class Settings:
         device_type: `cpu` or `cuda`.
         mixed_precision: `bf16`, `fp16` or `no`, as in Accelerate.
         dtype: the type of the frozen weights, and the compute type of 4-bit weights.
-        quantization: `none` or `4bit`.
+        quantization: `none` or `4bit`; `auto` until `fit_to_memory` has decided.
         attn_implementation: the name of the attention implementation in transformers.
         padding_free: training concatenates examples without padding (`data.batches.pack`).
         evaluation_padding_free: evaluation does, whatever training does.
@@ -106,6 +106,9 @@ def resolve_settings(
 ) -> Settings:
     """Decide device, precision and quantization on this machine; `fit_to_memory` decides the rest.
 
+    With `model.quantization: auto`, the quantization is also left to `fit_to_memory`, unless the checkpoint or this
+    machine leaves no choice.
+
     Args:
         cpu: use the CPU even if there is a GPU.
         saved: the settings of the checkpoint that the run resumes from, which are kept if the machine can.
@@ -113,7 +116,8 @@ def resolve_settings(
         shards: the number of processes over which the frozen weights are sharded.
 
     Raises:
-        UserError: a GPU is present but the installed torch cannot use it, and `cpu` is not set.
+        UserError: a GPU is present but the installed torch cannot use it, and `cpu` is not set; or 4-bit weights of the
+            checkpoint are to be sharded.
     """
     bos = "tokenizer" if saved is None else saved.bos
     settings = replace(_precision(experiment, cpu, saved, keep_bf16), shards=shards, bos=bos)
@@ -169,12 +173,19 @@ def _with_precision(
 
 def _quantization(model: config.Model, settings: Settings, saved: SavedSettings | None) -> tuple[str, str | None]:
     """The quantization on this machine, and the reason if it is not the requested one."""
-    reason = None
-    if model.quantization == "4bit":
+    wanted = model.quantization if saved is None else saved.quantization
+    if settings.shards > 1 and wanted == "4bit":  # `shards_from_launcher` does not know the checkpoint
+        raise UserError(
+            "the run started with 4-bit weights, which cannot be sharded: launch it without FSDP "
+            "(launch/four_gpus.yaml), or start another run with --set model.quantization=none"
+        )
+    if settings.shards > 1 and wanted == "auto":
+        return "none", "4-bit weights cannot be sharded"
+    if wanted != "none":
         reason = four_bit_unavailable(torch.device(settings.device_type), settings.dtype)
-    if reason is None and saved is not None and saved.quantization != model.quantization:
-        reason = KEPT
-    return ("none" if reason else model.quantization), reason
+        if reason is not None:
+            return "none", reason
+    return wanted, (None if wanted == model.quantization else KEPT)
 
 
 def four_bit_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -341,6 +341,7 @@ def make_summary(
     assert progress.baseline is not None  # it was measured before the first update
     trainable, total = parameter_counts(state.adapted)
     device = accelerator.device
+    _, _, why_quantized = run.in_effect.get("model.quantization", (None, None, None))  # None: as requested
     return {
         "experiment": run.name,
         "baseline": _split_metrics(progress.baseline.record()),
@@ -362,6 +363,7 @@ def make_summary(
         "cpu_threads": torch.get_num_threads(),
         "gradient_accumulation_steps": accumulation_steps(experiment.training, accelerator.num_processes),
         "quantization": identity.environment.settings.quantization,
+        "quantization_reason": why_quantized,
         "mixed_precision": accelerator.mixed_precision,
         "scaler_overflows": progress.overflows,
         "micro_batch_rows": progress.micro_batch_rows or experiment.training.per_device_batch_size,

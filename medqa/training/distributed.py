@@ -168,7 +168,7 @@ def shards_from_launcher(experiment: Experiment) -> int:
         for name, (right, why) in FSDP_VALUES.items()
         if name in asked and asked[name].lower() not in [value.lower() for value in right]
     ]
-    if experiment.model.quantization != "none" and shards > 1:
+    if experiment.model.quantization == "4bit" and shards > 1:
         problems.append(
             f"model.quantization = {experiment.model.quantization}: 4-bit weights cannot be sharded; use "
             "--set model.quantization=none, or launch without FSDP (launch/four_gpus.yaml)"

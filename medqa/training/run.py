@@ -9,6 +9,7 @@ Nothing is written before `resume_or_start`.
 import argparse
 import contextlib
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -24,7 +25,7 @@ from medqa.data.report import write_reports
 from medqa.data.tokens import ids_fingerprint
 from medqa.errors import UserError, adding_what_is_saved, writing
 from medqa.model.base_files import base_fingerprint
-from medqa.model.settings import SavedSettings, Settings
+from medqa.model.settings import Change, SavedSettings, Settings
 from medqa.training.checkpoint import (
     Fingerprints,
     Found,
@@ -69,9 +70,11 @@ class Run:
         identity: the experiment, data fingerprints and environment that every checkpoint of this run records; set by
             `resume_or_start`.
         session: the id of the run, and how often it was resumed; set by `resume_or_start`.
+        in_effect: the `changes` of the settings in this session; set by `resume_or_start`.
     """
 
     identity: Identity
+    in_effect: Mapping[str, Change]
     session: Session
 
     def __init__(self, experiment: Experiment, options: argparse.Namespace) -> None:
@@ -145,6 +148,7 @@ class Run:
         """
         experiment, accelerator = self._experiment, recorder.accelerator
         self.identity = identify(experiment, data, tokenizer, state.adapted, settings, accelerator)
+        self.in_effect = settings.changes
         if self.checkpoint is not None:
             load_into(state, self.checkpoint, self.identity)
         progress = state.progress

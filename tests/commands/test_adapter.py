@@ -108,6 +108,23 @@ def test_a_run_that_goes_on_is_not_its_old_end(run):
     assert (source.directory, source.step, source.final) == (run / "checkpoint-6", 6, False)
 
 
+def test_an_automatic_quantization_is_the_one_that_the_run_used(run):
+    config = run / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("quantization: 4bit", "quantization: auto"))
+    assert find_adapter(str(run)).experiment.model.quantization == "4bit"  # from the newest checkpoint
+    for path in run.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    source = find_adapter(str(run))
+    assert (source.experiment.model.quantization, source.settings) == ("4bit", None)  # from summary.json
+    assert load_adapted(source, CPU).settings.quantization == "4bit"
+    path = run / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps({**summary, "quantization": "auto"}))
+    with pytest.raises(UserError, match=r"says what the run used: write none or 4bit into .*config\.yaml"):
+        find_adapter(str(run))
+
+
 def test_an_adapter_alone(alone, monkeypatch):
     source = find_adapter(str(alone))
     assert (source.run, source.experiment.lora.r, source.experiment.model.base) == (None, 8, str(BASE_DIR))

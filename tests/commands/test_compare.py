@@ -516,6 +516,22 @@ def test_what_was_in_effect_counts(tmp_path):
     assert ("model.quantization", "4bit", "4bit (in effect: none)") in rows
 
 
+def test_an_automatic_quantization_is_compared_as_what_it_was(tmp_path):
+    def run(name, asked, used):
+        change = {"model.quantization": {"asked": asked, "used": used, "reason": "it fits"}} if asked != used else {}
+        return make_run(tmp_path / name, "exp_001", f"model.quantization={asked}", in_effect=change)
+
+    four_bit, chose_4 = run("four_bit", "4bit", "4bit"), run("chose_4", "auto", "4bit")
+    comparison = compared(four_bit, chose_4)
+    assert comparison.pairs[0].keys == ()
+    rows = [row for table in main_tables(comparison) for row in table.rows]
+    assert ("model.quantization", "4bit", "auto (in effect: 4bit)") in rows
+    chose_none = run("chose_none", "auto", "none")
+    (pair,) = pairs(reread(chose_4, chose_none))
+    assert pair.keys == ("model.quantization",)
+    assert [change for change, _ in one_changes(pair)] == [{"model.quantization": "none"}]  # auto could be 4bit again
+
+
 def remembered(directory, **fingerprints):
     """The adapter's configuration and a checkpoint's manifest, as training leaves them beside `config.yaml`."""
     experiment = load_experiment(str(directory / "config.yaml"))

@@ -1,7 +1,9 @@
 """`python -m medqa evaluate`: the loss of the run's summary, with intervals, however computed; what is refused."""
 
 import errno
+import gc
 import json
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -14,15 +16,17 @@ import torch
 import wandb
 from accelerate.state import AcceleratorState
 from launching import Group, finish, output
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from wandb_file import read_finished_run
 
 from medqa import cache
 from medqa.__main__ import main
 from medqa.commands import evaluate
-from medqa.commands.adapter import find_adapter
+from medqa.commands.adapter import find_adapter, load_adapted
 from medqa.commands.evaluate import flat_figures, load_held_out, log_evaluation
-from medqa.commands.evaluation_table import TOO_FEW, in_short, shown
+from medqa.commands.evaluation_table import TOO_FEW, in_short, in_words, show_evaluation, shown
 from medqa.config import Tracking
 from medqa.data.batches import split_and_tokenize
 from medqa.data.sources import Row, load_sources
@@ -30,6 +34,7 @@ from medqa.data.splits import split_sources
 from medqa.evaluation.answers import own_template_prompts, with_prompts
 from medqa.evaluation.statistics import difference_figure, loss_report, mean_figure
 from medqa.model.base import load_tokenizer
+from medqa.terminal import make_console
 from medqa.tiny import BASE_DIR, MEDQUAD_CSV
 from train import main as train
 
@@ -106,9 +111,122 @@ def test_sources_add_up(evaluated):
 def test_what_the_base_gives_is_computed_once(evaluated, tiny_run, run, capsys):
     assert main(["evaluate", str(run), "--tasks", "loss", "--cpu"]) == 0
     told = capsys.readouterr().out
-    assert told.count("baseline from the cache") == 4  # two splits, two prompts
-    assert told.count("rows of") == 2  # the tuned one alone
+    assert told.count("baseline from the cache") == 6  # two splits, two prompts, and on unquantized weights
+    assert told.count("rows of") == 4  # the tuned one alone, in 4 bits and on unquantized weights
     assert loss_of(run) == loss_of(evaluated)
+
+
+def row_loss(model, example) -> float:
+    """The mean loss over an example's tokens, by transformers alone."""
+    ids = torch.tensor(example.input_ids.astype("int64"))[None]
+    with torch.no_grad():
+        return torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:]).item()
+
+
+def test_what_4_bits_cost_is_measured_on_the_bases_own_weights(run):
+    """Base and adapter as anybody loads them, with transformers and PEFT alone, on one row of each split."""
+    assert main(["evaluate", str(run), "--tasks", "loss", "--limit", "1", "--cpu"]) == 0
+    source = find_adapter(str(run))
+    base = AutoModelForCausalLM.from_pretrained(BASE_DIR, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(base, str(run / "lora_adapters")).eval()
+    for split, examples in load_held_out(source, load_tokenizer(str(BASE_DIR)), 1).examples.items():
+        found = loss_of(run)[split]
+        with tuned.disable_adapter():
+            expected = row_loss(tuned, examples[0])
+        assert found["untuned_unquantized"]["loss"]["value"] == pytest.approx(expected, rel=1e-5)
+        assert found["untuned"]["loss"]["value"] != pytest.approx(expected, rel=1e-4)
+        expected = row_loss(tuned, examples[0])
+        assert found["tuned_unquantized"]["loss"]["value"] == pytest.approx(expected, rel=1e-5)
+        assert found["tuned"]["loss"]["value"] != pytest.approx(expected, rel=1e-4)
+
+
+def test_what_4_bits_cost_is_paired_by_rows(evaluated):
+    for part in loss_of(evaluated).values():
+        assert {"untuned", "untuned_unquantized", "tuned", "tuned_unquantized"} <= part.keys()
+        assert len(part["quantization"]) == 4
+        for pair, figures in part["quantization"].items():
+            ours, theirs = (part[system]["answer_loss"]["value"] for system in pair.split(" - "))
+            figure = figures["answer_loss"]
+            assert figure["value"] == pytest.approx(ours - theirs)
+            assert figure["rows"] == part["rows"]
+            assert 0 < figure["p_value"] <= 1
+            own = part[pair.split(" - ")[0]]["answer_loss"]
+            assert figure["high"] - figure["low"] < own["high"] - own["low"]  # because pairs vary less than rows
+        sources = part["sources"].values()
+        assert all({"untuned_unquantized", "tuned_unquantized"} <= source.keys() for source in sources)
+
+
+def test_the_table_shows_all_four_and_the_summary_what_is_left(evaluated, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    show_evaluation(make_console(), json.loads((evaluated / "evaluation.json").read_text()))
+    told = capsys.readouterr().out
+    for name in ("baseline", "fine-tuned"):
+        for weights in (", 4-bit ", ", unquantized "):
+            assert f" {name}{weights}" in told
+    for difference in ("fine-tuned (4-bit) - baseline (unquantized)", "fine-tuned - baseline, both 4-bit"):
+        assert difference in told
+    assert "answer loss on test with 4-bit and with unquantized weights: baseline " in told
+
+
+def test_what_is_left_of_the_gain_is_said():
+    """Figures of a real run: 0.378 in the table, 0.108 of it against the real base."""
+    rows = np.arange(12) / 1000 - 0.0055
+    losses = {"untuned": 2.632, "untuned_unquantized": 2.362, "tuned": 2.254, "tuned_unquantized": 2.191}
+    tables = {
+        system: np.array([[loss + noise, 1, loss + noise, 1] for noise in rows]) for system, loss in losses.items()
+    }
+    seen = {"question_or_answer": False, "topic": None, "13_grams": False}
+    held_out = [Row(f"a:{i}", "a", "q", "x", None) for i in range(12)]
+    report = loss_report(tables, held_out, {row.id: seen for row in held_out}, 0)
+    _, four, left = in_short({"loss": {"test": report}})
+    assert four == (
+        "answer loss on test with 4-bit and with unquantized weights: baseline 2.6320 and 2.3620, fine-tuned 2.2540 "
+        "and 2.1910"
+    )
+    assert left == (
+        "gain in answer loss: 0.3780 with 4-bit weights; of it, 0.1080 (0.1080 to 0.1080) is left against the "
+        "unquantized baseline: fine-tuned is better; 0.1710 (0.1710 to 0.1710) with the adapter on unquantized weights"
+        ": fine-tuned is better"
+    )
+    assert in_words("test.tuned_unquantized.loss") == "test.fine-tuned, unquantized.loss"
+
+
+def test_only_one_model_is_in_memory_at_a_time(run, monkeypatch):
+    alive = []
+
+    def counting(*arguments, **options):
+        gc.collect()
+        alive.append(sum(isinstance(each, PeftModel) for each in gc.get_objects()))
+        return load_adapted(*arguments, **options)
+
+    gc.collect()
+    before = sum(isinstance(each, PeftModel) for each in gc.get_objects())
+    monkeypatch.setattr(evaluate, "load_adapted", counting)
+    assert main(["evaluate", str(run), "--tasks", "loss", "--limit", "2", "--cpu"]) == 0
+    assert alive == [before, before]
+
+
+def test_unquantized_weights_without_room_are_left_out(run, monkeypatch, capsys):
+    words = ["evaluate", str(run), "--tasks", "loss", "--limit", "6", "--cpu"]
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "available_memory", lambda *_: 2**20)
+        assert main(words) == 0
+    told = capsys.readouterr().out
+    part = loss_of(run)["test"]
+    why = part["unquantized_left_out"]
+    assert re.fullmatch(r"they need about 0\.0[1-9] GiB, and 0\.00 GiB may be used", why)
+    assert told.splitlines()[0] == f"unquantized weights: not measured: {why}"
+    assert f"- on unquantized weights: not measured: {why}" in told.splitlines()
+    assert "untuned_unquantized" not in part
+
+    def full(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "_unquantized_losses", full)
+        assert main(words) == 0
+    assert "unquantized weights: not measured: out of memory" in capsys.readouterr().out
+    assert "tuned" in loss_of(run)["test"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"value": [[1]], "checksum": "0"}'], ids=["empty", "torn", "changed"])
@@ -131,7 +249,7 @@ def test_neither_rows_at_once_nor_padding_matter(evaluated, run, monkeypatch):
     monkeypatch.setattr("medqa.model.memory.padding_needed", lambda *_: "to see")
     assert main(["evaluate", str(run), "--tasks", "loss", "--cpu"]) == 0
     for split, part in loss_of(run).items():
-        for system in ("untuned", "own_template", "tuned"):
+        for system in ("untuned", "untuned_unquantized", "own_template", "tuned", "tuned_unquantized"):
             for key, figure in part[system].items():
                 expected = loss_of(evaluated)[split][system][key]
                 assert figure == pytest.approx(expected, rel=1e-6), (split, system, key)
@@ -194,8 +312,9 @@ def test_without_afrimedqa_there_is_nothing_to_choose(tmp_path, capsys):
     words = ["--exp", "exp_001", "--tiny", "--cpu", "--afrimedqa", "none", "--output-dir", str(tmp_path / "run")]
     sets = ["training.max_steps=1", "training.global_batch_size=4", "model.quantization=none", "evaluation.samples=0"]
     assert train(["--set", *sets, *words]) == 0
-    assert main(["evaluate", str(tmp_path / "run"), "--tasks", "mcq", "--cpu"]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--tasks", "loss,mcq", "--limit", "2", "--cpu"]) == 0
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["tasks"]["mcq"] == {"rows": 0, "dropped": {}}
+    assert "unquantized" not in str(loss_of(tmp_path / "run"))  # the run's weights were not quantized
 
 
 def test_a_limit_takes_so_many_rows_of_all_sources(run):
@@ -266,7 +385,7 @@ def test_other_rows_or_another_template_are_another_baseline(run, tmp_path, monk
         )
     assert main([*words, "--model", str(tmp_path / "base")]) == 0
     told = capsys.readouterr().out
-    assert told.count("from the cache") == 2, "the untuned base with this prompt, on two splits"
+    assert told.count("from the cache") == 4, "the untuned base with this prompt, on two splits, and unquantized"
 
 
 def test_what_is_done_is_kept_though_a_later_task_fails(run, monkeypatch):
@@ -493,15 +612,11 @@ def test_other_rows_under_the_same_name_are_refused(run, tmp_path, capsys):
 
 def test_the_untuned_model_is_the_base_itself(run):
     """Not the adapter at work in part: the loss of the base, loaded by transformers alone, on the first test row."""
-    from transformers import AutoModelForCausalLM
-
     source = find_adapter(str(run))
     tokenizer = load_tokenizer(source.experiment.model.base)
     example = load_held_out(source, tokenizer, 1).examples["test"][0]
     base = AutoModelForCausalLM.from_pretrained(BASE_DIR, dtype=torch.float32)
-    ids = torch.tensor(example.input_ids.astype("int64"))[None]
-    with torch.no_grad():
-        expected = torch.nn.functional.cross_entropy(base(input_ids=ids).logits[0, :-1], ids[0, 1:]).item()
+    expected = row_loss(base, example)
     # 4-bit weights are near those of the file; a tuned model is not.
     assert main(["evaluate", str(run), "--tasks", "loss", "--limit", "1", "--cpu"]) == 0
     assert loss_of(run)["test"]["untuned"]["loss"]["value"] == pytest.approx(expected, rel=0.02)

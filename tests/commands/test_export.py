@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import train
 from medqa.__main__ import main
 from medqa.commands.adapter import find_adapter
+from medqa.commands.evaluation_table import TOO_FEW
 from medqa.commands.export import card, fidelity, gguf_vocabulary, merge
 from medqa.commands.export import card as modelfile
 from medqa.commands.export import export as export_module
@@ -244,6 +245,63 @@ def test_weights_that_it_was_not_trained_on_are_refused(exact):
     for kind in fidelity.KL_LIMITS:
         with pytest.raises(UserError, match="differs from the adapter: mean KL divergence"):
             found.check(kind)
+
+
+@pytest.mark.usefixtures("briefly")
+def test_merged_into_the_bases_own_weights(run, tmp_path, capsys, monkeypatch):
+    """What PEFT merges into the base as anybody loads it; on a machine without bitsandbytes too."""
+    monkeypatch.setattr("medqa.model.settings.four_bit_unavailable", lambda device, dtype: "no bitsandbytes")
+    base = AutoModelForCausalLM.from_pretrained(BASE_DIR, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(base, str(run / "lora_adapters")).merge_and_unload().state_dict()
+    words = ["--weights", "base", "--outtype", "f32", "--cpu"]
+    assert main(["export", str(run), "--to", str(tmp_path / "own"), *words]) == 0
+    found = merge.load_stored(tmp_path / "own", CPU).state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert torch.allclose(weight, expected[name], atol=1e-6), name
+    where = "the unquantized weights of its base, and not the 4-bit weights that it was trained on"
+    assert f"merged into {where}" in capsys.readouterr().out
+    text = " ".join((tmp_path / "own" / "README.md").read_text(encoding="utf-8").split())
+    assert f"merged into {where}, stored as f32" in text
+    assert "The adapter was on the unquantized weights for this comparison." in text
+    assert "which this export does not have. Which weights are better has not been measured." in text
+
+
+@pytest.mark.parametrize(
+    "difference, verdict",
+    [
+        ({"value": 0.063, "low": 0.05, "high": 0.07, "p_value": 0.001}, "unquantized weights measure better"),
+        ({"value": -0.063, "low": -0.07, "high": -0.05, "p_value": 0.001}, "4-bit weights measure better"),
+        ({"value": 0.063, "low": -0.05, "high": 0.07, "p_value": 0.3}, "no significant difference"),
+        ({"value": 0.063}, TOO_FEW),
+    ],
+)
+def test_which_weights_measure_better_is_said(run, tmp_path, difference, verdict):
+    place = Path(shutil.copytree(run, tmp_path / "run"))
+    source = find_adapter(str(place))
+    systems = {"tuned": {"answer_loss": {"value": 2.254}}, "tuned_unquantized": {"answer_loss": {"value": 2.191}}}
+    pair = {"quantization": {"tuned - tuned_unquantized": {"answer_loss": difference}}}
+    report = {"step": source.step, "limit": 49, "tasks": {"loss": {"test": {"rows": 49, **systems, **pair}}}}
+    (place / "evaluation.json").write_text(json.dumps(report))
+    assert card.which_measures_better(source) == (
+        f"answer loss on test, 49 rows: 2.2540 with 4-bit weights, 2.1910 with unquantized weights: {verdict}"
+    )
+    for other in ({"step": 1}, {"tasks": {"loss": 3}}):
+        (place / "evaluation.json").write_text(json.dumps({**report, **other}))
+        assert card.which_measures_better(source) is None
+
+
+def test_unquantized_weights_are_refused_where_there_are_no_others(run, tmp_path, capsys):
+    said = refused(capsys, run / "lora_adapters", "--to", tmp_path / "x", "--weights", "base")
+    assert "an adapter without its run is merged into them anyway; leave --weights out" in said
+    place = Path(shutil.copytree(run, tmp_path / "run"))
+    for path in place.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    config = place / "config.yaml"
+    config.write_text(config.read_text().replace("quantization: 4bit", "quantization: none"))
+    said = refused(capsys, place, "--to", tmp_path / "x", "--weights", "base")
+    assert "its weights were not quantized, so it is merged into them anyway; leave --weights out" in said
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.usefixtures("briefly")
@@ -705,7 +763,8 @@ def hostile_evaluation(run: Path, place: Path, step: object) -> str:
     tasks = {"loss": {"test": {key: figure}}}
     (place / "evaluation.json").write_text(json.dumps({"step": step, "limit": None, "tasks": tasks}))
     own = prompt_of(load_tokenizer(str(BASE_DIR)))
-    measured = card.Measured(fidelity.Fidelity(0.0, 1, 1, 1, 0.0), "prompts", 1, 1.0, "CPU", "none", own)
+    none = merge.MergedInto(quantized=False)
+    measured = card.Measured(fidelity.Fidelity(0.0, 1, 1, 1, 0.0), "prompts", 1, 1.0, "CPU", none, own)
     return card.card(source, "name", "merged", "f16", measured)
 
 

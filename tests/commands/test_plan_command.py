@@ -132,6 +132,18 @@ def test_without_padding_the_fastest_way_that_fits_is_taken(capsys):
     assert large["operations"] < small["operations"]
 
 
+def test_auto_is_planned_as_it_would_be_chosen(capsys):
+    """With padding, so the recipe's own micro-batches decide."""
+    auto = ("--set", "model.quantization=auto")
+    large, small = planned(capsys, "--gpu", "24", *auto), planned(capsys, "--gpu", "0.51", *auto)
+    assert (large["memory"]["quantization"], small["memory"]["quantization"]) == ("none", "4bit")
+    assert large["notes"][0].startswith("model.quantization = none, chosen: the run fits without 4-bit weights: ")
+    assert small["notes"][0].startswith("model.quantization = 4bit, chosen: the run does not fit without 4-bit")
+    for found in (large, small):
+        assert [way["quantization"] for way in found["ways"]] == ["none", "none", "4bit", "4bit"]
+        assert found["memory"] in found["ways"]
+
+
 def test_operations_by_hand(capsys):
     """With padding: 4 a weight and place, 6 a trained one, and 12 a pair of places and unit of width."""
     found = planned(capsys, "--gpu", "24")

@@ -27,7 +27,7 @@ from medqa.model.attention import SEGMENTED
 from medqa.model.base import check_model, load_base, load_tokenizer
 from medqa.model.loss import summed_loss
 from medqa.model.memory import enough_tokens, fit_to_memory, footprint
-from medqa.model.settings import Settings, resolve_settings
+from medqa.model.settings import KEPT, Settings, resolve_settings
 from medqa.tiny import BASE_DIR
 from medqa.training import batches
 from medqa.training.batches import Batches, find_micro_batch_tokens, full, most_in_an_update
@@ -449,6 +449,88 @@ def test_two_processes_agree_on_the_smaller(parts, monkeypatch):
     chosen = Progress()
     probe(parts, parts.settings, chosen, lambda said: None)
     assert (chosen.micro_batch_tokens, chosen.micro_batch_multiple) == (128, 2)
+
+
+# --- 4-bit weights only where nothing else fits: `model.quantization: auto`
+
+
+def test_auto_takes_4_bit_weights_only_where_the_run_would_not_fit_without(tiny):
+    experiment = tiny("exp_004", "model.quantization=auto")
+    model_config, settings = check_model(experiment.model, 512), resolve_settings(experiment, cpu=True)
+    assert settings.quantization == "auto"
+    tokens, longest = enough_tokens(experiment, "cpu"), experiment.tokenization.max_length
+    assert longest < tokens
+    asked = replace(settings, padding_free=True, evaluation_padding_free=True, attn_implementation=SEGMENTED)
+
+    def peak(checkpointing: bool, size: int) -> int:
+        way = replace(asked, quantization="none", gradient_checkpointing=checkpointing)
+        return footprint(experiment, model_config, way, 1024).peak(size)
+
+    def chosen(memory: int) -> tuple[str, bool, bool]:
+        found = fit_to_memory(settings, experiment, model_config, 1024, memory)
+        requested, used, why = found.changes["model.quantization"]
+        assert (requested, used) == ("auto", found.quantization)
+        assert ("does not fit" in why) == (used == "4bit"), why
+        return found.quantization, found.gradient_checkpointing, found.dequantize
+
+    large, small = peak(False, tokens), peak(True, longest)
+    assert small < peak(True, tokens) < large
+    assert chosen(large) == ("none", False, False)
+    assert chosen(large - 1) == ("none", True, False)
+    assert chosen(small) == ("none", True, False)  # slower micro-batches come before 4 bits
+    assert chosen(small - 1)[::2] == ("4bit", False)  # never dequantized: that needs the memory of unquantized weights
+    assert chosen(1) == ("4bit", True, False)
+
+
+def test_auto_in_a_recipe_with_padding_counts_the_micro_batches_of_the_recipe(tiny):
+    experiment = tiny("exp_003", "model.quantization=auto")
+    model_config, settings = check_model(experiment.model, 512), resolve_settings(experiment, cpu=True)
+    plain = replace(settings, quantization="none", gradient_checkpointing=True)
+    tokens = experiment.training.per_device_batch_size * experiment.tokenization.max_length
+    needed = footprint(experiment, model_config, plain, 1024).peak(tokens)
+    for room, used in ((needed, "none"), (needed - 1, "4bit")):
+        found = fit_to_memory(settings, experiment, model_config, 1024, room)
+        assert (found.quantization, found.gradient_checkpointing) == (used, True)  # checkpointing as it is written
+        assert f"with gradient checkpointing is {needed / 2**30:.2f} GiB" in found.changes["model.quantization"][2]
+
+
+def test_auto_where_4_bit_is_not_available(tiny, monkeypatch):
+    monkeypatch.setattr("medqa.model.settings.four_bit_unavailable", lambda device, dtype: "no 4-bit here")
+    experiment = tiny("exp_003", "model.quantization=auto")
+    found = fit_to_memory(resolve_settings(experiment, cpu=True), experiment, check_model(experiment.model, 512), 99, 1)
+    assert found.quantization == "none"
+    assert found.changes["model.quantization"] == ("auto", "none", "no 4-bit here")
+
+
+@pytest.mark.parametrize(
+    "asked, first, later, used",
+    [("auto", 2**40, 1, "none"), ("auto", 1, 2**40, "4bit"), ("4bit", 2**40, 2**40, "4bit")],
+    ids=["room at the start", "room later", "a run from before auto"],
+)
+def test_a_resumed_run_keeps_what_it_chose(asked, first, later, used, tmp_path, capsys, monkeypatch):
+    directory = tmp_path / "run"
+    padded = ("training.padding_free=false", "training.save_steps=1", "training.log_steps=1")
+
+    def run(quantization: str, memory: int, updates: int) -> int:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr("train.available_memory", lambda device, processes: memory)
+        sets = (*padded, f"model.quantization={quantization}", f"training.max_steps={updates}")
+        return main(words(directory, *sets, exp="exp_003"))
+
+    assert run(asked, first, 1) == 0
+    if asked == "auto":
+        reason = in_effect(directory)["model.quantization"]["reason"]
+        assert ("does not fit" in reason) == (used == "4bit")
+        assert f"model.quantization: auto -> {used} ({reason})" in capsys.readouterr().out
+        assert (summary(directory)["quantization"], summary(directory)["quantization_reason"]) == (used, reason)
+    assert run("auto", later, 2) == 0
+    assert in_effect(directory)["model.quantization"] == {"asked": "auto", "used": used, "reason": KEPT}
+    settings = json.loads((directory / "checkpoint-2" / "manifest.json").read_text())["environment"]["settings"]
+    assert settings["quantization"] == summary(directory)["quantization"] == used
+    assert summary(directory)["not_bitwise"] == []
+    other = "none" if used == "4bit" else "4bit"
+    assert run(other, later, 3) == 2
+    assert f"model.quantization: 'auto' there, '{other}' now" in capsys.readouterr().err
 
 
 # --- 4-bit weights, expanded

@@ -35,7 +35,7 @@ from medqa.config_file import load_experiment
 from medqa.errors import UserError
 from medqa.model.base import load_base
 from medqa.model.memory import footprint
-from medqa.model.settings import resolve_settings
+from medqa.model.settings import SavedSettings, resolve_settings
 from medqa.training.checkpoint import newest_valid
 from medqa.training.distributed import FSDP_VALUES, shards_from_launcher
 from medqa.variables import settle_variables
@@ -271,6 +271,18 @@ def test_four_bit_weights_are_refused_and_without_a_version_it_is_1(tiny, monkey
     assert "model.quantization = 4bit: 4-bit weights cannot be sharded; use --set model.quantization=none" in str(
         refused.value
     )
+
+
+def test_auto_is_unquantized_where_weights_are_sharded(tiny, monkeypatch):
+    for variable, value in {**FSDP, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(variable, value)
+    experiment = tiny("exp_003", "model.quantization=auto")
+    assert shards_from_launcher(experiment) == 2
+    settings = resolve_settings(experiment, cpu=True, shards=2)
+    assert settings.changes["model.quantization"] == ("auto", "none", "4-bit weights cannot be sharded")
+    saved = SavedSettings(mixed_precision="no", dtype="float32", quantization="4bit", attn_implementation="sdpa")
+    with pytest.raises(UserError, match="the run started with 4-bit weights, which cannot be sharded: launch it with"):
+        resolve_settings(experiment, cpu=True, shards=2, saved=saved)
 
 
 def test_a_refusal_ends_every_process_with_2_and_leaves_nothing(tmp_path):

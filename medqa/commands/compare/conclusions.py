@@ -190,6 +190,8 @@ def proposals(runs: Sequence[Run], found: Sequence[Pair]) -> list[Proposal]:
 def one_changes(pair: Pair) -> Iterator[tuple[dict[str, Any], Experiment]]:
     """The changes from the first run toward the second, one setting each; two if one alone is refused."""
     asked, toward = flat(pair.first.experiment), flat(pair.second.experiment)
+    if toward["model.quantization"] == "auto":  # what it chose; another run may choose otherwise
+        toward["model.quantization"] = pair.second.settings["model.quantization"]
     keys = [key for key in pair.keys if key in asked and asked[key] != toward[key]]
     for key in keys:
         for together in ((key,), *((key, other) for other in keys if other != key)):

@@ -2,14 +2,15 @@
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medqa.commands.adapter import Source
-from medqa.commands.evaluation_table import count, figures, in_words, number
+from medqa.commands.evaluation_table import TOO_FEW, Figure, count, figures, in_words, number
 from medqa.commands.export.fidelity import KL_LIMITS, Fidelity
+from medqa.commands.export.merge import MergedInto
 from medqa.data.tokens import Prompt
 from medqa.errors import UserError
 from medqa.files import Damaged, read_json
@@ -19,7 +20,8 @@ from medqa.training.before_after import licence as licence_of
 # Parts of an evaluation that the card omits: parts of the rows, differences, and other baselines.
 LEFT_OUT = {
     "sources", "unseen_topics", "few_shared_13_grams", "specialties", "difference", "own_template", "copied",
-    "validation", "rouge1", "rouge2", "authors_rouge1", "authors_rouge2", "loss", "perplexity", "numbers",
+    "quantization", "validation", "rouge1", "rouge2", "authors_rouge1", "authors_rouge2", "loss", "perplexity",
+    "numbers",
 }  # fmt: skip
 
 
@@ -32,7 +34,7 @@ class Measured:
     bytes: int
     tokens_per_s: float
     engine: str
-    quantization: str
+    merged_into: MergedInto
     prompt: Prompt
 
 
@@ -55,7 +57,6 @@ def card(source: Source, name: str, form: str, outtype: str, measured: Measured)
         "tags": ["medical", "question-answering", form],
     }
     data = "Not recorded." if source.run is None else data_lines(experiment.data)
-    weights = "the weights of its base" + (", dequantized from 4 bits" if measured.quantization == "4bit" else "")
     known = None if source.run is not None else public_name(source.name)
     adapter = "the LoRA adapter" + (f" {code(known)}" if known else "")
     of_step = "" if count(source.step) is None else f", update {count(source.step)}"
@@ -64,7 +65,7 @@ def card(source: Source, name: str, form: str, outtype: str, measured: Measured)
 # {plain(name)}
 
 {words[0].upper()}{words[1:]}, fine-tuned on medical questions and answers with medqa: {adapter}{of_step}, merged into
-the weights it was trained on ({weights}), stored as {outtype}. Needs no PEFT.
+{measured.merged_into}, stored as {outtype}. Needs no PEFT.
 
 **Not medical advice.** The answers can be wrong, outdated or dangerous. For research on question answering; not for
 diagnosis, treatment or any decision about a person's health.
@@ -74,7 +75,7 @@ Licence: {sentence}.
 ## How close it is to the adapter
 
 On {measured.fidelity.answers} of {measured.prompts}: {measured.fidelity}.
-Exports with a mean above {KL_LIMITS[outtype]:g} nats are refused.
+{_compared_with(measured.merged_into)}Exports with a mean above {KL_LIMITS[outtype]:g} nats are refused.
 
 ## Size and speed
 
@@ -86,7 +87,7 @@ time, with {measured.engine} of the machine that made this export.
 {_figures(source)}
 
 They are the adapter's, on held-out rows, and measure similarity to the reference answers, not whether one is right.
-The intervals, where given, are over the sample of rows, not over training runs.
+The intervals, where given, are over the sample of rows, not over training runs.{_on_which_weights(source, measured)}
 
 ## Prompt
 
@@ -107,6 +108,51 @@ English; short questions; a small model that answers fluently and wrongly. It wa
 other prompts than the one above. A special token that is spelled out in a question (`</s>`) was text in training, but
 servers make a token of it. Use greedy decoding (temperature 0), as in the evaluation.
 """
+
+
+def which_measures_better(source: Source) -> str | None:
+    """The adapter's answer losses on 4-bit and on unquantized weights, compared in words; None if not measured.
+
+    An evaluation with a limit counts too, because both losses are of the same rows, and their number is said.
+    """
+    found = _evaluated(source, limited=True)
+    four_bit, unquantized, difference = (
+        found.get(("loss", "test", *path), Figure(None))
+        for path in (
+            ("tuned", "answer_loss"),
+            ("tuned_unquantized", "answer_loss"),
+            ("quantization", "tuned - tuned_unquantized", "answer_loss"),
+        )
+    )
+    if four_bit.value is None or unquantized.value is None or difference.value is None:
+        return None
+    if difference.p_value is None or difference.too_few:
+        verdict = TOO_FEW
+    elif difference.p_value >= 0.05:
+        verdict = "no significant difference"
+    else:
+        verdict = f"{'unquantized' if difference.value > 0 else '4-bit'} weights measure better"
+    rows = "" if difference.rows is None else f", {difference.rows:,} rows"
+    return (
+        f"answer loss on test{rows}: {four_bit.value:.4f} with 4-bit weights, {unquantized.value:.4f} with unquantized "
+        f"weights: {verdict}"
+    )
+
+
+def _compared_with(merged_into: MergedInto) -> str:
+    """Which model the export was compared with, if that is not the one of training."""
+    return "The adapter was on the unquantized weights for this comparison.\n" if merged_into.own else ""
+
+
+def _on_which_weights(source: Source, measured: Measured) -> str:
+    """What the metrics of a run with 4-bit weights say about this export."""
+    if not measured.merged_into.quantized:
+        return ""
+    not_these = ", which this export does not have" if measured.merged_into.own else ", as this export has them"
+    better = which_measures_better(source) or "which weights are better has not been measured"
+    return f"""
+
+Metrics without the word "unquantized" are of 4-bit weights{not_these}. {better[0].upper()}{better[1:]}."""
 
 
 def _prompt_words(own: Prompt) -> str:
@@ -137,9 +183,7 @@ def _figures(source: Source) -> str:
     """A table of the run's metrics, with intervals if `medqa evaluate` measured them."""
     if source.run is None or not source.final:
         return "Not measured for this adapter."
-    evaluation = _read(source.run / "evaluation.json")
-    whole = evaluation.get("step") == source.step and evaluation.get("limit") is None  # of this adapter, on all rows
-    lines = list(_with_interval(evaluation)) if whole else []
+    lines = list(_with_interval(_evaluated(source)))
     if lines:
         return "\n".join(["| | value | 95 % interval | rows |", "|---|---|---|---|", *lines])
     summary = _read(source.run / "summary.json")
@@ -155,12 +199,25 @@ def _figures(source: Source) -> str:
     return "\n".join(["| | value (without an interval) |", "|---|---|", *lines]) if lines else "Not recorded."
 
 
-def _with_interval(evaluation: dict[str, Any]) -> Iterator[str]:
-    """A line of the table for each metric with an interval; not for metrics of parts of the rows."""
+def _evaluated(source: Source, limited: bool = False) -> dict[tuple[str, ...], Figure]:
+    """The metrics of this adapter by path; empty if `medqa evaluate` has not measured them.
+
+    Args:
+        limited: also those of a limited number of rows.
+    """
+    if source.run is None or not source.final:
+        return {}
+    evaluation = _read(source.run / "evaluation.json")
+    if evaluation.get("step") != source.step or not (limited or evaluation.get("limit") is None):
+        return {}
     try:
-        found = figures(evaluation.get("tasks"))
+        return figures(evaluation.get("tasks"))
     except ValueError:  # more metrics than any evaluation has
-        return
+        return {}
+
+
+def _with_interval(found: Mapping[tuple[str, ...], Figure]) -> Iterator[str]:
+    """A line of the table for each metric with an interval; not for metrics of parts of the rows."""
     for path, figure in found.items():
         if LEFT_OUT & set(path[1:]) or None in (figure.value, figure.low, figure.high):  # the task "loss" stays
             continue

@@ -17,7 +17,16 @@ import torch
 
 from medqa.commands.adapter import Source, find_adapter, unchecked_base
 from medqa.commands.export import fidelity
-from medqa.commands.export.card import GGUF_NAME, MODELFILE, Measured, card, licence, modelfile, ollama_commands
+from medqa.commands.export.card import (
+    GGUF_NAME,
+    MODELFILE,
+    Measured,
+    card,
+    licence,
+    modelfile,
+    ollama_commands,
+    which_measures_better,
+)
 from medqa.commands.export.fidelity import has_llama_cpp, held_out_prompts, run_llama_cpp
 from medqa.commands.export.gguf import check_expressible, context_length, load_gguf, write_gguf
 from medqa.commands.export.gguf_vocabulary import bos_text, fit_to_prompts, vocabulary
@@ -41,7 +50,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """The options of the command; `outtype` None: float32 if the base's file is float32, else float16."""
+    """The options of the command; `outtype` None: float32 if the base's file is float32, else float16.
+
+    `weights` is `trained` or `base`, as in `merge.prepare`.
+    """
 
     run: str
     to: Path
@@ -51,6 +63,7 @@ class Wanted:
     base: str | None = None
     cpu: bool = False
     push: str | None = None
+    weights: str = "trained"
 
 
 def export(wanted: Wanted, say: Say) -> None:
@@ -64,7 +77,7 @@ def export(wanted: Wanted, say: Say) -> None:
     if wanted.push is not None:
         _check_push(wanted.push)
     source = find_adapter(wanted.run, wanted.checkpoint, wanted.base)
-    exact = prepare(source, torch.device("cuda" if not wanted.cpu and usable_gpu() else "cpu"))
+    exact = prepare(source, torch.device("cuda" if not wanted.cpu and usable_gpu() else "cpu"), wanted.weights)
     outtype = wanted.outtype or _default_outtype(wanted.form, exact.config)
     if wanted.form == "gguf":
         check_expressible(exact.config, source.experiment.model.base)
@@ -138,7 +151,11 @@ def _build(directory: Path, exact: Exact, wanted: Wanted, outtype: str, say: Say
         if not has_llama_cpp():
             say("llama.cpp: not tested, because xllamacpp is not installed (requirements-llama.txt)")
     adapted = exact.load()
-    quantization = adapted.settings.quantization
+    merged_into = exact.merged_into
+    if merged_into.quantized:
+        say(f"merged into {merged_into}")
+        if (better := which_measures_better(source)) is not None:
+            say(better)
     say(f"measuring on {len(held_out.ids)} of {held_out.where_from}")
     reference = fidelity.observe(adapted.model, tokenizer, held_out.ids)
     merged = merge(adapted.model)
@@ -165,7 +182,7 @@ def _build(directory: Path, exact: Exact, wanted: Wanted, outtype: str, say: Say
         in_llama_cpp.check(outtype)
         engine, speed = "llama.cpp on the CPU", ran.tokens_per_s
     size = sum(file.stat().st_size for file in files)
-    return Measured(found, held_out.where_from, size, speed, engine, quantization, prompt_of(tokenizer))
+    return Measured(found, held_out.where_from, size, speed, engine, merged_into, prompt_of(tokenizer))
 
 
 def _about(source: Source, wanted: Wanted) -> dict[str, str]:

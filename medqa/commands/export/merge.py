@@ -27,10 +27,29 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
+class MergedInto:
+    """Which weights an adapter is merged into.
+
+    Attributes:
+        quantized: training computed with 4-bit weights.
+        own: it is merged into the unquantized weights of the base instead of those of training.
+    """
+
+    quantized: bool
+    own: bool = False
+
+    def __str__(self) -> str:
+        if self.own:
+            return "the unquantized weights of its base, and not the 4-bit weights that it was trained on"
+        dequantized = ", dequantized from 4 bits" if self.quantized else ""
+        return f"the weights it was trained on (the weights of its base{dequantized})"
+
+
+@dataclass(frozen=True)
 class Exact:
     """An adapter and the base that it was trained on, checked to fit each other; no weight is loaded yet.
 
-    `weights` is the number of weights of the base.
+    `weights` is the number of weights of the base, and `merged_into` says which of them the adapter is merged into.
     """
 
     source: Source
@@ -39,9 +58,10 @@ class Exact:
     settings: Settings
     device: torch.device
     weights: int
+    merged_into: MergedInto
 
     def load(self) -> Adapted:
-        """Load the adapter on the weights it was trained on, in float32, with the base's own vocabulary.
+        """Load the adapter on the weights that it is merged into, in float32, with the base's own vocabulary.
 
         4-bit weights are dequantized once. `[PAD]` is left out: it is never predicted, and the adapter has no weights
         for it.
@@ -60,12 +80,17 @@ class Exact:
         return Adapted(source, adapted.eval(), self.tokenizer, self.settings, fingerprint)
 
 
-def prepare(source: Source, device: torch.device) -> Exact:
+def prepare(source: Source, device: torch.device, weights: str = "trained") -> Exact:
     """Check whether an adapter can be merged into its base, before anything large is loaded.
+
+    Args:
+        weights: `trained`: merge into the weights that training computed with, which are dequantized if they have 4
+            bits; `base`: into the unquantized weights of the base, in the type of its file.
 
     Raises:
         UserError: the base, or the quantization of training, is not available; the tokenizer has more tokens than the
-            base has embeddings; or the adapter is on a head that is tied to the embeddings.
+            base has embeddings; the adapter is on a head that is tied to the embeddings; or `weights` is `base` and
+            training computed with them already.
     """
     tokenization = source.experiment.tokenization.model_copy(update={"pad_token": "eos"})
     experiment = source.experiment.model_copy(update={"tokenization": tokenization})
@@ -73,11 +98,18 @@ def prepare(source: Source, device: torch.device) -> Exact:
     attention, _ = attention_in_effect("sdpa", config)
     settings = resolve_settings(experiment, cpu=device.type == "cpu", saved=source.settings)
     trained_as = source.settings.quantization if source.settings else experiment.model.quantization
-    if settings.quantization != trained_as:
+    merged_into = MergedInto(quantized=trained_as == "4bit", own=weights == "base")
+    if merged_into.own:
+        if not merged_into.quantized:
+            why = "an adapter without its run is" if source.run is None else "its weights were not quantized, so it is"
+            raise UserError(f"--weights base: {source.name}: {why} merged into them anyway; leave --weights out")
+        settings = replace(settings, quantization="none", dtype=torch.float32)  # float32 has every value of any file
+    elif settings.quantization != trained_as:
         _, _, reason = settings.changes["model.quantization"]
         raise UserError(
             f"{source.name}: trained on a base with quantization {trained_as}, which is not available here "
-            f"({reason}): merged into other weights it would be another model; export it on a machine that has it"
+            f"({reason}): merged into other weights it would be another model; export it on a machine that has it, or "
+            "merge it into the unquantized weights with --weights base"
         )
     tokenizer = load_tokenizer(experiment.model.base, tokenization, source.bos)
     blank = without_contents(config)
@@ -101,6 +133,7 @@ def prepare(source: Source, device: torch.device) -> Exact:
         replace(settings, attn_implementation=attention, dequantize=True),
         device,
         sum(parameter.numel() for parameter in blank.parameters()),
+        merged_into,
     )
 
 
