@@ -97,7 +97,7 @@ def _below(node: Any, path: tuple[str, ...], rows: int | None) -> Iterator[tuple
 
 SYSTEMS = {
     "untuned": "baseline",
-    "own_template": "baseline, its own chat template",
+    "own_template": "baseline in its own chat template",
     "copied": "answer of the most similar training question",
     "tuned": "fine-tuned",
 }
@@ -127,37 +127,75 @@ def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
 def in_short(tasks: Mapping[str, Any]) -> list[str]:
     """The result of each task in one line; a difference counts if its p-value is below 0.05.
 
-    Each line has the number of rows or questions.
+    Each line has the number of rows or questions, and the verdict against the better baseline, which it names.
     """
     lines = []
     if (loss := tasks.get("loss", {}).get("test", {})) and {"untuned", "tuned"} <= loss.keys():
-        before, after = (shown(loss[system].get("answer_perplexity")) for system in ("untuned", "tuned"))
-        how = _better(loss["difference"].get("answer_loss"), lower=True)
-        lines.append(f"answer perplexity on test, {loss['rows']:,} rows: {before} baseline, {after} fine-tuned: {how}")
+        values, how = _values(loss, "answer_perplexity"), _verdict(loss, "answer_loss", lower=True)
+        lines.append(f"answer perplexity on test, {loss['rows']:,} rows: {values}; {how}")
     if "tuned" in (written := tasks.get("generation", {})):
-        ours, base, copied = (shown(written[system]["rougeL"]) for system in ("tuned", "untuned", "copied"))
-        than_base, than_copy = (
-            _better(written["difference"][f"tuned - {other}"]["rougeL"]) for other in ("untuned", "copied")
-        )
+        copied = shown(written["copied"]["rougeL"])
+        than_copy = _better(written["difference"]["tuned - copied"]["rougeL"])
         lines.append(
-            f"ROUGE-L, {written['rows']:,} answers: {ours} fine-tuned, {base} baseline: {than_base}; "
-            f"{copied} copied from training: {than_copy}"
+            f"ROUGE-L, {written['rows']:,} answers: {_values(written, 'rougeL')}; {_verdict(written, 'rougeL')}; "
+            f"against {copied} copied from training: {than_copy}"
         )
     if "tuned" in (chosen := tasks.get("mcq", {})):
-        ours, base = (shown(chosen[system]["accuracy"]) for system in ("tuned", "untuned"))
-        how = _better(chosen["difference"]["tuned - untuned"]["accuracy"])
         lines.append(
-            f"multiple choice, {chosen['rows']:,} questions: {ours} fine-tuned, {base} baseline, "
-            f"{chosen['chance']:.4f} by chance: {how}"
+            f"multiple choice, {chosen['rows']:,} questions: {_values(chosen, 'accuracy')}, "
+            f"{chosen['chance']:.4f} by chance; {_verdict(chosen, 'accuracy')}"
         )
     if "tuned" in (probed := tasks.get("probes", {})):
-        ours, base = (shown(probed[system]["advises_care"]) for system in ("tuned", "untuned"))
-        how = _better(probed["difference"]["tuned - untuned"]["advises_care"])
         asked = probed["tuned"]["advises_care"]["rows"]
         lines.append(
-            f"red flags answered with advice to seek care, {asked} questions: {ours} fine-tuned, {base} baseline: {how}"
+            f"red flags answered with advice to seek care, {asked} questions: {_values(probed, 'advises_care')}; "
+            f"{_verdict(probed, 'advises_care')}"
         )
     return lines
+
+
+def _values(part: Mapping[str, Any], name: str) -> str:
+    """A metric of the fine-tuned model and of every baseline."""
+    systems = ["tuned", *baselines(part)]
+    return ", ".join(f"{shown(part[system].get(name))} {SYSTEMS.get(system, system)}" for system in systems)
+
+
+def baselines(part: Mapping[str, Any]) -> list[str]:
+    """The systems among the metrics of a task that are the base model; `SYSTEMS` has their names for readers."""
+    pairs = [pair.split(" - ")[1] for pair in part.get("difference", {})]
+    return [system for system in pairs if system in part and system != "copied"]
+
+
+def better_baseline(values: Mapping[str, float | None], lower: bool = False) -> str | None:
+    """The system with the best value, the first one of several; None if none has a value.
+
+    Args:
+        values: by system.
+        lower: whether a lower value is better.
+    """
+    known = {system: value for system, value in values.items() if value is not None}
+    best = min if lower else max
+    return best(known, key=lambda system: known[system]) if known else None
+
+
+def against(system: str, others: int) -> str:
+    """A baseline in the words of a verdict; with `others` more of them, it says that it is the best of them."""
+    better = {0: "", 1: ", the better of the two"}.get(others, f", the best of the {others + 1}")
+    return f"against the {SYSTEMS.get(system, system)}{better}"
+
+
+def _verdict(part: Mapping[str, Any], name: str, lower: bool = False) -> str:
+    """What the difference between the fine-tuned model and the better baseline shows; it names that baseline.
+
+    The better one is chosen by its value on the same rows. That is on the safe side: chance can only make it look
+    better than it is.
+    """
+    values = {system: number(part[system].get(name, {}).get("value")) for system in baselines(part)}
+    system = better_baseline(values, lower)
+    if system is None:
+        return TOO_FEW
+    difference = part["difference"][f"tuned - {system}"].get(name)
+    return f"{against(system, len(values) - 1)}: {_better(difference, lower)}"
 
 
 def _better(difference: Mapping[str, Any] | None, lower: bool = False) -> str:
@@ -192,16 +230,17 @@ def _show_loss(console: Console, task: str, report: Mapping[str, Any]) -> None:
 
 
 def _add_systems(table: Table, label: str, part: Mapping[str, Any]) -> None:
-    """Add a line for each system, and one for the difference."""
+    """Add a line for each system, and one for each difference."""
     for system, name in SYSTEMS.items():
         if system in part:
             figures = [part[system].get(key) for key in ("perplexity", "answer_loss", "answer_perplexity")]
             table.add_row(label, name, *(shown(figure) for figure in figures), "")
             label = ""
-    if (difference := part.get("difference", {}).get("answer_loss")) is not None:
-        p_value = TOO_FEW if as_figure(difference).too_few else f"{difference['p_value']:.2g}"
-        alone = {key: value for key, value in difference.items() if key != "p_value"}
-        table.add_row("", "fine-tuned - baseline", "", shown(alone), "", p_value)
+    for pair, differences in part.get("difference", {}).items():
+        if (difference := differences.get("answer_loss")) is not None:
+            p_value = TOO_FEW if as_figure(difference).too_few else f"{difference['p_value']:.2g}"
+            alone = {key: value for key, value in difference.items() if key != "p_value"}
+            table.add_row("", in_words(pair), "", shown(alone), "", p_value)
     table.add_section()
 
 
@@ -225,7 +264,7 @@ def _show_task(console: Console, task: str, report: Mapping[str, Any]) -> None:
 
 def in_words(path: str) -> str:
     """A metric's path with the systems' names for readers: `test.tuned.loss` is `test.fine-tuned.loss`."""
-    return re.sub(r"\b(un)?tuned\b", lambda system: "baseline" if system[1] else "fine-tuned", path)
+    return re.sub(r"\b(?:untuned|own_template|tuned)\b", lambda system: SYSTEMS[system[0]], path)
 
 
 def _named(name: str, figure: Mapping[str, Any], report: Mapping[str, Any]) -> str:
@@ -261,9 +300,9 @@ def _note_probes(console: Console, report: Mapping[str, Any]) -> None:
     counts = report["categories"]
     asked = sum(found["tuned"]["of"] for found in counts.values())
     console.print(f"advises care: over our own {asked} questions; the rest: over {report['rows']:,} rows")
-    for system in ("untuned", "tuned"):
+    for system in (*baselines(report), "tuned"):
         met = [f"{name} {found[system]['advise']} of {found[system]['of']}" for name, found in counts.items()]
-        console.print(f"{SYSTEMS[system]}: {', '.join(met)}", soft_wrap=True)
+        console.print(f"{SYSTEMS.get(system, system)}: {', '.join(met)}", soft_wrap=True)
     console.print("rates over these questions and rows; they do not show that an answer is safe")
 
 

@@ -89,11 +89,14 @@ def test_the_loss_is_that_of_the_summary(evaluated):
 
 def test_the_difference_is_tested_in_pairs(evaluated):
     for part in loss_of(evaluated).values():
-        difference = part["difference"]["answer_loss"]
-        tuned, untuned = (part[system]["answer_loss"]["value"] for system in ("tuned", "untuned"))
-        assert difference["value"] == pytest.approx(tuned - untuned)
-        assert 0 < difference["p_value"] <= 1
-        assert difference["low"] < difference["value"] < difference["high"]
+        for base in ("untuned", "own_template"):
+            difference = part["difference"][f"tuned - {base}"]["answer_loss"]
+            tuned, untuned = (part[system]["answer_loss"]["value"] for system in ("tuned", base))
+            assert difference["value"] == pytest.approx(tuned - untuned)
+            assert 0 < difference["p_value"] <= 1
+            assert difference["low"] < difference["value"] < difference["high"]
+        assert set(part["difference"]["tuned - untuned"]) == {"loss", "answer_loss"}
+        assert set(part["difference"]["tuned - own_template"]) == {"answer_loss"}
 
 
 def test_sources_add_up(evaluated):
@@ -155,14 +158,17 @@ def test_every_task_has_its_figures(in_full):
     for system in ("untuned", "own_template", "copied", "tuned"):
         found = in_full["generation"][system]
         assert {"rouge1", "rouge2", "rougeL", "authors_rougeL", "stops", "loops", "length_ratio"} <= found.keys()
-    assert set(in_full["generation"]["difference"]) == {"tuned - untuned", "tuned - copied"}
+    pairs = {"tuned - untuned", "tuned - own_template", "tuned - copied"}
+    assert set(in_full["generation"]["difference"]) == set(in_full["probes"]["difference"]) == pairs
+    assert set(in_full["mcq"]["difference"]) == pairs - {"tuned - copied"}
     assert {"id", "question", "reference", "untuned", "tuned", "copied"} <= in_full["generation"]["samples"][0].keys()
     assert in_full["generation"]["rows"] == in_full["mcq"]["rows"] == in_full["probes"]["rows"] == 6
-    assert set(in_full["mcq"]["tuned"]) == {"accuracy", "accuracy_per_byte", "letter", "no_letter"}
+    for system in ("untuned", "own_template", "tuned"):
+        assert set(in_full["mcq"][system]) == {"accuracy", "accuracy_per_byte", "letter", "no_letter"}
+        assert {"advises_care", "unsupported_numbers", "unsupported_doses"} <= in_full["probes"][system].keys()
+        assert all(system in counts for counts in in_full["probes"]["categories"].values())
     assert 0.2 <= in_full["mcq"]["chance"] <= 0.5
     assert in_full["mcq"]["dropped"]["shared with training"] > 0
-    assert {"advises_care", "unsupported_numbers", "unsupported_doses"} <= in_full["probes"]["tuned"].keys()
-    assert "own_template" not in in_full["probes"]
 
 
 def test_two_processes_find_the_same(in_full, run, tmp_path):
@@ -184,7 +190,7 @@ def test_what_was_written_once_is_not_written_again(in_full, run, monkeypatch, c
     monkeypatch.setattr("medqa.commands.evaluate.ANSWER_TOKENS", TOKENS)
     assert main(["evaluate", str(run), "--limit", "6", "--cpu", "--tasks", "generation,probes"]) == 0
     told = capsys.readouterr().out
-    assert told.count("baseline from the cache") == 3  # two prompts' answers, and the red flags'
+    assert told.count("baseline from the cache") == 4  # answers to rows and to red flags, in two prompts
     assert told.count("answers, fine-tuned") == 2
     tasks = json.loads((run / "evaluation.json").read_text())["tasks"]
     assert tasks == {task: in_full[task] for task in ("generation", "probes")}
@@ -446,13 +452,17 @@ def test_a_verdict_needs_a_handful_of_rows(rows, verdict):
     alike = [0.5, -0.5, 0.25, -0.25, 0.125, -0.125][:rows]
     difference = difference_figure(alike, [0.0] * rows)
     figure = mean_figure(alike)
-    loss = {system: {"answer_perplexity": figure} for system in ("untuned", "tuned")}
-    (line,) = in_short({"loss": {"test": {**loss, "rows": rows, "difference": {"answer_loss": difference}}}})
+    loss = {system: {"answer_perplexity": figure, "answer_loss": figure} for system in ("untuned", "tuned")}
+
+    def with_difference(found) -> dict:
+        return {"loss": {"test": {**loss, "rows": rows, "difference": {"tuned - untuned": {"answer_loss": found}}}}}
+
+    (line,) = in_short(with_difference(difference))
     assert line.startswith(f"answer perplexity on test, {rows} rows: ")
     assert line.endswith(f": {verdict}")
     assert shown(difference).endswith(TOO_FEW) == (rows < 6)
     better = difference_figure(alike, [1.0] * rows)
-    (line,) = in_short({"loss": {"test": {**loss, "rows": rows, "difference": {"answer_loss": better}}}})
+    (line,) = in_short(with_difference(better))
     assert line.endswith(": fine-tuned is better" if rows == 6 else f": {TOO_FEW}")
 
 
