@@ -141,8 +141,8 @@ def test_neither_rows_at_once_nor_padding_matter(evaluated, run, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def in_full(tiny_run, tmp_path_factory) -> dict:
-    """All tasks, on a few rows."""
+def evaluated_in_full(tiny_run, tmp_path_factory) -> Path:
+    """The run with all tasks evaluated, on a few rows."""
     directory = tmp_path_factory.mktemp("full") / "run"
     shutil.copytree(tiny_run, directory)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -150,7 +150,97 @@ def in_full(tiny_run, tmp_path_factory) -> dict:
         patched.setenv("WANDB_MODE", "disabled")
         patched.setattr("medqa.commands.evaluate.ANSWER_TOKENS", TOKENS)
         assert main(["evaluate", str(directory), "--limit", "6", "--cpu"]) == 0
-    return json.loads((directory / "evaluation.json").read_text())["tasks"]
+    return directory
+
+
+@pytest.fixture(scope="module")
+def in_full(evaluated_in_full) -> dict:
+    """What it found, by task."""
+    return json.loads((evaluated_in_full / "evaluation.json").read_text())["tasks"]
+
+
+def lines_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
+
+
+def test_every_row_has_one_line_with_all_of_it(evaluated_in_full, in_full):
+    lines = lines_of(evaluated_in_full)
+    assert [line["split"] for line in lines] == ["validation"] * 6 + ["test"] * 6
+    assert len({line["id"] for line in lines}) == 12
+    for line in lines:
+        assert line["source"] == line["id"].partition(":")[0]
+        assert {"question", "reference"} <= line.keys()
+        assert ("tuned_answer" in line) == (line["split"] == "test")
+    of_test = lines[6:]
+    systems = ("untuned", "own_template", "copied", "tuned")
+    for system in systems:
+        found = in_full["generation"][system]
+        for name in ("rouge1", "rouge2", "rougeL", "stops", "loops"):
+            mean = sum(line[f"{system}_{name}"] for line in of_test) / 6
+            assert mean == pytest.approx(found[name]["value"], abs=1e-12), (system, name)
+        authors = [line[f"{system}_authors_rougeL"] for line in of_test if f"{system}_authors_rougeL" in line]
+        assert len(authors) == found["authors_rougeL"]["rows"] < 6
+        assert sum(authors) / len(authors) == pytest.approx(found["authors_rougeL"]["value"])
+        words, of_references = (sum(line[key] for line in of_test) for key in (f"{system}_words", "reference_words"))
+        assert words / of_references == pytest.approx(found["length_ratio"]["value"])
+    for split in ("validation", "test"):
+        for system in ("untuned", "own_template", "tuned"):
+            chosen = [line for line in lines if line["split"] == split]
+            tokens = [line[f"{system}_answer_tokens"] for line in chosen]
+            total = sum(line[f"{system}_answer_loss"] * n for line, n in zip(chosen, tokens, strict=True))
+            expected = in_full["loss"][split][system]["answer_loss"]["value"]
+            assert total / sum(tokens) == pytest.approx(expected), (split, system)
+            assert all(line[f"{system}_tokens"] >= n for line, n in zip(chosen, tokens, strict=True))
+    first = next(line for line in of_test if line["id"] == in_full["generation"]["samples"][0]["id"])
+    sample = in_full["generation"]["samples"][0]
+    assert {key: first[key] for key in ("question", "reference")} == {k: sample[k] for k in ("question", "reference")}
+    assert {system: first[f"{system}_answer"] for system in systems} == {system: sample[system] for system in systems}
+
+
+def test_pandas_reads_the_lines(evaluated_in_full):
+    import pandas
+
+    table = pandas.read_json(evaluated_in_full / "evaluation.jsonl", lines=True)
+    assert len(table) == 12
+    change = table.tuned_answer_loss - table.untuned_answer_loss
+    assert change.notna().all()
+    assert table[table.split == "test"].tuned_rougeL.notna().all()
+
+
+def test_the_lines_are_kept_and_replaced_as_the_figures_are(evaluated_in_full, run, capsys, monkeypatch):
+    monkeypatch.setattr("medqa.commands.evaluate.ANSWER_TOKENS", TOKENS)
+    for name in ("evaluation.json", "evaluation.jsonl"):
+        shutil.copy(evaluated_in_full / name, run)
+    before = (run / "evaluation.jsonl").read_bytes()
+    words = ["evaluate", str(run), "--cpu", "--tasks"]
+    assert main([*words, "loss", "--limit", "6"]) == 0
+    assert (run / "evaluation.jsonl").read_bytes() == before, "the answers are those of the same adapter"
+    assert main([*words, "loss", "--limit", "3"]) == 0
+    assert len(lines_of(run)) == 6
+    assert not any("tuned_answer" in line for line in lines_of(run)), "they were of another limit"
+    (run / "evaluation.jsonl").write_bytes(before)
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--show", "worst"]) == 2
+    assert "evaluation.jsonl: it was not written with evaluation.json, or was changed" in capsys.readouterr().err
+    assert main([*words, "mcq", "--limit", "2"]) == 0
+    assert not (run / "evaluation.jsonl").exists(), "no row was evaluated"
+    assert "evaluation.jsonl: it was not written with" in capsys.readouterr().out
+
+
+def test_rows_are_shown_without_a_model(evaluated_in_full, capsys):
+    sample = json.loads((evaluated_in_full / "evaluation.json").read_text())["tasks"]["generation"]["samples"][0]
+    (evaluated_in_full / "lora_adapters" / "adapter_config.json").rename(evaluated_in_full / "elsewhere")
+    try:
+        assert main(["evaluate", str(evaluated_in_full), "--show", "worst", "6"]) == 0
+    finally:
+        (evaluated_in_full / "elsewhere").rename(evaluated_in_full / "lora_adapters" / "adapter_config.json")
+    told = capsys.readouterr().out
+    assert told.startswith(
+        "6 rows of test (--limit 6), the adapter of update 6; change in ROUGE-L against the baseline"
+    )
+    assert ", the better of the two; 6 of them, the worst change first\n" in told
+    for text in (sample["question"], sample["untuned"], sample["own_template"], sample["tuned"]):
+        assert text.splitlines()[0] in told
 
 
 def test_every_task_has_its_figures(in_full):
@@ -243,6 +333,7 @@ def test_a_few_rows_never_take_the_place_of_all(evaluated, run, capsys):
     told = capsys.readouterr().out
     assert "--limit 3: metrics of so many rows of each split" in told
     assert "answer perplexity on test, 3 rows: " in told
+    assert "; against the baseline" in told
     assert TOO_FEW in told
     assert "no difference" not in told
     assert f"not written: {run / 'evaluation.json'} has results on all rows" in told
@@ -444,6 +535,48 @@ def test_a_base_without_a_template_has_none(tmp_path):
         else:
             path.unlink(missing_ok=True)
     assert own_template_prompts(str(tmp_path / "base"), []) is None
+
+
+def two_baselines(name: str, own: float, untuned: float, rows: int = 40) -> dict:
+    """Metrics of a task in which the fine-tuned model has 0.5 on each row, and the baselines about what is given."""
+    noise = np.linspace(-0.2, 0.2, rows)
+    columns = {"untuned": untuned + noise, "own_template": own - noise, "tuned": np.full(rows, 0.5)}
+    return {
+        "rows": rows,
+        **{system: {name: mean_figure(values)} for system, values in columns.items()},
+        "difference": {
+            f"tuned - {system}": {name: difference_figure(columns["tuned"], columns[system])}
+            for system in ("untuned", "own_template")
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    "own, untuned, verdict",
+    [
+        (0.49, 0.1, "baseline in its own chat template, the better of the two: no significant difference"),
+        (0.1, 0.3, "baseline, the better of the two: fine-tuned is better"),
+        (0.9, 0.3, "baseline in its own chat template, the better of the two: fine-tuned is worse"),
+    ],
+)
+def test_the_verdict_is_against_the_better_baseline(own, untuned, verdict):
+    """The first case is the reason: against the worse prompt alone, fine-tuning would seem to help."""
+    found = two_baselines("accuracy", own, untuned) | {"chance": 0.25}
+    (line,) = in_short({"mcq": found})
+    assert line.endswith(f"; against the {verdict}")
+    assert "baseline in its own chat template, 0.2500 by chance" in line
+    probes = two_baselines("advises_care", own, untuned)
+    (line,) = in_short({"probes": probes})
+    assert line.endswith(f"; against the {verdict}")
+    loss = two_baselines("answer_loss", 1 - own, 1 - untuned)  # lower is better
+    (line,) = in_short({"loss": {"test": loss}})
+    assert line.endswith(f"; against the {verdict}")
+    written = two_baselines("rougeL", own, untuned)
+    written["copied"] = {"rougeL": mean_figure([0.1, 0.2])}
+    written["difference"]["tuned - copied"] = {"rougeL": difference_figure([1.0] * 9, [0.5] * 9)}
+    (line,) = in_short({"generation": written})
+    assert f"; against the {verdict}; against 0.1500" in line
+    assert line.endswith(" copied from training: fine-tuned is better")
 
 
 @pytest.mark.parametrize("rows, verdict", [(5, TOO_FEW), (6, "no significant difference")])

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ TRAIN = Path(__file__).resolve().parents[3] / "train.py"
 SEED = "training.seed"
 BASE = "model.base"
 LOCATIONS = ("data.medquad", "data.afrimedqa", "data.files")
+MOST_PAIRED = 4  # with more runs (a sweep) they are ranked, and not compared in pairs: 12 runs have 66 pairs
 CONTENTS = "the data's contents"  # a difference although the configurations are the same
 BASE_CONTENTS = "the base model's contents"  # likewise
 
@@ -280,12 +281,19 @@ def warnings(runs: Sequence[Run], found: Sequence[Pair]) -> list[str]:
     return [printable(text) for text in said]
 
 
+def named(labels: Iterable[str]) -> str:
+    """The names of runs; of many, only the first ones and how many more there are."""
+    known = list(labels)
+    first = ", ".join(known[:MOST_PAIRED])
+    return first if len(known) <= MOST_PAIRED else f"{first} and {len(known) - MOST_PAIRED:,} more"
+
+
 def groups(runs: Sequence[Run], key: Callable[[Run], Hashable]) -> dict[Any, str]:
     """The names of the runs that share a value, by value."""
     found: dict[Any, list[str]] = defaultdict(list)
     for run in runs:
         found[key(run)].append(run.label)
-    return {value: ", ".join(labels) for value, labels in found.items()}
+    return {value: named(labels) for value, labels in found.items()}
 
 
 def _setting(key: str, run: Run) -> str:
@@ -326,7 +334,7 @@ def _several_changes(runs: Sequence[Run], found: Sequence[Pair]) -> list[str]:
     within = [pair for pair in found if len(pair.keys) > 1]
     labels = dict.fromkeys(run.label for pair in within for run in (pair.first, pair.second))
     return [
-        f"{', '.join(labels)} differ in several settings at once, {len(keys)} in all: {', '.join(keys)}. The "
+        f"{named(labels)} differ in several settings at once, {len(keys)} in all: {', '.join(keys)}. The "
         "comparison does not show which of them made the difference"
     ]
 
@@ -363,9 +371,10 @@ def _evaluations(runs: Sequence[Run]) -> list[str]:
     said = []
     without = [run for run in runs if not run.evaluation]
     if without:
-        how = [shlex.join(["python", "-m", "medqa", "evaluate", str(run.directory)]) for run in without]
-        names = ", ".join(run.label for run in without)
-        said.append(f"{names}: no interval of the perplexity and no sample answers; run {' && '.join(how)}")
+        commands = [shlex.join(["python", "-m", "medqa", "evaluate", str(run.directory)]) for run in without]
+        how = " && ".join(commands) if len(without) <= MOST_PAIRED else f"{commands[0]}, for example"
+        names = named(run.label for run in without)
+        said.append(f"{names}: no interval of the perplexity and no sample answers; run {how}")
     for run in runs:
         if not run.evaluation:
             continue
@@ -405,22 +414,22 @@ def _other_base(run: Run) -> str | None:
 
 
 def _overlap(runs: Sequence[Run]) -> list[str]:
-    """Runs whose held-out rows overlap with training."""
-    said = []
+    """Runs whose held-out rows overlap with training; those with the same overlap together."""
+    by: dict[str, list[str]] = defaultdict(list)
     for run in runs:
         share = number(part(run.data_report, "overlap", "held_out", "question_or_answer", "share"))
         if share:
-            said.append(
-                f"{run.label}: {share:.1%} of its held-out rows share a question or an answer with training, which "
-                f"flatters its perplexity (data.split = {run.experiment.data.split})"
-            )
+            by[
+                f"{share:.1%} of the held-out rows share a question or an answer with training, which flatters "
+                f"perplexity (data.split = {run.experiment.data.split})"
+            ].append(run.label)
         of_groups = number(part(run.data_report, "overlap", "held_out", "group", "share"))
         if of_groups:
-            said.append(
-                f"{run.label}: {of_groups:.1%} of its held-out rows that have a group share it with training "
-                f"(data.split = {run.experiment.data.split})"
-            )
-    return said
+            by[
+                f"{of_groups:.1%} of the held-out rows that have a group share it with training (data.split = "
+                f"{run.experiment.data.split})"
+            ].append(run.label)
+    return [f"{named(labels)}: {text}" for text, labels in by.items()]
 
 
 def _subset(runs: Sequence[Run]) -> list[str]:

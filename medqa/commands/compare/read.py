@@ -3,6 +3,7 @@
 `conclusions.py` decides what several runs show together.
 """
 
+import functools
 import json
 import math
 import os
@@ -63,9 +64,9 @@ class Run:
     doubts: tuple[str, ...] = ()
     fingerprints: Json = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """`section.key` to the value in effect."""
+        """`section.key` to the value in effect. Cached, because every pair of runs compares them."""
         asked = flat(self.experiment)
         return asked | {key: used for key, used in self.in_effect.items() if key in asked}
 
