@@ -151,8 +151,8 @@ def keep_lines(run: Path, lines: Sequence[Line], before: Mapping[str, Any], task
         kept = {key: value for key, value in line.items() if _task(key) not in tasks}
         if kept.keys() - set(NAMES):
             merged[line["split"], line["id"]] = kept
-    for line in lines:
-        merged.setdefault((line["split"], line["id"]), {}).update(line)
+    for new in lines:
+        merged.setdefault((new["split"], new["id"]), {}).update(new)
     if not merged:
         (run / ROWS).unlink(missing_ok=True)
         return None

@@ -26,7 +26,7 @@ TRAIN = Path(__file__).resolve().parents[3] / "train.py"
 SEED = "training.seed"
 BASE = "model.base"
 LOCATIONS = ("data.medquad", "data.afrimedqa", "data.files")
-MOST_PAIRED = 4  # with more runs (a sweep) they are ranked, and not compared in pairs: 12 runs have 66 pairs
+MOST_PAIRED = 6  # with more runs (a sweep) they are ranked, and not compared in pairs: 12 runs have 66 pairs
 CONTENTS = "the data's contents"  # a difference although the configurations are the same
 BASE_CONTENTS = "the base model's contents"  # likewise
 
@@ -415,21 +415,20 @@ def _other_base(run: Run) -> str | None:
 
 def _overlap(runs: Sequence[Run]) -> list[str]:
     """Runs whose held-out rows overlap with training; those with the same overlap together."""
-    by: dict[str, list[str]] = defaultdict(list)
+    by: dict[tuple[str, str], list[str]] = defaultdict(list)
     for run in runs:
+        how = f"(data.split = {run.experiment.data.split})"
         share = number(part(run.data_report, "overlap", "held_out", "question_or_answer", "share"))
         if share:
-            by[
-                f"{share:.1%} of the held-out rows share a question or an answer with training, which flatters "
-                f"perplexity (data.split = {run.experiment.data.split})"
-            ].append(run.label)
+            what = f"held-out rows share a question or an answer with training, which flatters perplexity {how}"
+            by[f"{share:.1%}", what].append(run.label)
         of_groups = number(part(run.data_report, "overlap", "held_out", "group", "share"))
         if of_groups:
-            by[
-                f"{of_groups:.1%} of the held-out rows that have a group share it with training (data.split = "
-                f"{run.experiment.data.split})"
-            ].append(run.label)
-    return [f"{named(labels)}: {text}" for text, labels in by.items()]
+            by[f"{of_groups:.1%}", f"held-out rows that have a group share it with training {how}"].append(run.label)
+    return [
+        f"{named(labels)}: {share} of {'its' if len(labels) == 1 else 'their'} {what}"
+        for (share, what), labels in by.items()
+    ]
 
 
 def _subset(runs: Sequence[Run]) -> list[str]:
