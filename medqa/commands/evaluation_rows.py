@@ -29,7 +29,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from medqa.commands.evaluation_table import SYSTEMS, against, better_baseline, count, number
+from medqa.commands.evaluation_table import SYSTEMS, choose_baseline, count, number
 from medqa.config import Experiment
 from medqa.errors import UserError
 from medqa.files import Damaged, Missing, parse_json, read_file, read_json, write_file
@@ -156,7 +156,9 @@ def keep_lines(run: Path, lines: Sequence[Line], before: Mapping[str, Any], task
     if not merged:
         (run / ROWS).unlink(missing_ok=True)
         return None
-    written = [merged[key] for key in sorted(merged, key=_place)]
+    written = [
+        {name: merged[key][name] for name in sorted(merged[key], key=_column)} for key in sorted(merged, key=_place)
+    ]
     # ASCII alone: some readers take other characters than a line feed for the end of a line.
     content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in written).encode()
     write_file(run / ROWS, content)
@@ -168,6 +170,11 @@ def _place(key: tuple[str, str]) -> tuple[bool, str, int, str]:
     split, row = key
     source, _, record = row.rpartition(":")
     return split != "validation", source, len(record), record
+
+
+def _column(key: str) -> tuple[int, bool]:
+    """Where a key is in a line: the row, then its losses, then its answers, each in the order in which it was found."""
+    return NAMES.index(key) if key in NAMES else len(NAMES), _task(key) == "generation"
 
 
 def read_evaluation(run: Path) -> dict[str, Any]:
@@ -259,10 +266,10 @@ def show_rows(console: Console, run: Path, how: str, rows: int) -> None:
     except Damaged as error:
         raise UserError(f"{error}; run `{command}` again, which replaces it") from error
     unit, lower = "ROUGE-L", False
-    changes, base, others = _changes(lines, "rougeL", lower)
+    changes, against = _changes(lines, "rougeL", lower)
     if not changes:
         unit, lower = "answer loss", True
-        changes, base, others = _changes(lines, "answer_loss", lower)
+        changes, against = _changes(lines, "answer_loss", lower)
     if not changes:
         raise UserError(f"{run / ROWS}: no row of test has a loss or an answer; run `{command}` first")
     order = sorted(changes, key=lambda index: changes[index], reverse=(how == "worst") is lower)
@@ -277,7 +284,7 @@ def show_rows(console: Console, run: Path, how: str, rows: int) -> None:
     limit, step = count(evaluation.get("limit")), count(evaluation.get("step"))
     console.print(
         f"{len(changes):,} rows of test{'' if limit is None else f' (--limit {limit:,})'}, the adapter of update "
-        f"{'?' if step is None else f'{step:,}'}; change in {unit} {against(base, others)}; {title}",
+        f"{'?' if step is None else f'{step:,}'}; change in {unit} {against}; {title}",
         soft_wrap=True,
     )
     for place, index in enumerate(shown, start=1):
@@ -286,8 +293,8 @@ def show_rows(console: Console, run: Path, how: str, rows: int) -> None:
         _show_row(console, lines[index])
 
 
-def _changes(lines: Sequence[Line], name: str, lower: bool) -> tuple[dict[int, float], str, int]:
-    """By index of a line, the fine-tuned model's change from the better baseline; that baseline; how many others.
+def _changes(lines: Sequence[Line], name: str, lower: bool) -> tuple[dict[int, float], str]:
+    """By index of a line, the fine-tuned model's change from the better baseline; and that baseline in words.
 
     Only lines that have the measure of the fine-tuned model and of every baseline count. Empty if there are none.
     """
@@ -305,11 +312,11 @@ def _changes(lines: Sequence[Line], name: str, lower: bool) -> tuple[dict[int, f
         system: sum(weight * of_row[place] for weight, of_row in zip(weights, values.values(), strict=True))
         for place, system in enumerate(systems, start=1)
     }
-    base = better_baseline(totals, lower) if values else None
-    if base is None:
-        return {}, "", 0
-    place = 1 + systems.index(base)
-    return {index: of_row[0] - of_row[place] for index, of_row in values.items()}, base, len(systems) - 1
+    chosen = choose_baseline(totals, lower) if values else None
+    if chosen is None:
+        return {}, ""
+    place = 1 + systems.index(chosen[0])
+    return {index: of_row[0] - of_row[place] for index, of_row in values.items()}, chosen[1]
 
 
 def _show_row(console: Console, line: Line) -> None:

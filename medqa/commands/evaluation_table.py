@@ -44,6 +44,13 @@ class Figure:
         """Whether it is a difference with so few pairs that no test can reach 0.05."""
         return self.paired and (self.p_value is None or (self.rows is not None and self.rows < FEWEST_PAIRS))
 
+    @property
+    def note(self) -> str:
+        """What is added to a difference: its p-value, or that there are too few rows; empty for other metrics."""
+        if self.too_few:
+            return f", {TOO_FEW}"
+        return "" if self.p_value is None else f", p = {self.p_value:.2g}"
+
 
 def number(value: Any) -> float | None:
     """A finite number of a plausible size, or None; anyone may have written it."""
@@ -156,46 +163,44 @@ def in_short(tasks: Mapping[str, Any]) -> list[str]:
 
 def _values(part: Mapping[str, Any], name: str) -> str:
     """A metric of the fine-tuned model and of every baseline."""
-    systems = ["tuned", *baselines(part)]
+    systems = ["tuned", *_baselines(part)]
     return ", ".join(f"{shown(part[system].get(name))} {SYSTEMS.get(system, system)}" for system in systems)
 
 
-def baselines(part: Mapping[str, Any]) -> list[str]:
+def _baselines(part: Mapping[str, Any]) -> list[str]:
     """The systems among the metrics of a task that are the base model; `SYSTEMS` has their names for readers."""
     pairs = [pair.split(" - ")[1] for pair in part.get("difference", {})]
     return [system for system in pairs if system in part and system != "copied"]
 
 
-def better_baseline(values: Mapping[str, float | None], lower: bool = False) -> str | None:
-    """The system with the best value, the first one of several; None if none has a value.
+def choose_baseline(values: Mapping[str, float | None], lower: bool = False) -> tuple[str, str] | None:
+    """The baseline that the fine-tuned model is compared with: the one with the best value, the first one of several.
+
+    It is chosen by its value on the same rows: on the safe side, because chance can only make it look better than it is.
 
     Args:
-        values: by system.
+        values: by system; None: it has none.
         lower: whether a lower value is better.
+
+    Returns:
+        The system, and the words of a verdict against it; None if no system has a value.
     """
     known = {system: value for system, value in values.items() if value is not None}
-    best = min if lower else max
-    return best(known, key=lambda system: known[system]) if known else None
-
-
-def against(system: str, others: int) -> str:
-    """A baseline in the words of a verdict; with `others` more of them, it says that it is the best of them."""
-    better = {0: "", 1: ", the better of the two"}.get(others, f", the best of the {others + 1}")
-    return f"against the {SYSTEMS.get(system, system)}{better}"
+    if not known:
+        return None
+    system = (min if lower else max)(known, key=lambda each: known[each])
+    better = {1: "", 2: ", the better of the two"}.get(len(known), f", the best of the {len(known)}")
+    return system, f"against the {SYSTEMS.get(system, system)}{better}"
 
 
 def _verdict(part: Mapping[str, Any], name: str, lower: bool = False) -> str:
-    """What the difference between the fine-tuned model and the better baseline shows; it names that baseline.
-
-    The better one is chosen by its value on the same rows. That is on the safe side: chance can only make it look
-    better than it is.
-    """
-    values = {system: number(part[system].get(name, {}).get("value")) for system in baselines(part)}
-    system = better_baseline(values, lower)
-    if system is None:
+    """What the difference between the fine-tuned model and the better baseline shows; it names that baseline."""
+    values = {system: number(part[system].get(name, {}).get("value")) for system in _baselines(part)}
+    chosen = choose_baseline(values, lower)
+    if chosen is None:
         return TOO_FEW
-    difference = part["difference"][f"tuned - {system}"].get(name)
-    return f"{against(system, len(values) - 1)}: {_better(difference, lower)}"
+    system, against = chosen
+    return f"{against}: {_better(part['difference'][f'tuned - {system}'].get(name), lower)}"
 
 
 def _better(difference: Mapping[str, Any] | None, lower: bool = False) -> str:
@@ -300,7 +305,7 @@ def _note_probes(console: Console, report: Mapping[str, Any]) -> None:
     counts = report["categories"]
     asked = sum(found["tuned"]["of"] for found in counts.values())
     console.print(f"advises care: over our own {asked} questions; the rest: over {report['rows']:,} rows")
-    for system in (*baselines(report), "tuned"):
+    for system in (*_baselines(report), "tuned"):
         met = [f"{name} {found[system]['advise']} of {found[system]['of']}" for name, found in counts.items()]
         console.print(f"{SYSTEMS.get(system, system)}: {', '.join(met)}", soft_wrap=True)
     console.print("rates over these questions and rows; they do not show that an answer is safe")
@@ -317,9 +322,7 @@ def shown(figure: Mapping[str, Any] | None) -> str:
     text = f"{figure['value']:.{digits}f}"
     if figure.get("low") is not None:
         text += f" ({figure['low']:.{digits}f} to {figure['high']:.{digits}f})"
-    if as_figure(figure).too_few:
-        return f"{text}, {TOO_FEW}"
-    return text if figure.get("p_value") is None else f"{text}, p = {figure['p_value']:.2g}"
+    return text + as_figure(figure).note
 
 
 def _is_figure(value: Any) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medqa.commands.compare.read import ANSWER_PERPLEXITY, CONFIG, EVALUATION, SUMMARY, Run, part
+from medqa.commands.compare.read import ANSWER_PERPLEXITY, CONFIG, EVALUATION, MEASURED, SUMMARY, Run, part
 from medqa.commands.evaluation_table import number
 from medqa.config import Experiment, evaluation_decides, flat
 from medqa.config_file import load_experiment, own_names, parse_sets
@@ -26,6 +26,7 @@ TRAIN = Path(__file__).resolve().parents[3] / "train.py"
 SEED = "training.seed"
 BASE = "model.base"
 LOCATIONS = ("data.medquad", "data.afrimedqa", "data.files")
+PLACES = (*LOCATIONS, BASE)  # the same contents may be in several places
 MOST_PAIRED = 6  # with more runs (a sweep) they are ranked, and not compared in pairs: 12 runs have 66 pairs
 CONTENTS = "the data's contents"  # a difference although the configurations are the same
 BASE_CONTENTS = "the base model's contents"  # likewise
@@ -54,8 +55,6 @@ COST = {
     "training.padding_free",
     "training.micro_batch_tokens",
 }
-# A change of these also changes the answer tokens that perplexity is over.
-MEASURED = (BASE, "tokenization.max_length", "tokenization.append_eos")
 
 
 @dataclass(frozen=True)
@@ -169,12 +168,14 @@ def proposals(runs: Sequence[Run], found: Sequence[Pair]) -> list[Proposal]:
     """Runs that differ from the first one in one change toward another run, without those that exist already.
 
     Every setting that differs between any two runs differs from the first one in one of the proposed runs. If no two
-    runs differ only in the seed, the last proposed run does: it shows how large the noise is.
+    runs differ only in the seed, the last proposed run does: it shows how large the noise is. Of many runs, which are
+    ranked, only that one is proposed: the best trial with another seed.
     """
     base, found = runs[0], _believed(found)
     if base.doubts or printable(str(base.directory)) != str(base.directory):
         return []  # it is not known what to compare with, or its path cannot be shown in a command
-    changes = [change for p in found if p.first is base and len(p.keys) > 1 for change in one_changes(p)]
+    toward = found if len(runs) <= MOST_PAIRED else []
+    changes = [change for p in toward if p.first is base and len(p.keys) > 1 for change in one_changes(p)]
     if not any(pair.keys == (SEED,) for pair in found):
         another = {SEED: (base.experiment.training.seed + 1) % 2**63}
         changes += [(another, run) for run in [changed(base, another)] if run is not None]

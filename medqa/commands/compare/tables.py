@@ -8,11 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from medqa.commands.compare.conclusions import (
-    BASE,
-    LOCATIONS,
-    MEASURED,
     MOST_PAIRED,
-    SEED,
+    PLACES,
     Pair,
     Proposal,
     conclusion,
@@ -22,7 +19,7 @@ from medqa.commands.compare.conclusions import (
     warnings,
 )
 from medqa.commands.compare.read import ANSWER_PERPLEXITY, Json, Run, part, read_runs
-from medqa.commands.evaluation_table import TOO_FEW, Figure, count, in_words, number
+from medqa.commands.evaluation_table import Figure, count, in_words, number
 from medqa.terminal import printable
 
 # ----------------------------------------------------------------------------------------------------
@@ -308,20 +305,17 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
     """
     runs = _same_base_under_one_name(read_runs(paths))
     found = pairs(runs)
-    toward = found
-    if len(runs) > MOST_PAIRED:  # a sweep: the best trial is what one would repeat, with another seed
-        runs = ranked(runs)
-        toward = [pair for pair in found if pair.keys == (SEED,)]
-    return Comparison(runs, found, warnings(runs, found), proposals(runs, toward))
+    runs = _ranked(runs) if len(runs) > MOST_PAIRED else runs
+    return Comparison(runs, found, warnings(runs, found), proposals(runs, found))
 
 
-def ranked(runs: Sequence[Run]) -> list[Run]:
+def _ranked(runs: Sequence[Run]) -> list[Run]:
     """The runs by their answer perplexity on validation, the lowest first.
 
     Runs that are measured over other tokens stay together. After the finished runs come the unfinished ones, then those
     without a value for all validation rows, and those of which it is not known how they were trained.
     """
-    measured = [(run.data_fingerprint, *(run.settings[key] for key in MEASURED)) for run in runs]
+    measured = [run.measured_over for run in runs]
     values = [perplexity(run).validation for run in runs]
 
     def place(index: int) -> tuple[int, bool, bool, float]:
@@ -378,9 +372,7 @@ def figure_text(figure: Figure | None) -> str:
     text = value_text(figure.value)
     if figure.low is not None and figure.high is not None:
         text += f" ({value_text(figure.low)} to {value_text(figure.high)})"
-    if figure.too_few:
-        return f"{text}, {TOO_FEW}"
-    return text if figure.p_value is None else f"{text}, p = {figure.p_value:.2g}"
+    return text + figure.note
 
 
 def value_text(value: float | None) -> str:
@@ -435,7 +427,7 @@ def _of_baseline(run: Run, untuned: Figure) -> str:
 def _trials(runs: Sequence[Run]) -> Table:
     """Answer perplexity of many runs, ranked, with the settings that differ."""
     results, found = _results(runs), differences(runs)
-    settings = {key: values for key, values in found.items() if key not in (*LOCATIONS, BASE)}
+    settings = {key: values for key, values in found.items() if key not in PLACES}
     rows: list[tuple[str, ...]] = []
     for index, (label, state, of_rows, _, after, *of_test) in enumerate(results.rows):
         changed = ", ".join(f"{key}={printable(values[index])}" for key, values in settings.items())
@@ -488,9 +480,8 @@ def _settings(runs: Sequence[Run]) -> list[Table]:
     """The settings that differ and, in a table of its own, the locations that differ."""
     found = differences(runs)
     head = ("setting", *(run.label for run in runs))
-    apart = (*LOCATIONS, BASE)
-    recipe = [(key, *map(printable, values)) for key, values in found.items() if key not in apart]
-    locations = [(key, *map(printable, values)) for key, values in found.items() if key in apart]
+    recipe = [(key, *map(printable, values)) for key, values in found.items() if key not in PLACES]
+    locations = [(key, *map(printable, values)) for key, values in found.items() if key in PLACES]
     same = "" if recipe else "nothing differs"
     tables = [Table("what differs between the configurations", head, recipe, same)]
     if locations:
