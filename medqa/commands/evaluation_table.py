@@ -176,7 +176,8 @@ def _baselines(part: Mapping[str, Any]) -> list[str]:
 def choose_baseline(values: Mapping[str, float | None], lower: bool = False) -> tuple[str, str] | None:
     """The baseline that the fine-tuned model is compared with: the one with the best value, the first one of several.
 
-    It is chosen by its value on the same rows: on the safe side, because chance can only make it look better than it is.
+    It is chosen by its value on the same rows. So chance can only make it look better than it is, which is on the safe
+    side.
 
     Args:
         values: by system; None: it has none.
