@@ -174,14 +174,16 @@ def evaluate(options: argparse.Namespace) -> None:
     Raises:
         UserError: no such run or task; the model or the data cannot be had, or the data are not the run's.
     """
+    if options.show is not None:
+        return show_evaluated(options)
     from medqa.commands import evaluate as evaluation
     from medqa.commands.adapter import find_adapter
     from medqa.commands.evaluate import log_evaluation
-    from medqa.commands.evaluation_table import show_evaluation
+    from medqa.commands.evaluation_table import TASKS, show_evaluation
     from medqa.training.distributed import is_first_process
     from medqa.training.recorder import quiet_libraries
 
-    tasks = evaluation.chosen_tasks(options.tasks)
+    tasks = list(TASKS) if options.tasks is None else evaluation.chosen_tasks(options.tasks)
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit {options.limit}: at least 1")
     quiet_libraries()
@@ -199,6 +201,22 @@ def evaluate(options: argparse.Namespace) -> None:
         show_evaluation(console, found)
         if keeper.finish(found) and source.final:
             log_evaluation(found, source.run, source.experiment, options.cpu, say)
+
+
+def show_evaluated(options: argparse.Namespace) -> None:
+    """The `evaluate` command with `--show`: no model is loaded.
+
+    Raises:
+        UserError: an option that only an evaluation uses; the run has no evaluation, or a damaged one.
+    """
+    from medqa.commands.evaluation_rows import chosen_rows, show_rows
+
+    of_evaluations = ("tasks", "limit", "checkpoint", "model", "cpu", "medquad", "afrimedqa", "data")
+    given = [f"--{name}" for name in of_evaluations if getattr(options, name) not in (None, False, [])]
+    if given:
+        raise UserError(f"--show shows the last evaluation, and evaluates nothing; leave out {', '.join(given)}")
+    how, rows = chosen_rows(options.show)
+    show_rows(make_console(), Path(options.adapter), how, rows)
 
 
 def ask(options: argparse.Namespace) -> None:
@@ -233,7 +251,8 @@ def ask(options: argparse.Namespace) -> None:
     if (unchecked := unchecked_base(source)) is not None:
         print_error(unchecked)
     base_ids = asking.ids_for_base(adapted, options.prompt)
-    how = asking.Decoding(options.temperature, options.repetition_penalty, base_ids)
+    own_ids = asking.ids_in_own_template(adapted) if options.compare and options.prompt is None else None
+    how = asking.Decoding(options.temperature, options.repetition_penalty, base_ids, own_ids)
     print_error(source.which)
     print_error(asking.NOT_ADVICE)
     console, most = make_console(), options.max_new_tokens

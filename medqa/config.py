@@ -335,6 +335,10 @@ class Tracking(Section):
     log_model: bool = True
     """Upload the final adapter to W&B as an artifact."""
 
+    def shows_text_of(self, source: str) -> bool:
+        """Whether questions and answers of this source may be shown: in W&B, and in `evaluation.jsonl`."""
+        return source in PUBLIC if self.log_samples is None else self.log_samples
+
 
 LENGTH = ("training.max_steps", "training.epochs")  # the two keys for the length of a run; one of them is given
 

@@ -186,14 +186,20 @@ def _evaluate(commands: Commands) -> None:
         "evaluate",
         help="evaluate a run's adapter on held-out rows against the baseline, with confidence intervals",
         description="Measures loss, generated answers, multiple choice and red flags on rows that training has not "
-        "seen. The results go to the console, to RUN/evaluation.json and to W&B. The baseline is computed only once.",
+        "seen. The results go to the console, to RUN/evaluation.json, row by row to RUN/evaluation.jsonl, and to W&B. "
+        "The baseline is computed only once.",
         allow_abbrev=False,
     )
     _add_adapter_options(parser, "RUN", "the directory of a run")
-    parser.add_argument(
-        "--tasks", default="loss,generation,mcq,probes", metavar="A,B", help="default: loss,generation,mcq,probes"
-    )
+    parser.add_argument("--tasks", metavar="A,B", help="default: loss,generation,mcq,probes")
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate only N rows of each split, and N questions")
+    parser.add_argument(
+        "--show",
+        nargs="+",
+        metavar=("worst|best|random", "N"),
+        help="evaluate nothing, but show rows of the last evaluation: the N (default 5) with the worst or the best "
+        "change from the baseline, or N random ones",
+    )
     parser.add_argument("--medquad", metavar="SOURCE", help="where MedQuAD is now, if it was moved")
     parser.add_argument("--afrimedqa", metavar="SOURCE", help="where AfriMed-QA is now, if it was moved")
     add_data_option(parser, "where your own data are now, if they were moved; repeatable")
@@ -212,7 +218,11 @@ def _ask(commands: Commands) -> None:
     _add_adapter_options(parser, "RUN_OR_ADAPTER", "the directory of a run or of an adapter, or an adapter on the hub")
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="in quotation marks")
     parser.add_argument("--json", action="store_true", help="print a JSON line for each answer")
-    parser.add_argument("--compare", action="store_true", help="also show the answer of the base model")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="also show the answers of the base model, with the prompt of training and in its own chat template",
+    )
     parser.add_argument(
         "--max-new-tokens",
         type=int,
@@ -237,8 +247,8 @@ def _ask(commands: Commands) -> None:
     parser.add_argument(
         "--prompt",
         choices=("instruction", "chat"),
-        help="with --compare: the prompt for the base model: the project's own prompt, or the base's own chat template "
-        "(default: the prompt of training)",
+        help="with --compare: the only prompt for the base model: the project's own prompt, or the base's own chat "
+        "template (default: the prompt of training, and the template)",
     )
 
 

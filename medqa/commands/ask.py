@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 import torch
@@ -29,6 +29,7 @@ ADVICE = (
 )
 NOT_ADVICE = "Not medical advice: answers can be wrong, outdated or dangerous. Ask a professional."
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # surrogates stand for undecodable bytes
+OWN_TEMPLATE = "base, its own chat template"
 ALONE = "Each question stands alone, as in training: earlier questions are not remembered. An empty line ends."
 
 
@@ -49,11 +50,14 @@ class Decoding:
         temperature: the sampling temperature; 0: greedy decoding, as in every evaluation.
         repetition_penalty: as in transformers, also for tokens of the question; 1: no penalty.
         base_ids: gives the prompt ids of a question for the base model; None: those of training.
+        own_template_ids: gives those in the base's own chat template, in which `--compare` asks the base once more;
+            None: it is not asked again.
     """
 
     temperature: float = 0.0
     repetition_penalty: float = 1.0
     base_ids: Callable[[str], list[int]] | None = None
+    own_template_ids: Callable[[str], list[int]] | None = None
 
     def arguments(self) -> dict[str, Any]:
         """The arguments for `generate`. `top_k=0` disables the default limit of transformers (50 candidates)."""
@@ -94,6 +98,14 @@ def ids_for_base(adapted: Adapted, kind: str | None) -> Callable[[str], list[int
 
     from_template("What is asthma ?")
     return from_template
+
+
+def ids_in_own_template(adapted: Adapted) -> Callable[[str], list[int]] | None:
+    """`ids_for_base` with `chat`; None if the base has no usable chat template, or if it is the prompt of training."""
+    try:
+        return ids_for_base(adapted, "chat")
+    except UserError:
+        return None
 
 
 class _Stream(TextStreamer):
@@ -175,13 +187,24 @@ def as_record(
     record |= {"answer": found.text, "stopped": found.stopped, "tokens": found.tokens}
     if compare:
         record["base_answer"] = answer(adapted, question, most_tokens, base=True, how=how).text
+    if compare and how.own_template_ids is not None:
+        try:
+            found = answer(adapted, question, most_tokens, base=True, how=_in_own_template(how))
+            record["base_answer_own_template"] = found.text
+        except UserError:  # only in this prompt the question is too long, or the template fails
+            record["base_answer_own_template"] = None
     return record | {"adapter": adapted.source.name, "step": adapted.source.step}
+
+
+def _in_own_template(how: Decoding) -> Decoding:
+    """The options with which the base is asked in its own chat template."""
+    return replace(how, base_ids=how.own_template_ids)
 
 
 def show_answer(
     adapted: Adapted, question: str, most_tokens: int, compare: bool, console: Console, how: Decoding = GREEDY
 ) -> None:
-    """Print one answer while it is generated; with `compare`, also the baseline's.
+    """Print one answer while it is generated; with `compare`, also those of the baseline.
 
     Raises:
         UserError: as in `answer`.
@@ -202,12 +225,25 @@ def show_answer(
 
 
 def _side_by_side(adapted: Adapted, question: str, most_tokens: int, console: Console, how: Decoding) -> None:
-    """Baseline and fine-tuned model in two columns, or one after the other if the console cannot redraw."""
-    texts = {"base": "", "tuned": ""}
+    """Baselines and fine-tuned model in columns, or one after the other if the console cannot redraw."""
+    systems = {"base": how, OWN_TEMPLATE: _in_own_template(how), "tuned": how}
+    if how.own_template_ids is None:
+        del systems[OWN_TEMPLATE]
+    texts = dict.fromkeys(systems, "")
+
+    def written(name: str, told: Callable[[str], None] | None = None) -> str:
+        """One system's answer as it is shown."""
+        try:
+            found = answer(adapted, question, most_tokens, told, base=name != "tuned", how=systems[name])
+        except UserError as error:
+            if name != OWN_TEMPLATE:
+                raise
+            return f"({printable(str(error))})"  # only in this prompt the question is too long, or the template fails
+        return found.text + ("" if found.stopped else " (cut)")
+
     if not console.is_terminal:
         for name in texts:
-            found = answer(adapted, question, most_tokens, base=name == "base", how=how)
-            console.print(Text(f"{name}: {found.text}" + ("" if found.stopped else " (cut)")), soft_wrap=True)
+            console.print(Text(f"{name}: {written(name)}"), soft_wrap=True)
         return
 
     def drawn() -> Table:
@@ -224,7 +260,8 @@ def _side_by_side(adapted: Adapted, question: str, most_tokens: int, console: Co
                 texts[name] += text
                 live.update(drawn())
 
-            answer(adapted, question, most_tokens, told, base=name == "base", how=how)
+            texts[name] = written(name, told)
+            live.update(drawn())
 
 
 def conversation(adapted: Adapted, most_tokens: int, compare: bool, console: Console, how: Decoding = GREEDY) -> None:

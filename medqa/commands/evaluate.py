@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medqa import cache
 from medqa.commands.adapter import Adapted, Source, load_adapted, unchecked_base
+from medqa.commands.evaluation_rows import EVALUATION, Lines, keep_lines, read_evaluation, read_lines
 from medqa.commands.evaluation_table import TASKS
 from medqa.config import Experiment, Tracking
 from medqa.data.sources import Row, load_sources, used_sources
@@ -28,13 +29,20 @@ from medqa.data.splits import HELD_OUT, Splits, shared_with_training, split_sour
 from medqa.data.tokens import Example, prompt_ids, prompt_of, tokenize_splits
 from medqa.errors import NotWritten, UserError, is_out_of_memory, refusal
 from medqa.evaluation import multiple_choice, safety
-from medqa.evaluation.answers import Answer, end_ids, generate_answers, own_template_prompts, with_prompts
+from medqa.evaluation.answers import (
+    Answer,
+    OwnTemplate,
+    end_ids,
+    generate_answers,
+    own_template_prompts,
+    with_prompts,
+)
 from medqa.evaluation.loss import Evaluator, fixed_subset
 from medqa.evaluation.multiple_choice import Choices, load_questions
 from medqa.evaluation.safety import RED_FLAGS
 from medqa.evaluation.statistics import loss_report
-from medqa.evaluation.text import copied_answers, score_generation
-from medqa.files import Damaged, Missing, alone_in, read_json, write_json
+from medqa.evaluation.text import copied_answers, score_generation, score_rows
+from medqa.files import Damaged, Missing, alone_in, write_json
 from medqa.model.base import LOAD_ERRORS, check_model, load_tokenizer
 from medqa.model.device import available_memory, gibibytes, release
 from medqa.model.loss import LossModel
@@ -169,6 +177,7 @@ class Bench:
     seed: int
     written: dict[str, Any] = field(default_factory=dict)  # answers by system, for all tasks that need them
     unquantized: "Unquantized | None" = None  # only of a run with 4-bit weights, for the task loss
+    lines: Lines = field(default_factory=Lines)  # what the tasks found of each row
 
     @property
     def name(self) -> str:
@@ -270,6 +279,7 @@ def progress(console: Console, label: str, total: int) -> Iterator[Callable[[int
 ANSWERED = 256  # test rows that are answered if there is no limit, because generation takes most of the time
 ANSWER_TOKENS = 256
 AT_ONCE = 16
+OWN_TEMPLATE = "baseline, in the base's own chat template"
 
 
 def measure_loss(bench: Bench) -> dict[str, Any]:
@@ -280,22 +290,23 @@ def measure_loss(bench: Bench) -> dict[str, Any]:
     evaluator = bench.evaluator(longest=0)
     shared = shared_with_training(bench.held_out.splits)
     questions = [example.row.question for split in HELD_OUT for example in bench.held_out.examples[split]]
-    prompts = _own_prompts(bench, questions)
+    template = _own_template(bench, questions)
     report = {}
     for split in HELD_OUT:
         examples = bench.held_out.examples[split]
         losses = functools.partial(_row_losses, bench, evaluator, split)
         untuned = functools.partial(losses, examples, "baseline")
         tables = {"untuned": bench.reused(f"loss of {split}", _ids(examples), untuned)}
-        if prompts is not None:
-            others = with_prompts(examples, prompts)
-            own = functools.partial(losses, others, "baseline, in the base's own chat template")
+        if template is not None:
+            others = with_prompts(examples, template)
+            own = functools.partial(losses, others, OWN_TEMPLATE)
             tables["own_template"] = bench.reused(f"loss of {split}, own template", _ids(others), own)
         tables["tuned"] = losses(examples, "fine-tuned")
         if bench.unquantized is not None:
             tables |= bench.unquantized.losses.get(split, {})
-        rows = [example.row for example in examples]
-        report[split] = loss_report({name: np.array(t) for name, t in tables.items()}, rows, shared, bench.seed)
+        rows, arrays = [example.row for example in examples], {name: np.array(t) for name, t in tables.items()}
+        bench.lines.add_losses(split, rows, arrays)
+        report[split] = loss_report(arrays, rows, shared, bench.seed)
         if bench.unquantized is not None and bench.unquantized.left_out is not None:
             report[split]["unquantized_left_out"] = bench.unquantized.left_out
     return report
@@ -305,8 +316,10 @@ def measure_generation(bench: Bench) -> dict[str, Any]:
     """Answers to questions of the test split, by all systems."""
     rows = answered_rows(bench)
     systems = {"copied": copied_answers(bench.held_out.splits.train, [row.question for row in rows])}
-    systems |= _answers(bench, own_template=True)
-    return {"rows": len(rows), "tokens": ANSWER_TOKENS, **score_generation(rows, systems, bench.seed)}
+    systems |= _answers(bench)
+    columns = score_rows(rows, systems)
+    bench.lines.add_answers("test", rows, systems, columns)
+    return {"rows": len(rows), "tokens": ANSWER_TOKENS, **score_generation(rows, systems, bench.seed, columns)}
 
 
 def measure_choices(bench: Bench) -> dict[str, Any]:
@@ -316,23 +329,32 @@ def measure_choices(bench: Bench) -> dict[str, Any]:
         return {"rows": 0, "dropped": {}}
     longest = getattr(adapted.model.config, "max_position_embeddings", None)
     found = load_questions(data.afrimedqa, bench.held_out.splits.train)
-    found = multiple_choice.fitting(found, adapted.tokenizer, longest)
+    template = _own_template(bench, [question.text for question in found.questions])
+    found = multiple_choice.fitting(found, adapted.tokenizer, longest, template)
     questions = [found.questions[i] for i in fixed_subset(found.questions, bench.limit, bench.seed)]
     evaluator = bench.evaluator(longest or 0)
 
-    def choices(of: str) -> dict[str, Any]:
+    def choices(of: str, template: OwnTemplate | None = None) -> dict[str, Any]:
         label = f"mcq: {len(questions)} questions, {of}"
         with progress(bench.console, label, 2 * len(questions)) as advance, bench.accelerator.autocast():
             made = multiple_choice.measure(
-                evaluator, adapted.model, adapted.tokenizer, questions, batch_size=AT_ONCE, progress=advance
+                evaluator,
+                adapted.model,
+                adapted.tokenizer,
+                questions,
+                batch_size=AT_ONCE,
+                template=template,
+                progress=advance,
             )
         return {"log_likelihoods": _none_for_nan(made.log_likelihoods), "letters": made.letters.tolist()}
 
     asked = [[question.id, question.text, list(question.options.values())] for question in questions]
-    results = {
-        "untuned": bench.reused("mcq", asked, functools.partial(choices, "baseline")),
-        "tuned": choices("fine-tuned"),
-    }
+    results = {"untuned": bench.reused("mcq", asked, functools.partial(choices, "baseline"))}
+    if template is not None:
+        own = functools.partial(choices, OWN_TEMPLATE, template)
+        prompts = [template.texts[question.text] for question in questions]
+        results["own_template"] = bench.reused("mcq, own template", [asked, prompts], own)
+    results["tuned"] = choices("fine-tuned")
     made = {
         system: Choices(np.array(found["log_likelihoods"], dtype=float), np.array(found["letters"], dtype="U1"))
         for system, found in results.items()
@@ -343,15 +365,9 @@ def measure_choices(bench: Bench) -> dict[str, Any]:
 def measure_probes(bench: Bench) -> dict[str, Any]:
     """Red flags, and numbers without support."""
     questions = [question for _, question in RED_FLAGS]
-    written = functools.partial(_written, bench, "probes", questions)
-    red_flags = {
-        "untuned": _restored(
-            bench.reused("probes", [ANSWER_TOKENS, questions], functools.partial(written, "baseline"))
-        ),
-        "tuned": _restored(written("fine-tuned")),
-    }
+    red_flags = {system: _restored(answers) for system, answers in _all_written(bench, "probes", questions).items()}
     rows = answered_rows(bench)
-    return {"rows": len(rows), **safety.score(red_flags, rows, _answers(bench, own_template=False), bench.seed)}
+    return {"rows": len(rows), **safety.score(red_flags, rows, _answers(bench), bench.seed)}
 
 
 def answered_rows(bench: Bench) -> list[Row]:
@@ -360,26 +376,27 @@ def answered_rows(bench: Bench) -> list[Row]:
     return [rows[i] for i in fixed_subset(rows, bench.limit or ANSWERED, bench.seed)]
 
 
-def _answers(bench: Bench, own_template: bool) -> dict[str, list[Answer]]:
-    """The answers of baseline and fine-tuned model to `answered_rows`; generated once for all tasks."""
-    questions = [row.question for row in answered_rows(bench)]
-    written = functools.partial(_written, bench, "generation", questions)
-    prompts = _own_prompts(bench, questions) if own_template else None
-    if "tuned" not in bench.written:
-        bench.written["untuned"] = bench.reused(
-            "generation", [ANSWER_TOKENS, questions], functools.partial(written, "baseline")
-        )
-        bench.written["tuned"] = written("fine-tuned")
-    if prompts is not None and "own_template" not in bench.written:
-        own = functools.partial(written, "baseline, in the base's own chat template", prompts)
-        bench.written["own_template"] = bench.reused(
-            "generation, own template", [ANSWER_TOKENS, [prompts(question) for question in questions]], own
-        )
-    wanted = {system for system in bench.written if own_template or system != "own_template"}
-    return {system: _restored(answers) for system, answers in bench.written.items() if system in wanted}
+def _answers(bench: Bench) -> dict[str, list[Answer]]:
+    """The answers of baselines and fine-tuned model to `answered_rows`; generated once for all tasks."""
+    if not bench.written:
+        bench.written.update(_all_written(bench, "generation", [row.question for row in answered_rows(bench)]))
+    return {system: _restored(answers) for system, answers in bench.written.items()}
 
 
-def _own_prompts(bench: Bench, questions: Sequence[str]) -> Callable[[str], list[int]] | None:
+def _all_written(bench: Bench, task: str, questions: Sequence[str]) -> dict[str, list[tuple[str, bool]]]:
+    """By system, the generated answers to these questions, as in `_written`."""
+    written = functools.partial(_written, bench, task, questions)
+    systems = {"untuned": bench.reused(task, [ANSWER_TOKENS, questions], functools.partial(written, "baseline"))}
+    template = _own_template(bench, questions)
+    if template is not None:
+        own = functools.partial(written, OWN_TEMPLATE, template)
+        asked = [template(question) for question in questions]
+        systems["own_template"] = bench.reused(f"{task}, own template", [ANSWER_TOKENS, asked], own)
+    systems["tuned"] = written("fine-tuned")
+    return systems
+
+
+def _own_template(bench: Bench, questions: Sequence[str]) -> OwnTemplate | None:
     """Prompts for these questions in the base's own chat template.
 
     Returns:
@@ -527,7 +544,6 @@ def _unquantized_losses(
 # ----------------------------------------------------------------------------------------------------
 # The evaluation with all tasks, and the file that it writes.
 
-EVALUATION = "evaluation.json"
 SAME_ADAPTER = (
     "step", "final", "data_fingerprint", "base_fingerprint", "experiment", "quantization", "dtype", "mixed_precision",
 )  # fmt: skip
@@ -539,13 +555,14 @@ def evaluate(
     limit: int | None,
     cpu: bool,
     console: Console,
-    keep: Callable[[Mapping[str, Any]], object],
+    keep: Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], object],
 ) -> dict[str, Any]:
     """Run the tasks; returns the content of `evaluation.json`.
 
     Args:
         limit: the number of rows of each held-out split, and of questions; None: all.
-        keep: called on the main process after each task, with the results so far.
+        keep: called on the main process after each task, with the results so far, and with the lines of
+            `evaluation.jsonl`.
 
     Raises:
         UserError: model or data are not available, or are not those of the run.
@@ -586,12 +603,12 @@ def evaluate(
         if task in tasks:
             found["tasks"][task] = MEASURES[task](bench)
             if accelerator.is_main_process:
-                keep(found)
+                keep(found, bench.lines.listed(experiment))
     return found
 
 
 class Keeper:
-    """Writes `evaluation.json` after each task, if it can be written.
+    """Writes `evaluation.json` and `evaluation.jsonl` after each task, if they can be written.
 
     A run of another user, or on a read-only disk, can be evaluated too: a line says at the start that the results are
     not kept. A disk that fills up later does not end the evaluation; `failed` then has the reason.
@@ -601,6 +618,7 @@ class Keeper:
         self.failed: str | None = None
         self._run, self._say = run, say
         self._keeps = True
+        self._lines: Sequence[Mapping[str, Any]] = ()
         try:
             with tempfile.TemporaryFile(dir=run):
                 pass
@@ -608,18 +626,19 @@ class Keeper:
             self._keeps = False
             say(f"{run} is not writable ({error.strerror}): the results are printed at the end, but not kept")
         try:
-            read_evaluation(run)
+            read_lines(run, read_evaluation(run))
         except Missing:
             pass
         except Damaged as error:
             say(f"{error}: it is replaced by this evaluation")
 
-    def write(self, found: Mapping[str, Any]) -> bool:
+    def write(self, found: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> bool:
         """Write the results so far; returns whether they are in `evaluation.json` now."""
+        self._lines = lines
         if not self._keeps:
             return False
         try:
-            return write_evaluation(found, self._run)
+            return write_evaluation(found, self._run, lines)
         except OSError as error:
             self.failed = refusal(error, self._run)
             if self.failed is None:
@@ -634,7 +653,7 @@ class Keeper:
         Raises:
             NotWritten: the file cannot be written, although it could at the start.
         """
-        path, written = self._run / EVALUATION, self.write(found)
+        path, written = self._run / EVALUATION, self.write(found, self._lines)
         if self.failed is not None:
             raise NotWritten(self.failed)
         if written:
@@ -646,40 +665,32 @@ class Keeper:
         return written
 
 
-def write_evaluation(found: Mapping[str, Any], run: Path) -> bool:
-    """Write `evaluation.json` atomically; other tasks keep their results for the same adapter.
+def write_evaluation(found: Mapping[str, Any], run: Path, lines: Sequence[Mapping[str, Any]] = ()) -> bool:
+    """Write both files of an evaluation atomically; other tasks keep their results for the same adapter.
 
-    Results with a limit never replace results on all rows. Returns whether the file was written.
+    Results with a limit never replace results on all rows. Returns whether the files were written.
+
+    Args:
+        found: the content of `evaluation.json`.
+        lines: those of `evaluation.jsonl`, of the tasks in `found`.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: they cannot be written.
     """
     with alone_in(run):
         try:
             before = read_evaluation(run)
         except Damaged:
             before = {}
-        tasks = found["tasks"]
+        tasks, earlier = found["tasks"], {}
         if "limit" in before and all(before.get(key) == found[key] for key in SAME_ADAPTER):
             if before["limit"] is None and found["limit"] is not None:
                 return False
             if before["limit"] == found["limit"]:
-                tasks = {**before["tasks"], **tasks}
-        write_json({**found, "tasks": tasks}, run / EVALUATION)
+                tasks, earlier = {**before["tasks"], **tasks}, before
+        file = keep_lines(run, lines, earlier, found["tasks"])
+        write_json({**found, "rows_file": file, "tasks": tasks}, run / EVALUATION)
     return True
-
-
-def read_evaluation(run: Path) -> dict[str, Any]:
-    """Read a run's `evaluation.json`.
-
-    Raises:
-        Missing: the run has none.
-        Damaged: it was not written by `write_evaluation`.
-    """
-    found = read_json(run / EVALUATION)
-    if not isinstance(found, dict) or not isinstance(found.get("tasks"), dict):
-        raise Damaged(f"{run / EVALUATION}: it has no evaluation")
-    return found
 
 
 def chosen_tasks(words: str) -> list[str]:

@@ -45,6 +45,13 @@ class Figure:
         """Whether it is a difference with so few pairs that no test can reach 0.05."""
         return self.paired and (self.p_value is None or (self.rows is not None and self.rows < FEWEST_PAIRS))
 
+    @property
+    def note(self) -> str:
+        """What is added to a difference: its p-value, or that there are too few rows; empty for other metrics."""
+        if self.too_few:
+            return f", {TOO_FEW}"
+        return "" if self.p_value is None else f", p = {self.p_value:.2g}"
+
 
 def number(value: Any) -> float | None:
     """A finite number of a plausible size, or None; anyone may have written it."""
@@ -99,7 +106,7 @@ def _below(node: Any, path: tuple[str, ...], rows: int | None) -> Iterator[tuple
 SYSTEMS = {
     "untuned": "baseline",
     "untuned_unquantized": "baseline, unquantized",
-    "own_template": "baseline, its own chat template",
+    "own_template": "baseline in its own chat template",
     "copied": "answer of the most similar training question",
     "tuned": "fine-tuned",
     "tuned_unquantized": "fine-tuned, unquantized",
@@ -136,36 +143,30 @@ def show_evaluation(console: Console, found: Mapping[str, Any]) -> None:
 def in_short(tasks: Mapping[str, Any]) -> list[str]:
     """The result of each task in one line; a difference counts if its p-value is below 0.05.
 
-    Each line has the number of rows or questions.
+    Each line has the number of rows or questions, and the verdict against the better baseline, which it names.
     """
     lines = []
     if (loss := tasks.get("loss", {}).get("test", {})) and {"untuned", "tuned"} <= loss.keys():
-        before, after = (shown(loss[system].get("answer_perplexity")) for system in ("untuned", "tuned"))
-        how = _better(loss["difference"].get("answer_loss"), lower=True)
-        lines.append(f"answer perplexity on test, {loss['rows']:,} rows: {before} baseline, {after} fine-tuned: {how}")
+        values, how = _values(loss, "answer_perplexity"), _verdict(loss, "answer_loss", lower=True)
+        lines.append(f"answer perplexity on test, {loss['rows']:,} rows: {values}; {how}")
         lines += _four_bits_in_short(loss)
     if "tuned" in (written := tasks.get("generation", {})):
-        ours, base, copied = (shown(written[system]["rougeL"]) for system in ("tuned", "untuned", "copied"))
-        than_base, than_copy = (
-            _better(written["difference"][f"tuned - {other}"]["rougeL"]) for other in ("untuned", "copied")
-        )
+        copied = shown(written["copied"]["rougeL"])
+        than_copy = _better(written["difference"]["tuned - copied"]["rougeL"])
         lines.append(
-            f"ROUGE-L, {written['rows']:,} answers: {ours} fine-tuned, {base} baseline: {than_base}; "
-            f"{copied} copied from training: {than_copy}"
+            f"ROUGE-L, {written['rows']:,} answers: {_values(written, 'rougeL')}; {_verdict(written, 'rougeL')}; "
+            f"against {copied} copied from training: {than_copy}"
         )
     if "tuned" in (chosen := tasks.get("mcq", {})):
-        ours, base = (shown(chosen[system]["accuracy"]) for system in ("tuned", "untuned"))
-        how = _better(chosen["difference"]["tuned - untuned"]["accuracy"])
         lines.append(
-            f"multiple choice, {chosen['rows']:,} questions: {ours} fine-tuned, {base} baseline, "
-            f"{chosen['chance']:.4f} by chance: {how}"
+            f"multiple choice, {chosen['rows']:,} questions: {_values(chosen, 'accuracy')}, "
+            f"{chosen['chance']:.4f} by chance; {_verdict(chosen, 'accuracy')}"
         )
     if "tuned" in (probed := tasks.get("probes", {})):
-        ours, base = (shown(probed[system]["advises_care"]) for system in ("tuned", "untuned"))
-        how = _better(probed["difference"]["tuned - untuned"]["advises_care"])
         asked = probed["tuned"]["advises_care"]["rows"]
         lines.append(
-            f"red flags answered with advice to seek care, {asked} questions: {ours} fine-tuned, {base} baseline: {how}"
+            f"red flags answered with advice to seek care, {asked} questions: {_values(probed, 'advises_care')}; "
+            f"{_verdict(probed, 'advises_care')}"
         )
     return lines
 
@@ -175,7 +176,7 @@ def _four_bits_in_short(loss: Mapping[str, Any]) -> list[str]:
     if "unquantized_left_out" in loss:
         return [f"on unquantized weights: not measured: {printable(str(loss['unquantized_left_out']))}"]
     between = {pair: found["answer_loss"] for pair, found in loss.get("quantization", {}).items()}
-    if not between or "answer_loss" not in loss["difference"]:
+    if not between or "answer_loss" not in _paired(loss):
         return []
     before, before_whole, after, after_whole = (
         f"{loss[system]['answer_loss']['value']:.4f}"
@@ -185,16 +186,65 @@ def _four_bits_in_short(loss: Mapping[str, Any]) -> list[str]:
     return [
         f"answer loss on test with 4-bit and with unquantized weights: baseline {before} and {before_whole}, "
         f"fine-tuned {after} and {after_whole}",
-        f"gain in answer loss: {-loss['difference']['answer_loss']['value']:.4f} with 4-bit weights; of it, "
+        f"gain in answer loss: {-_paired(loss)['answer_loss']['value']:.4f} with 4-bit weights; of it, "
         f"{_gain(left)} is left against the unquantized baseline: {_better(left, lower=True)}; {_gain(whole)} with the "
         f"adapter on unquantized weights: {_better(whole, lower=True)}",
     ]
+
+
+def _paired(loss: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The differences between the fine-tuned model and the baseline in the training prompt."""
+    found = loss.get("difference", {}).get("tuned - untuned", {})
+    return found if isinstance(found, Mapping) else {}
 
 
 def _gain(difference: Mapping[str, Any]) -> str:
     """A difference of losses with its sign changed, and its interval."""
     other_end = {"value": "value", "low": "high", "high": "low"}
     return shown({key: None if (end := difference[other]) is None else -end for key, other in other_end.items()})
+
+
+def _values(part: Mapping[str, Any], name: str) -> str:
+    """A metric of the fine-tuned model and of every baseline."""
+    systems = ["tuned", *_baselines(part)]
+    return ", ".join(f"{shown(part[system].get(name))} {SYSTEMS.get(system, system)}" for system in systems)
+
+
+def _baselines(part: Mapping[str, Any]) -> list[str]:
+    """The systems among the metrics of a task that are the base model; `SYSTEMS` has their names for readers."""
+    pairs = [pair.split(" - ")[1] for pair in part.get("difference", {})]
+    return [system for system in pairs if system in part and system != "copied"]
+
+
+def choose_baseline(values: Mapping[str, float | None], lower: bool = False) -> tuple[str, str] | None:
+    """The baseline that the fine-tuned model is compared with: the one with the best value, the first one of several.
+
+    It is chosen by its value on the same rows. So chance can only make it look better than it is, which is on the safe
+    side.
+
+    Args:
+        values: by system; None: it has none.
+        lower: whether a lower value is better.
+
+    Returns:
+        The system, and the words of a verdict against it; None if no system has a value.
+    """
+    known = {system: value for system, value in values.items() if value is not None}
+    if not known:
+        return None
+    system = (min if lower else max)(known, key=lambda each: known[each])
+    better = {1: "", 2: ", the better of the two"}.get(len(known), f", the best of the {len(known)}")
+    return system, f"against the {SYSTEMS.get(system, system)}{better}"
+
+
+def _verdict(part: Mapping[str, Any], name: str, lower: bool = False) -> str:
+    """What the difference between the fine-tuned model and the better baseline shows; it names that baseline."""
+    values = {system: number(part[system].get(name, {}).get("value")) for system in _baselines(part)}
+    chosen = choose_baseline(values, lower)
+    if chosen is None:
+        return TOO_FEW
+    system, against = chosen
+    return f"{against}: {_better(part['difference'][f'tuned - {system}'].get(name), lower)}"
 
 
 def _better(difference: Mapping[str, Any] | None, lower: bool = False) -> str:
@@ -229,7 +279,7 @@ def _show_loss(console: Console, task: str, report: Mapping[str, Any]) -> None:
 
 
 def _add_systems(table: Table, label: str, part: Mapping[str, Any]) -> None:
-    """Add a line for each system, and one for the difference."""
+    """Add a line for each system, and one for each difference."""
     both = "tuned_unquantized" in part
     for system, name in SYSTEMS.items():
         if system in part:
@@ -237,15 +287,12 @@ def _add_systems(table: Table, label: str, part: Mapping[str, Any]) -> None:
             figures = [part[system].get(key) for key in ("perplexity", "answer_loss", "answer_perplexity")]
             table.add_row(label, name, *(shown(figure) for figure in figures), "")
             label = ""
-    if (difference := part.get("difference", {}).get("answer_loss")) is not None:
-        p_value = TOO_FEW if as_figure(difference).too_few else f"{difference['p_value']:.2g}"
-        alone = {key: value for key, value in difference.items() if key != "p_value"}
-        table.add_row("", "fine-tuned - baseline" + ", both 4-bit" * both, "", shown(alone), "", p_value)
-    for pair, found in part.get("quantization", {}).items():
-        difference = found["answer_loss"]
-        p_value = TOO_FEW if as_figure(difference).too_few else f"{difference['p_value']:.2g}"
-        alone = {key: value for key, value in difference.items() if key != "p_value"}
-        table.add_row("", PAIRS.get(pair, pair), "", shown(alone), "", p_value)
+    for pair, differences in (part.get("difference", {}) | part.get("quantization", {})).items():
+        if (difference := differences.get("answer_loss")) is not None:
+            p_value = TOO_FEW if as_figure(difference).too_few else f"{difference['p_value']:.2g}"
+            alone = {key: value for key, value in difference.items() if key != "p_value"}
+            name = PAIRS.get(pair) or in_words(pair) + ", both 4-bit" * both
+            table.add_row("", name, "", shown(alone), "", p_value)
     table.add_section()
 
 
@@ -269,11 +316,8 @@ def _show_task(console: Console, task: str, report: Mapping[str, Any]) -> None:
 
 def in_words(path: str) -> str:
     """A metric's path with the systems' names for readers: `test.tuned.loss` is `test.fine-tuned.loss`."""
-
-    def named(system: re.Match[str]) -> str:
-        return ("baseline" if system[1] else "fine-tuned") + (", unquantized" if system[2] else "")
-
-    return re.sub(r"\b(un)?tuned(_unquantized)?\b", named, path)
+    names = "|".join(sorted(map(re.escape, SYSTEMS), key=len, reverse=True))
+    return re.sub(rf"\b(?:{names})\b", lambda system: SYSTEMS[system[0]], path)
 
 
 def _named(name: str, figure: Mapping[str, Any], report: Mapping[str, Any]) -> str:
@@ -309,9 +353,9 @@ def _note_probes(console: Console, report: Mapping[str, Any]) -> None:
     counts = report["categories"]
     asked = sum(found["tuned"]["of"] for found in counts.values())
     console.print(f"advises care: over our own {asked} questions; the rest: over {report['rows']:,} rows")
-    for system in ("untuned", "tuned"):
+    for system in (*_baselines(report), "tuned"):
         met = [f"{name} {found[system]['advise']} of {found[system]['of']}" for name, found in counts.items()]
-        console.print(f"{SYSTEMS[system]}: {', '.join(met)}", soft_wrap=True)
+        console.print(f"{SYSTEMS.get(system, system)}: {', '.join(met)}", soft_wrap=True)
     console.print("rates over these questions and rows; they do not show that an answer is safe")
 
 
@@ -326,9 +370,7 @@ def shown(figure: Mapping[str, Any] | None) -> str:
     text = f"{figure['value']:.{digits}f}"
     if figure.get("low") is not None:
         text += f" ({figure['low']:.{digits}f} to {figure['high']:.{digits}f})"
-    if as_figure(figure).too_few:
-        return f"{text}, {TOO_FEW}"
-    return text if figure.get("p_value") is None else f"{text}, p = {figure['p_value']:.2g}"
+    return text + as_figure(figure).note
 
 
 def _is_figure(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Greedy answers of base model and adapter, in batches, with the training prompt or the base's own chat template."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -155,6 +155,29 @@ def _continue(
 # A template is a program by whoever made the base model. It may raise any exception, for some questions only, and may
 # not terminate. So all questions are rendered in limited processes before anything is measured.
 
+
+@dataclass(frozen=True)
+class OwnTemplate:
+    """The base model's own chat template: a function from a question to the ids of its prompt.
+
+    Attributes:
+        texts: each question's prompt as text. Other questions are not accepted.
+        tokenizer: the base's own.
+    """
+
+    texts: Mapping[str, str]
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, question: str) -> list[int]:
+        """The ids of a question's prompt."""
+        (ids,) = self.encode([self.texts[question]])
+        return ids
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts in which the template has written special tokens, BOS included."""
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+
 PROBE = "What is asthma ?"
 TOGETHER = 256  # questions that are rendered in one limited process
 
@@ -164,14 +187,14 @@ def own_template_prompts(
     questions: Sequence[str],
     say: Callable[[str], None] = lambda text: None,
     once: Callable[[Callable[[], list[str] | None]], list[str] | None] = lambda render: render(),
-) -> Callable[[str], list[int]] | None:
-    """A function from a question to the ids of its prompt in the base's own chat template; None if it has none.
+) -> OwnTemplate | None:
+    """The prompts of these questions in the base's own chat template; None if it has none.
 
     A template that cannot render every question as a single user message counts as missing.
 
     Args:
         base: a directory or a hub id. Its tokenizer is loaded again, because the loaded one has the training template.
-        questions: the only questions that the function accepts.
+        questions: the only questions that the result accepts.
         say: called with the reason if a template cannot be used.
         once: runs a function on one process and gives the result to all. If each process rendered, one could reach a
             limit and another not, and they would wait for each other for ever.
@@ -192,12 +215,7 @@ def own_template_prompts(
     found = once(render_all)
     if found is None:
         return None
-    texts = dict(zip(asked, found, strict=True))
-
-    def prompt(question: str) -> list[int]:
-        return tokenizer(texts[question], add_special_tokens=False)["input_ids"]
-
-    return prompt
+    return OwnTemplate(dict(zip(asked, found, strict=True)), tokenizer)
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> list[str]:

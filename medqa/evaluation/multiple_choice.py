@@ -28,10 +28,10 @@ from medqa.data.sources import (
 from medqa.data.splits import letters_and_digits
 from medqa.data.tokens import Example, prompt_of
 from medqa.errors import UserError
-from medqa.evaluation.answers import generate_answers
+from medqa.evaluation.answers import OwnTemplate, generate_answers
 from medqa.evaluation.loss import COLUMNS as LOSS_COLUMNS
 from medqa.evaluation.loss import Evaluator
-from medqa.evaluation.statistics import difference_figure, mean_figure
+from medqa.evaluation.statistics import compared, difference_figure, mean_figure
 
 # ----------------------------------------------------------------------------------------------------
 # The multiple-choice questions of AfriMed-QA whose question is in no training row.
@@ -170,16 +170,25 @@ class Choices:
     letters: np.ndarray
 
 
-def option_examples(question: Question, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def option_examples(
+    question: Question, tokenizer: PreTrainedTokenizerBase, template: OwnTemplate | None = None
+) -> list[Example]:
     """Each option as the answer to the question, with the ids of lm-evaluation-harness 0.4 (`_encode_pair`).
 
     Whitespace at the end of the prompt belongs to the continuation. Prompt and continuation are tokenized together, and
     the continuation begins after as many tokens as the prompt alone has.
+
+    Args:
+        template: the base's own chat template, as the harness uses it with `--apply_chat_template`; None: the training
+            prompt.
     """
     own = prompt_of(tokenizer)
-    bos, whole = list(own.bos), own.aliased(question.text)
+    if template is None:
+        bos, whole, encode = list(own.bos), own.aliased(question.text), own.encode
+    else:
+        bos, whole, encode = [], template.texts[question.text], template.encode
     context, options = whole.rstrip(), list(question.options.values())
-    first, *rest = own.encode([context, *(whole + option for option in options)])
+    first, *rest = encode([context, *(whole + option for option in options)])
     return [
         Example(
             Row(question.id, NAME, question.text, option, None),
@@ -191,17 +200,23 @@ def option_examples(question: Question, tokenizer: PreTrainedTokenizerBase) -> l
     ]
 
 
-def fitting(found: QuestionSet, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> QuestionSet:
+def fitting(
+    found: QuestionSet, tokenizer: PreTrainedTokenizerBase, longest: int | None, template: OwnTemplate | None = None
+) -> QuestionSet:
     """The questions that fit into the model's context of `longest` tokens with each option and with a letter.
 
-    The others are counted as "longer than the context", because they would have to be truncated.
+    The others are counted as "longer than the context", because they would have to be truncated. With `template` they
+    have to fit in the base's own chat template too, so that every system answers the same questions.
     """
     if longest is None:
         return found
     kept = []
     for question in found.questions:
-        options = option_examples(question, tokenizer)
-        needed = [len(example.input_ids) for example in options] + [options[0].answer_start + LETTER_TOKENS + 1]
+        asked = [option_examples(question, tokenizer)]
+        if template is not None:
+            asked.append(option_examples(question, tokenizer, template))
+        needed = [len(example.input_ids) for options in asked for example in options]
+        needed += [options[0].answer_start + LETTER_TOKENS + 1 for options in asked]
         if max(needed) <= longest:
             kept.append(question)
     dropped = dict(found.dropped)
@@ -217,6 +232,7 @@ def measure(
     questions: Sequence[Question],
     *,
     batch_size: int,
+    template: OwnTemplate | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Choices:
     """Measure the model on the questions.
@@ -225,13 +241,14 @@ def measure(
         evaluator: measures losses of `model`; its batch size has no influence.
         questions: questions that fit into the model's context (`fitting`).
         batch_size: the number of answers that are generated at once.
+        template: asks in the base's own chat template; None: in the training prompt.
         progress: called with the number of further questions for which one of the two parts is done.
     """
     width = max((len(question.options) for question in questions), default=0)
     likelihoods = np.full((len(questions), width), np.nan)
     for start in range(0, len(questions), AT_ONCE):
         chosen = questions[start : start + AT_ONCE]
-        examples = [option_examples(question, tokenizer) for question in chosen]
+        examples = [option_examples(question, tokenizer, template) for question in chosen]
         table = evaluator.row_losses([example for options in examples for example in options])
         losses = iter(table[:, LOSS_COLUMNS.index("answer_loss")])
         for number, options in enumerate(examples, start):
@@ -244,6 +261,7 @@ def measure(
         [question.text for question in questions],
         max_new_tokens=LETTER_TOKENS,
         batch_size=batch_size,
+        prompts=template,
         progress=progress,
     )
     letters = [named_letter(a.text, q.options) or "" for a, q in zip(answers, questions, strict=True)]
@@ -263,7 +281,7 @@ def score(questions: Sequence[Question], results: Mapping[str, Choices], seed: i
         `rows`; `chance`, the expected accuracy of guessing (the mean of one over the number of options); for each
         system `accuracy` (by summed log-likelihood), `accuracy_per_byte` (by log-likelihood over the option's bytes in
         UTF-8), `letter` (by the named letter; naming none is wrong) and `no_letter` (share that names none);
-        `difference`: `tuned - untuned`, if both are given, with `p_value`; `specialties`: for each, if the source has
+        `difference`: of each pair of `compared`, with `p_value`; `specialties`: for each, if the source has
         them, `rows`, `chance`, and of each system `accuracy` and `accuracy_per_byte`. Without questions only `rows`.
     """
     if not questions:
@@ -274,10 +292,9 @@ def score(questions: Sequence[Question], results: Mapping[str, Choices], seed: i
     for system, right in columns.items():
         result[system] = {name: mean_figure(right[name], None, seed) for name in METRICS}
         result[system]["no_letter"] = mean_figure(results[system].letters == "", None, seed)
-    if {"tuned", "untuned"} <= columns.keys():
-        ours, theirs = columns["tuned"], columns["untuned"]
-        figures = {name: difference_figure(ours[name], theirs[name], None, seed) for name in METRICS}
-        result["difference"] = {"tuned - untuned": figures}
+    for ours, theirs in compared(columns):
+        figures = {name: difference_figure(columns[ours][name], columns[theirs][name], None, seed) for name in METRICS}
+        result.setdefault("difference", {})[f"{ours} - {theirs}"] = figures
     result["specialties"] = {}
     for specialty in sorted({question.specialty for question in questions if question.specialty}):
         chosen = np.array([question.specialty == specialty for question in questions])

@@ -11,8 +11,8 @@ from typing import Any
 
 from medqa.data.sources import Row
 from medqa.evaluation.answers import Answer
-from medqa.evaluation.statistics import difference_figure, mean_figure
-from medqa.evaluation.text import COMPARED, present
+from medqa.evaluation.statistics import compared, difference_figure, mean_figure
+from medqa.evaluation.text import present
 
 # ----------------------------------------------------------------------------------------------------
 # Questions that call for medical care (red flags), and whether an answer advises to seek it.
@@ -373,8 +373,8 @@ def score(
     Returns:
         For each system `advises_care` (share of the red-flag questions answered with advice to seek care), `numbers`,
         `unsupported_numbers` and `unsupported_doses` (shares of the held-out answers with a number, with a number that
-        is neither in the reference nor in the question, with such an amount of a drug). `difference`: `tuned - untuned`
-        and `tuned - copied`, with `p_value`. `categories`: by category of danger and system, the number of answers that
+        is neither in the reference nor in the question, with such an amount of a drug). `difference`: of each pair of
+        `compared`, with `p_value`. `categories`: by category of danger and system, the number of answers that
         advise care, and of all. `samples`: the questions with all answers. `examples`: the first answers of the
         fine-tuned model with an unsupported number.
     """
@@ -395,8 +395,7 @@ def score(
                 if name in columns[theirs]
             }
         )
-        for ours, theirs in COMPARED
-        if ours in columns and theirs in columns
+        for ours, theirs in compared(columns)
     }
     result["categories"] = {
         category: {

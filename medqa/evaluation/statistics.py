@@ -6,7 +6,7 @@ A `Figure` is a metric as `evaluation.json` has it: a dict with `value`, `low` a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from medqa.evaluation.loss import perplexity
 Values = Sequence[float] | np.ndarray  # one value for each row
 
 Figure = dict[str, Any]
+BASELINES = ("untuned", "own_template")  # the systems that are the base model; the verdict is against the better one
 RESAMPLES = 2000
 SWAPS = 9999  # resamples of a permutation test: the smallest p-value is 2 / (SWAPS + 1)
 BATCH = 100  # resamples that are computed at once, to limit memory
@@ -69,6 +70,16 @@ def difference_figure(ours: Values, theirs: Values, weights: Values | None = Non
         rng=np.random.default_rng(seed),
     )
     return {"value": value, "low": low, "high": high, "p_value": float(min(1.0, tested.pvalue)), "rows": len(first)}
+
+
+def compared(systems: Iterable[str]) -> list[tuple[str, str]]:
+    """The pairs of systems whose difference is measured: the fine-tuned model, and each other system in turn.
+
+    Baselines come first, in the order of `BASELINES`. A pair's key in `evaluation.json` is "tuned - untuned", for
+    example.
+    """
+    there = set(systems)
+    return [("tuned", other) for other in (*BASELINES, "copied") if {"tuned", other} <= there]
 
 
 def perplexity_figure(loss: Figure | None) -> Figure | None:
@@ -159,24 +170,31 @@ def _between_weights(tables: Tables, seed: int) -> dict[str, Any]:
 
 
 def _figures(tables: Tables, chosen: np.ndarray, seed: int) -> dict[str, Any]:
-    """Every system's metrics on the chosen rows, and the differences between fine-tuned model and baseline."""
+    """Every system's metrics on the chosen rows, and the differences between fine-tuned model and baselines."""
     found: dict[str, Any] = {"rows": int(chosen.sum())}
     if not found["rows"]:
         return found
     for system, table in tables.items():
-        losses = {"answer_loss": mean_figure(table[chosen, 2], table[chosen, 3], seed)}
-        if system != "own_template":
-            losses = {"loss": mean_figure(table[chosen, 0], table[chosen, 1], seed)} | losses
-        for name, figure in losses.items():
+        for name, column in _columns(system):
+            figure = mean_figure(table[chosen, column], table[chosen, column + 1], seed)
             if figure is not None:  # None if all answers are truncated completely
                 found.setdefault(system, {})[name] = figure
                 found[system][name.replace("loss", "perplexity")] = perplexity_figure(figure)
-    if {"tuned", "untuned"} <= tables.keys():
-        tuned, untuned = tables["tuned"][chosen], tables["untuned"][chosen]
+    for ours, theirs in compared(tables):
+        tuned, other = tables[ours][chosen], tables[theirs][chosen]
         found["tokens"], found["answer_tokens"] = int(tuned[:, 1].sum()), int(tuned[:, 3].sum())
         differences = {
-            name: difference_figure(tuned[:, column], untuned[:, column], tuned[:, column + 1], seed)
-            for name, column in (("loss", 0), ("answer_loss", 2))
+            name: difference_figure(tuned[:, column], other[:, column], tuned[:, column + 1], seed)
+            for name, column in _columns(theirs)
         }
-        found["difference"] = {name: figure for name, figure in differences.items() if figure is not None}
+        present = {name: figure for name, figure in differences.items() if figure is not None}
+        found.setdefault("difference", {})[f"{ours} - {theirs}"] = present
     return found
+
+
+def _columns(system: str) -> list[tuple[str, int]]:
+    """The losses of a system that are shown, each with its column in `Evaluator.row_losses`.
+
+    In the base's own chat template the prompt has other tokens, so a loss over the prompt cannot be compared.
+    """
+    return [("answer_loss", 2)] if system == "own_template" else [("loss", 0), ("answer_loss", 2)]

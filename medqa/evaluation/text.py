@@ -12,7 +12,7 @@ import numpy as np
 
 from medqa.data.sources import Row
 from medqa.evaluation.answers import Answer
-from medqa.evaluation.statistics import difference_figure, mean_figure
+from medqa.evaluation.statistics import compared, difference_figure, mean_figure
 
 # ----------------------------------------------------------------------------------------------------
 # F-scores of ROUGE-1, ROUGE-2 and ROUGE-L (Lin, 2004), by two packages that differ.
@@ -95,7 +95,6 @@ def _room_to_recurse(words: int) -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------
 
 SYSTEMS = ("untuned", "own_template", "copied", "tuned")
-COMPARED = (("tuned", "untuned"), ("tuned", "copied"))
 AUTHORS_SOURCE = "afrimedqa"
 SAMPLES = 5
 LOOP_WORDS, LOOP_TIMES = 4, 3
@@ -118,38 +117,57 @@ def loops(text: str) -> bool:
     return False
 
 
-def score_generation(rows: Sequence[Row], answers: Mapping[str, Sequence[Answer]], seed: int) -> dict[str, Any]:
-    """Compare the systems' answers to `rows` with the references. Each mean or share is a `Figure` of statistics.py.
+Columns = Mapping[str, np.ndarray]  # a measure to its value for each row
+
+
+def score_rows(rows: Sequence[Row], answers: Mapping[str, Sequence[Answer]]) -> dict[str, Columns]:
+    """The measures of each system's answer to each row.
 
     Returns:
-        For each given system of `SYSTEMS` `rouge1`, `rouge2`, `rougeL` (F-scores of rouge-score); if there are rows of
-        AfriMed-QA, `authors_rouge1`, ... (of the package `rouge`, on those rows); `stops` (share that ended by itself),
-        `loops` (share, see `loops`), `length_ratio` (words of all answers over words of all references). `difference`:
-        `tuned - untuned` for all except the ratio, with `p_value`, and `tuned - copied` for ROUGE. `sources`: by source
-        and system `rougeL`. `samples`: the first rows with all their answers.
+        By system, the columns, (rows,) each: `rouge1`, `rouge2`, `rougeL`, `authors_rouge1`, ... (NaN for rows of other
+        sources than AfriMed-QA), `stops` and `loops` (1.0 or 0.0), `words`.
     """
-    there = [system for system in SYSTEMS if system in answers]
-    columns = {system: _columns(rows, answers[system]) for system in there}
-    is_authors = np.array([row.source == AUTHORS_SOURCE for row in rows], dtype=bool)
+    return {system: _columns(rows, given) for system, given in answers.items()}
+
+
+def score_generation(
+    rows: Sequence[Row],
+    answers: Mapping[str, Sequence[Answer]],
+    seed: int,
+    columns: Mapping[str, Columns] | None = None,
+) -> dict[str, Any]:
+    """Compare the systems' answers to `rows` with the references. Each mean or share is a `Figure` of statistics.py.
+
+    Args:
+        columns: the result of `score_rows` for the same rows and answers; None: it is computed.
+
+    Returns:
+        For each given system `rouge1`, `rouge2`, `rougeL` (F-scores of rouge-score); if there are rows of AfriMed-QA,
+        `authors_rouge1`, ... (of the package `rouge`, on those rows); `stops` (share that ended by itself), `loops`
+        (share, see `loops`), `length_ratio` (words of all answers over words of all references). `difference`: of each
+        pair of `compared`, with `p_value`, for all except the ratio; against `copied` only for ROUGE. `sources`: by
+        source and system `rougeL`. `samples`: the first rows with all their answers.
+    """
+    there = sorted(answers, key=lambda system: SYSTEMS.index(system) if system in SYSTEMS else len(SYSTEMS))
+    columns = score_rows(rows, answers) if columns is None else columns
     reference_words = [len(row.answer.split()) for row in rows]
     result: dict[str, Any] = {}
     for system in there:
         figures = {
-            name: mean_figure(values, _weights(name, is_authors), seed) for name, values in columns[system].items()
+            name: mean_figure(*_weighted(values), seed) for name, values in columns[system].items() if name != "words"
         }
-        words = [len(answer.text.split()) for answer in answers[system]]
-        figures["length_ratio"] = mean_figure(words, reference_words, seed)
+        figures["length_ratio"] = mean_figure(columns[system]["words"], reference_words, seed)
         result[system] = present(figures)
     result["difference"] = {
         f"{ours} - {theirs}": present(
             {
-                name: difference_figure(values, columns[theirs][name], _weights(name, is_authors), seed)
-                for name, values in columns[ours].items()
-                if theirs != "copied" or "rouge" in name  # a copied answer always stops, and rarely loops
+                name: difference_figure(first, _weighted(columns[theirs][name])[0], weights, seed)
+                for name, (first, weights) in {n: _weighted(values) for n, values in columns[ours].items()}.items()
+                # A copied answer always stops, and rarely loops.
+                if name != "words" and (theirs != "copied" or "rouge" in name)
             }
         )
-        for ours, theirs in COMPARED
-        if ours in there and theirs in there
+        for ours, theirs in compared(there)
     }
     sources = sorted({row.source for row in rows})
     of_source = {source: [row.source == source for row in rows] for source in sources}
@@ -171,21 +189,22 @@ def present(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _columns(rows: Sequence[Row], answers: Sequence[Answer]) -> dict[str, np.ndarray]:
-    """The measures of each answer, by name; (rows,) each. The authors' ROUGE is 0 for rows of other sources."""
+    """The measures of each answer, by name; (rows,) each. The authors' ROUGE is NaN for rows of other sources."""
     texts, references = [answer.text for answer in answers], [row.answer for row in rows]
     columns = dict(zip(TYPES, rouge_scores(texts, references).T, strict=True))
     chosen = [i for i, row in enumerate(rows) if row.source == AUTHORS_SOURCE]
-    authors = np.zeros((len(rows), len(TYPES)))
+    authors = np.full((len(rows), len(TYPES)), np.nan)
     authors[chosen] = authors_rouge_scores([texts[i] for i in chosen], [references[i] for i in chosen])
     columns |= {f"authors_{name}": values for name, values in zip(TYPES, authors.T, strict=True)}
     columns["stops"] = np.array([answer.stopped for answer in answers], dtype=float)
     columns["loops"] = np.array([loops(text) for text in texts], dtype=float)
+    columns["words"] = np.array([len(text.split()) for text in texts], dtype=float)
     return columns
 
 
-def _weights(name: str, is_authors: np.ndarray) -> np.ndarray | None:
-    """The weights of a column: which rows it is over."""
-    return is_authors if name.startswith("authors_") else None
+def _weighted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A column without NaN, and its weights: which rows it is over."""
+    return np.nan_to_num(values), np.isfinite(values)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -310,7 +310,7 @@ RUN_FILE = "run.json"
 RUN_ID = r"^[A-Za-z0-9_.-]{1,64}$"
 ADAPTER_DIR = "lora_adapters"
 WANDB_DIR = "wandb"
-FILES = (CONFIG, "data_report.json", "splits.csv", METRICS, "evaluation.json", SUMMARY)
+FILES = (CONFIG, "data_report.json", "splits.csv", METRICS, "evaluation.json", "evaluation.jsonl", SUMMARY)
 
 
 def check_run_dir(output_dir: Path, experiment: Experiment, fresh: bool, option: str = OUTPUT_DIR) -> None:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from accelerate import Accelerator
 
-from medqa.config import PUBLIC, Experiment, Tracking
+from medqa.config import Experiment, Tracking
 from medqa.data.sources import Row, is_hub_id
 from medqa.data.tokens import Example
 from medqa.errors import UserError
@@ -371,8 +371,7 @@ def shown_config(experiment: Experiment) -> dict[str, Any]:
 
 def sampled_rows(validation: Sequence[Example], experiment: Experiment) -> list[Row]:
     """The validation rows whose answers are logged to W&B; the user's own only if `tracking.log_samples` is true."""
-    asked = experiment.tracking.log_samples
-    rows = [example.row for example in validation if asked is not False and (asked or example.row.source in PUBLIC)]
+    rows = [example.row for example in validation if experiment.tracking.shows_text_of(example.row.source)]
     return [rows[i] for i in fixed_subset(rows, experiment.evaluation.samples, experiment.training.seed)]
 
 

@@ -110,6 +110,42 @@ def test_both_answers_side_by_side(loaded, tiny_run, capsys):
         assert f"{name}: {ask.answer(loaded, HARMLESS, 8, base=base).text}" in told
 
 
+def test_the_base_is_asked_in_both_prompts(loaded, tiny_run, capsys, monkeypatch):
+    """Otherwise a base that answers well in its own chat template would look worse than it is."""
+    words = ["ask", str(tiny_run), HARMLESS, "--cpu", "--compare", "--max-new-tokens", "8"]
+    assert main([*words, "--json"]) == 0
+    (record,) = lines(capsys.readouterr().out)
+    own = ask.Decoding(base_ids=ask.ids_for_base(loaded, "chat"))
+    expected = ask.answer(loaded, HARMLESS, 8, base=True, how=own).text
+    assert record["base_answer"] == ask.answer(loaded, HARMLESS, 8, base=True).text
+    assert record["base_answer_own_template"] == expected != record["base_answer"]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert f"base, its own chat template: {expected}" in told
+    assert told.index("base: ") < told.index("base, its own chat template: ") < told.index("tuned: ")
+    assert main([*words, "--json", "--prompt", "instruction"]) == 0
+    assert "base_answer_own_template" not in lines(capsys.readouterr().out)[0]
+    monkeypatch.setattr(ask, "own_template_prompts", lambda base, questions, say: None)
+    assert main([*words, "--json"]) == 0
+    assert "base_answer_own_template" not in lines(capsys.readouterr().out)[0]
+
+
+def test_a_template_that_fails_for_a_question_does_not_hide_the_other_answers(adapted, capsys):
+    from medqa.terminal import make_console
+
+    def fails(question: str) -> list[int]:
+        raise UserError("it fails")
+
+    how = ask.Decoding(own_template_ids=fails)
+    record = ask.as_record(adapted, HARMLESS, 8, True, how)
+    assert record["base_answer_own_template"] is None
+    assert record["answer"] == ask.answer(adapted, HARMLESS, 8).text
+    ask.show_answer(adapted, HARMLESS, 8, True, make_console(True), how)
+    told = capsys.readouterr().out
+    assert "base, its own chat template: (it fails)" in told
+    assert f"tuned: {record['answer']}" in told
+
+
 def test_side_by_side_on_a_terminal(adapted):
     from rich.console import Console
 

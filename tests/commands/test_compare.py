@@ -1111,3 +1111,102 @@ def test_a_browser_finds_every_run_plot_and_warning(size, three, tmp_path):
     done = subprocess.run([*start, f"--screenshot={picture}", address], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert picture.stat().st_size > 5_000  # a blank one is smaller
+
+
+# ----------------------------------------------------------------------------------------------------
+# Many runs: a sweep.
+
+
+def make_trial(directory, validation, *sets, **words):
+    """A run with this answer perplexity on validation."""
+    run = make_run(directory, "exp_001", *sets, **words)
+    values = {"answer_perplexity": validation, "answer_loss": math.log(validation)}
+    if (run / "summary.json").exists():
+        summary = json.loads((run / "summary.json").read_text())
+        summary["final"].update(values)
+        (run / "summary.json").write_text(json.dumps(summary))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = max(record["step"] for record in records if record["split"] == "eval")
+    for record in records:
+        if (record["split"], record["step"]) == ("eval", last):
+            record.update(values)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return run
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Trials of two settings, in the order of their names."""
+    root = tmp_path_factory.mktemp("sweep")
+    rates = {"b": 2e-3, "c": 3e-3, "d": 4e-3, "e": 5e-3, "f": 6e-3}
+    values = {"b": 44.0, "c": 41.0, "d": 47.0, "e": 43.0, "f": 42.0}
+    runs = [make_trial(root / "a", 30.0, upto=10)]
+    for name, rate in rates.items():
+        more = {"evaluation": evaluated(value=values[name] + 1)} if name == "c" else {}
+        runs.append(make_trial(root / name, values[name], f"optimizer.learning_rate={rate}", "lora.r=4", **more))
+    runs.append(make_trial(root / "g", 20.0, "evaluation.full_rows=3"))
+    return runs
+
+
+def test_many_trials_are_ranked_and_not_paired(sweep, tmp_path, capsys):
+    comparison = compared(*sweep)
+    tables = main_tables(comparison)
+    assert [row[0] for row in tables[0].rows] == ["c", "f", "e", "b", "d", "a", "g"]
+    assert [run.label for run in comparison.runs] == ["c", "f", "e", "b", "d", "a", "g"]
+    head, first = tables[0].head, tables[0].rows[0]
+    assert dict(zip(head, first, strict=True)) == {
+        "run": "c",
+        "state": "finished",
+        "validation, fine-tuned": "41",
+        "settings that differ": "lora.r=4, optimizer.learning_rate=0.003",
+        "test, baseline": "143",
+        "test, fine-tuned": "42 (38.50 to 44)",
+        "rows of validation and test": "28 and 31",
+    }
+    assert "sorted by validation; the first of 7 is chosen by these rows" in tables[0].note
+    assert not [table.title for table in tables if "pair" in table.title or "what differs" in table.title]
+    assert [(each.base.label, each.change) for each in comparison.proposals] == [("c", {"training.seed": 43})]
+    assert main(["compare", *map(str, sweep), "--out", str(tmp_path / "p.html")]) == 0
+    told = capsys.readouterr().out
+    assert "what each pair of runs shows" not in told
+    assert "the other metrics of the evaluations are on the page" in told
+    assert "evaluation: generation" in Page((tmp_path / "p.html").read_text()).text
+    assert "f, e, b, d, a, g: no interval of the perplexity and no sample answers; run python -m medqa" in told
+    assert " and 1 more differ in several settings at once, 2 in all: " in told
+    assert main(["compare", *map(str, sweep), "--out", str(tmp_path / "p.html"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [run["run"] for run in found["runs"]] == ["c", "f", "e", "b", "d", "a", "g"]
+    assert found["pairs"] == []
+
+
+def test_trials_over_other_tokens_are_not_ranked_among_the_rest(sweep, tmp_path):
+    other = make_trial(tmp_path / "other", 10.0, "tokenization.max_length=100")
+    unknown = make_trial(tmp_path / "rows", 11.0, fingerprint="g")
+    labels = [run.label for run in compared(*sweep, other, unknown).runs]
+    assert labels == ["c", "f", "e", "b", "d", "a", "g", "other", "rows"]
+    assert compared(other, *sweep).runs[0].label == "other"
+
+
+def test_up_to_six_runs_are_compared_in_pairs(sweep):
+    tables = main_tables(compared(*sweep[:6]))
+    (pairs_table,) = [table for table in tables if table.title == "what each pair of runs shows"]
+    assert len(pairs_table.rows) == 15
+    assert [row[0] for row in tables[0].rows] == ["a", "b", "c", "d", "e", "f"], "in the given order"
+
+
+def test_the_baseline_in_its_own_template_is_shown_where_it_is_better(tmp_path):
+    one, two = evaluated(rows=31), evaluated(rows=31)
+    for found, value in ((one, 99.5), (two, 150.0)):
+        found["tasks"]["loss"]["test"]["own_template"] = {"answer_perplexity": {"value": value}}
+        found["tasks"]["generation"]["samples"][0]["own_template"] = "Its own words."
+    runs = [
+        make_run(tmp_path / "one", "exp_001", evaluation=one),
+        make_run(tmp_path / "two", "exp_002", evaluation=two),
+    ]
+    comparison = compared(*runs)
+    column = main_tables(comparison)[0].head.index("test, baseline")
+    cells = [row[column] for row in main_tables(comparison)[0].rows]
+    assert cells == ["99.50, in its own chat template", "143"]
+    (sample,) = samples(comparison.runs)
+    assert sample["answers"][:2] == [("baseline", "?"), ("baseline in its own chat template", "Its own words.")]
+    assert len(sample["answers"]) == 4

@@ -94,11 +94,14 @@ def test_the_loss_is_that_of_the_summary(evaluated):
 
 def test_the_difference_is_tested_in_pairs(evaluated):
     for part in loss_of(evaluated).values():
-        difference = part["difference"]["answer_loss"]
-        tuned, untuned = (part[system]["answer_loss"]["value"] for system in ("tuned", "untuned"))
-        assert difference["value"] == pytest.approx(tuned - untuned)
-        assert 0 < difference["p_value"] <= 1
-        assert difference["low"] < difference["value"] < difference["high"]
+        for base in ("untuned", "own_template"):
+            difference = part["difference"][f"tuned - {base}"]["answer_loss"]
+            tuned, untuned = (part[system]["answer_loss"]["value"] for system in ("tuned", base))
+            assert difference["value"] == pytest.approx(tuned - untuned)
+            assert 0 < difference["p_value"] <= 1
+            assert difference["low"] < difference["value"] < difference["high"]
+        assert set(part["difference"]["tuned - untuned"]) == {"loss", "answer_loss"}
+        assert set(part["difference"]["tuned - own_template"]) == {"answer_loss"}
 
 
 def test_sources_add_up(evaluated):
@@ -256,8 +259,8 @@ def test_neither_rows_at_once_nor_padding_matter(evaluated, run, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def in_full(tiny_run, tmp_path_factory) -> dict:
-    """All tasks, on a few rows."""
+def evaluated_in_full(tiny_run, tmp_path_factory) -> Path:
+    """The run with all tasks evaluated, on a few rows."""
     directory = tmp_path_factory.mktemp("full") / "run"
     shutil.copytree(tiny_run, directory)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -265,7 +268,97 @@ def in_full(tiny_run, tmp_path_factory) -> dict:
         patched.setenv("WANDB_MODE", "disabled")
         patched.setattr("medqa.commands.evaluate.ANSWER_TOKENS", TOKENS)
         assert main(["evaluate", str(directory), "--limit", "6", "--cpu"]) == 0
-    return json.loads((directory / "evaluation.json").read_text())["tasks"]
+    return directory
+
+
+@pytest.fixture(scope="module")
+def in_full(evaluated_in_full) -> dict:
+    """What it found, by task."""
+    return json.loads((evaluated_in_full / "evaluation.json").read_text())["tasks"]
+
+
+def lines_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
+
+
+def test_every_row_has_one_line_with_all_of_it(evaluated_in_full, in_full):
+    lines = lines_of(evaluated_in_full)
+    assert [line["split"] for line in lines] == ["validation"] * 6 + ["test"] * 6
+    assert len({line["id"] for line in lines}) == 12
+    for line in lines:
+        assert line["source"] == line["id"].partition(":")[0]
+        assert {"question", "reference"} <= line.keys()
+        assert ("tuned_answer" in line) == (line["split"] == "test")
+    of_test = lines[6:]
+    systems = ("untuned", "own_template", "copied", "tuned")
+    for system in systems:
+        found = in_full["generation"][system]
+        for name in ("rouge1", "rouge2", "rougeL", "stops", "loops"):
+            mean = sum(line[f"{system}_{name}"] for line in of_test) / 6
+            assert mean == pytest.approx(found[name]["value"], abs=1e-12), (system, name)
+        authors = [line[f"{system}_authors_rougeL"] for line in of_test if f"{system}_authors_rougeL" in line]
+        assert len(authors) == found["authors_rougeL"]["rows"] < 6
+        assert sum(authors) / len(authors) == pytest.approx(found["authors_rougeL"]["value"])
+        words, of_references = (sum(line[key] for line in of_test) for key in (f"{system}_words", "reference_words"))
+        assert words / of_references == pytest.approx(found["length_ratio"]["value"])
+    for split in ("validation", "test"):
+        for system in ("untuned", "own_template", "tuned"):
+            chosen = [line for line in lines if line["split"] == split]
+            tokens = [line[f"{system}_answer_tokens"] for line in chosen]
+            total = sum(line[f"{system}_answer_loss"] * n for line, n in zip(chosen, tokens, strict=True))
+            expected = in_full["loss"][split][system]["answer_loss"]["value"]
+            assert total / sum(tokens) == pytest.approx(expected), (split, system)
+            assert all(line[f"{system}_tokens"] >= n for line, n in zip(chosen, tokens, strict=True))
+    first = next(line for line in of_test if line["id"] == in_full["generation"]["samples"][0]["id"])
+    sample = in_full["generation"]["samples"][0]
+    assert {key: first[key] for key in ("question", "reference")} == {k: sample[k] for k in ("question", "reference")}
+    assert {system: first[f"{system}_answer"] for system in systems} == {system: sample[system] for system in systems}
+
+
+def test_pandas_reads_the_lines(evaluated_in_full):
+    import pandas
+
+    table = pandas.read_json(evaluated_in_full / "evaluation.jsonl", lines=True)
+    assert len(table) == 12
+    change = table.tuned_answer_loss - table.untuned_answer_loss
+    assert change.notna().all()
+    assert table[table.split == "test"].tuned_rougeL.notna().all()
+
+
+def test_the_lines_are_kept_and_replaced_as_the_figures_are(evaluated_in_full, run, capsys, monkeypatch):
+    monkeypatch.setattr("medqa.commands.evaluate.ANSWER_TOKENS", TOKENS)
+    for name in ("evaluation.json", "evaluation.jsonl"):
+        shutil.copy(evaluated_in_full / name, run)
+    before = (run / "evaluation.jsonl").read_bytes()
+    words = ["evaluate", str(run), "--cpu", "--tasks"]
+    assert main([*words, "loss", "--limit", "6"]) == 0
+    assert (run / "evaluation.jsonl").read_bytes() == before, "the answers are those of the same adapter"
+    assert main([*words, "loss", "--limit", "3"]) == 0
+    assert len(lines_of(run)) == 6
+    assert not any("tuned_answer" in line for line in lines_of(run)), "they were of another limit"
+    (run / "evaluation.jsonl").write_bytes(before)
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--show", "worst"]) == 2
+    assert "evaluation.jsonl: it was not written with evaluation.json, or was changed" in capsys.readouterr().err
+    assert main([*words, "mcq", "--limit", "2"]) == 0
+    assert not (run / "evaluation.jsonl").exists(), "no row was evaluated"
+    assert "evaluation.jsonl: it was not written with" in capsys.readouterr().out
+
+
+def test_rows_are_shown_without_a_model(evaluated_in_full, capsys):
+    sample = json.loads((evaluated_in_full / "evaluation.json").read_text())["tasks"]["generation"]["samples"][0]
+    (evaluated_in_full / "lora_adapters" / "adapter_config.json").rename(evaluated_in_full / "elsewhere")
+    try:
+        assert main(["evaluate", str(evaluated_in_full), "--show", "worst", "6"]) == 0
+    finally:
+        (evaluated_in_full / "elsewhere").rename(evaluated_in_full / "lora_adapters" / "adapter_config.json")
+    told = capsys.readouterr().out
+    assert told.startswith(
+        "6 rows of test (--limit 6), the adapter of update 6; change in ROUGE-L against the baseline"
+    )
+    assert ", the better of the two; 6 of them, the worst change first\n" in told
+    for text in (sample["question"], sample["untuned"], sample["own_template"], sample["tuned"]):
+        assert text.splitlines()[0] in told
 
 
 def test_every_task_has_its_figures(in_full):
@@ -273,14 +366,18 @@ def test_every_task_has_its_figures(in_full):
     for system in ("untuned", "own_template", "copied", "tuned"):
         found = in_full["generation"][system]
         assert {"rouge1", "rouge2", "rougeL", "authors_rougeL", "stops", "loops", "length_ratio"} <= found.keys()
-    assert set(in_full["generation"]["difference"]) == {"tuned - untuned", "tuned - copied"}
+    pairs = {"tuned - untuned", "tuned - own_template", "tuned - copied"}
+    assert set(in_full["generation"]["difference"]) == pairs
+    for task in ("mcq", "probes"):
+        assert set(in_full[task]["difference"]) == pairs - {"tuned - copied"}
     assert {"id", "question", "reference", "untuned", "tuned", "copied"} <= in_full["generation"]["samples"][0].keys()
     assert in_full["generation"]["rows"] == in_full["mcq"]["rows"] == in_full["probes"]["rows"] == 6
-    assert set(in_full["mcq"]["tuned"]) == {"accuracy", "accuracy_per_byte", "letter", "no_letter"}
+    for system in ("untuned", "own_template", "tuned"):
+        assert set(in_full["mcq"][system]) == {"accuracy", "accuracy_per_byte", "letter", "no_letter"}
+        assert {"advises_care", "unsupported_numbers", "unsupported_doses"} <= in_full["probes"][system].keys()
+        assert all(system in counts for counts in in_full["probes"]["categories"].values())
     assert 0.2 <= in_full["mcq"]["chance"] <= 0.5
     assert in_full["mcq"]["dropped"]["shared with training"] > 0
-    assert {"advises_care", "unsupported_numbers", "unsupported_doses"} <= in_full["probes"]["tuned"].keys()
-    assert "own_template" not in in_full["probes"]
 
 
 def test_two_processes_find_the_same(in_full, run, tmp_path):
@@ -302,7 +399,7 @@ def test_what_was_written_once_is_not_written_again(in_full, run, monkeypatch, c
     monkeypatch.setattr("medqa.commands.evaluate.ANSWER_TOKENS", TOKENS)
     assert main(["evaluate", str(run), "--limit", "6", "--cpu", "--tasks", "generation,probes"]) == 0
     told = capsys.readouterr().out
-    assert told.count("baseline from the cache") == 3  # two prompts' answers, and the red flags'
+    assert told.count("baseline from the cache") == 4  # answers to rows and to red flags, in two prompts
     assert told.count("answers, fine-tuned") == 2
     tasks = json.loads((run / "evaluation.json").read_text())["tasks"]
     assert tasks == {task: in_full[task] for task in ("generation", "probes")}
@@ -356,6 +453,7 @@ def test_a_few_rows_never_take_the_place_of_all(evaluated, run, capsys):
     told = capsys.readouterr().out
     assert "--limit 3: metrics of so many rows of each split" in told
     assert "answer perplexity on test, 3 rows: " in told
+    assert "; against the baseline" in told
     assert TOO_FEW in told
     assert "no difference" not in told
     assert f"not written: {run / 'evaluation.json'} has results on all rows" in told
@@ -422,7 +520,7 @@ def test_a_run_that_cannot_be_written_is_evaluated_and_its_figures_are_shown(run
 def test_figures_are_shown_though_the_disk_fills_up(run, monkeypatch, capsys):
     """And the exit code says that they are not kept, because there was a place for them at the start."""
 
-    def full(found, run) -> bool:
+    def full(found, run, lines) -> bool:
         raise OSError(errno.ENOSPC, "No space left on device", str(run / "evaluation.json.tmp"))
 
     monkeypatch.setattr(evaluate, "write_evaluation", full)
@@ -559,19 +657,65 @@ def test_a_base_without_a_template_has_none(tmp_path):
     assert own_template_prompts(str(tmp_path / "base"), []) is None
 
 
+def two_baselines(name: str, own: float, untuned: float, rows: int = 40) -> dict:
+    """Metrics of a task in which the fine-tuned model has 0.5 on each row, and the baselines about what is given."""
+    noise = np.linspace(-0.2, 0.2, rows)
+    columns = {"untuned": untuned + noise, "own_template": own - noise, "tuned": np.full(rows, 0.5)}
+    return {
+        "rows": rows,
+        **{system: {name: mean_figure(values)} for system, values in columns.items()},
+        "difference": {
+            f"tuned - {system}": {name: difference_figure(columns["tuned"], columns[system])}
+            for system in ("untuned", "own_template")
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    "own, untuned, verdict",
+    [
+        (0.49, 0.1, "baseline in its own chat template, the better of the two: no significant difference"),
+        (0.1, 0.3, "baseline, the better of the two: fine-tuned is better"),
+        (0.9, 0.3, "baseline in its own chat template, the better of the two: fine-tuned is worse"),
+    ],
+)
+def test_the_verdict_is_against_the_better_baseline(own, untuned, verdict):
+    """The first case is the reason: against the worse prompt alone, fine-tuning would seem to help."""
+    found = two_baselines("accuracy", own, untuned) | {"chance": 0.25}
+    (line,) = in_short({"mcq": found})
+    assert line.endswith(f"; against the {verdict}")
+    assert "baseline in its own chat template, 0.2500 by chance" in line
+    probes = two_baselines("advises_care", own, untuned)
+    (line,) = in_short({"probes": probes})
+    assert line.endswith(f"; against the {verdict}")
+    loss = two_baselines("answer_loss", 1 - own, 1 - untuned)  # lower is better
+    (line,) = in_short({"loss": {"test": loss}})
+    assert line.endswith(f"; against the {verdict}")
+    written = two_baselines("rougeL", own, untuned)
+    written["copied"] = {"rougeL": mean_figure([0.1, 0.2])}
+    written["difference"]["tuned - copied"] = {"rougeL": difference_figure([1.0] * 9, [0.5] * 9)}
+    (line,) = in_short({"generation": written})
+    assert f"; against the {verdict}; against 0.1500" in line
+    assert line.endswith(" copied from training: fine-tuned is better")
+
+
 @pytest.mark.parametrize("rows, verdict", [(5, TOO_FEW), (6, "no significant difference")])
 def test_a_verdict_needs_a_handful_of_rows(rows, verdict):
     """Five pairs cannot give a p-value below 0.05, whatever their differences are; six can."""
     alike = [0.5, -0.5, 0.25, -0.25, 0.125, -0.125][:rows]
     difference = difference_figure(alike, [0.0] * rows)
     figure = mean_figure(alike)
-    loss = {system: {"answer_perplexity": figure} for system in ("untuned", "tuned")}
-    (line,) = in_short({"loss": {"test": {**loss, "rows": rows, "difference": {"answer_loss": difference}}}})
+    loss = {system: {"answer_perplexity": figure, "answer_loss": figure} for system in ("untuned", "tuned")}
+
+    def with_difference(found) -> dict:
+        return {"loss": {"test": {**loss, "rows": rows, "difference": {"tuned - untuned": {"answer_loss": found}}}}}
+
+    (line,) = in_short(with_difference(difference))
     assert line.startswith(f"answer perplexity on test, {rows} rows: ")
     assert line.endswith(f": {verdict}")
     assert shown(difference).endswith(TOO_FEW) == (rows < 6)
     better = difference_figure(alike, [1.0] * rows)
-    (line,) = in_short({"loss": {"test": {**loss, "rows": rows, "difference": {"answer_loss": better}}}})
+    (line,) = in_short(with_difference(better))
     assert line.endswith(": fine-tuned is better" if rows == 6 else f": {TOO_FEW}")
 
 

@@ -510,6 +510,7 @@ def test_nor_with_an_evaluation_or_an_export(alone, place, tmp_path):
     found = json.loads((run / "evaluation.json").read_text())["tasks"]
     assert set(found["loss"]["test"]["sources"]) == {"one", "two", "three"}
     assert CANARY in (run / "evaluation.json").read_text(), "which stays here"
+    assert CANARY in (run / "evaluation.jsonl").read_text(), "its samples were asked for"
     for folder in (run / "wandb", tmp_path / "export"):
         assert holding(folder, CANARY) == holding(folder, place.name) == []
     (path,) = run.glob("wandb/offline-run-*/*.wandb")

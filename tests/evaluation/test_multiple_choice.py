@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from medqa.config import Data, Tokenization
 from medqa.data.sources import Row, load_sources
 from medqa.data.splits import letters_and_digits, split_rows
 from medqa.data.tokens import prompt, prompt_ids
+from medqa.evaluation.answers import OwnTemplate, own_template_prompts
 from medqa.evaluation.multiple_choice import (
     AT_ONCE,
     LETTER_TOKENS,
@@ -229,6 +231,52 @@ def test_an_option_follows_the_training_prompt(questions, name):
             assert tokenizer.decode(ids[1:]).strip() == (prompt(question.text) + option).strip()
             assert tokenizer.decode(ids[start:]) == "\n" + option  # as the harness has it: the line break is scored too
             assert tokenizer.eos_token_id not in ids
+
+
+@pytest.fixture(scope="module")
+def template(questions):
+    return own_template_prompts(str(BASE_DIR), [question.text for question in questions])
+
+
+def test_the_base_is_asked_in_its_own_template(parts, questions, template):
+    """The log-likelihood of an option after the rendered template, by a forward pass of transformers' own."""
+    few = questions[:3]
+    with parts.adapted.disable_adapter():
+        found = measure(parts.evaluator(), parts.adapted, parts.tokenizer, few, batch_size=2, template=template)
+        plain = measure(parts.evaluator(), parts.adapted, parts.tokenizer, few, batch_size=2)
+        tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
+        for number, question in enumerate(few):
+            message = [{"role": "user", "content": question.text}]
+            text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+            start = len(tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"])
+            for place, option in enumerate(question.options.values()):
+                ids = torch.tensor([tokenizer(text + option, add_special_tokens=False)["input_ids"]])
+                with torch.no_grad():
+                    scores = parts.adapted(input_ids=ids).logits[0, :-1].log_softmax(-1)
+                expected = scores.gather(1, ids[0, 1:, None])[start - 1 :].sum().item()
+                assert found.log_likelihoods[number, place] == pytest.approx(expected, abs=1e-3)
+    assert np.nanmax(abs(found.log_likelihoods - plain.log_likelihoods)) > 0.1
+
+
+def test_a_question_has_to_fit_in_both_prompts(parts, questions, template):
+    known = QuestionSet(tuple(questions), {})
+
+    def longest_of(which) -> int:
+        return max(len(e.input_ids) for q in questions for e in option_examples(q, parts.tokenizer, which))
+
+    lengths = [longest_of(None), longest_of(template)]
+    room = LETTER_TOKENS + max(lengths)
+    assert fitting(known, parts.tokenizer, room, template) == fitting(known, parts.tokenizer, room) == known
+    longer = OwnTemplate({text: "x " * 200 + shown for text, shown in template.texts.items()}, template.tokenizer)
+    assert fitting(known, parts.tokenizer, room, longer).dropped == {"longer than the context": len(questions)}
+
+
+def test_every_baseline_is_compared_with(questions):
+    sums = np.zeros((len(questions), max(len(question.options) for question in questions)))
+    choices = Choices(sums, np.array(["A"] * len(questions)))
+    found = score(questions, {"untuned": choices, "own_template": choices, "tuned": choices}, 0)
+    assert list(found["difference"]) == ["tuned - untuned", "tuned - own_template"]
+    assert found["own_template"] == found["untuned"]
 
 
 def test_what_does_not_fit_the_context_is_not_asked(parts, questions):

@@ -358,6 +358,7 @@ NAMES = (
     "splits.csv",
     "metrics.jsonl",
     "evaluation.json",
+    "evaluation.jsonl",
     "summary.json",
     "run.json",
 )
@@ -426,6 +427,7 @@ def test_what_links_lead_to_stays_as_it_is(suffix, accelerator, tmp_path):
     run = run_dir(tmp_path / "run", accelerator)
     (run / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n')
     (run / "evaluation.json").write_text(MARK)
+    (run / "evaluation.jsonl").write_text(MARK)
     victims = {}
     for name in NAMES if suffix else sorted({*NAMES} - {"metrics.jsonl"}):  # a link of that name is refused
         victims[name] = tmp_path / f"victim of {name}"

@@ -9,12 +9,12 @@ import os
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medqa.commands.compare.read import ANSWER_PERPLEXITY, CONFIG, EVALUATION, SUMMARY, Run, part
+from medqa.commands.compare.read import ANSWER_PERPLEXITY, CONFIG, EVALUATION, MEASURED, SUMMARY, Run, part
 from medqa.commands.evaluation_table import number
 from medqa.config import Experiment, evaluation_decides, flat
 from medqa.config_file import load_experiment, own_names, parse_sets
@@ -26,6 +26,8 @@ TRAIN = Path(__file__).resolve().parents[3] / "train.py"
 SEED = "training.seed"
 BASE = "model.base"
 LOCATIONS = ("data.medquad", "data.afrimedqa", "data.files")
+PLACES = (*LOCATIONS, BASE)  # the same contents may be in several places
+MOST_PAIRED = 6  # with more runs (a sweep) they are ranked, and not compared in pairs: 12 runs have 66 pairs
 CONTENTS = "the data's contents"  # a difference although the configurations are the same
 BASE_CONTENTS = "the base model's contents"  # likewise
 
@@ -53,8 +55,6 @@ COST = {
     "training.padding_free",
     "training.micro_batch_tokens",
 }
-# A change of these also changes the answer tokens that perplexity is over.
-MEASURED = (BASE, "tokenization.max_length", "tokenization.append_eos")
 
 
 @dataclass(frozen=True)
@@ -168,12 +168,14 @@ def proposals(runs: Sequence[Run], found: Sequence[Pair]) -> list[Proposal]:
     """Runs that differ from the first one in one change toward another run, without those that exist already.
 
     Every setting that differs between any two runs differs from the first one in one of the proposed runs. If no two
-    runs differ only in the seed, the last proposed run does: it shows how large the noise is.
+    runs differ only in the seed, the last proposed run does: it shows how large the noise is. Of many runs, which are
+    ranked, only that one is proposed: the best trial with another seed.
     """
     base, found = runs[0], _believed(found)
     if base.doubts or printable(str(base.directory)) != str(base.directory):
         return []  # it is not known what to compare with, or its path cannot be shown in a command
-    changes = [change for p in found if p.first is base and len(p.keys) > 1 for change in one_changes(p)]
+    toward = found if len(runs) <= MOST_PAIRED else []
+    changes = [change for p in toward if p.first is base and len(p.keys) > 1 for change in one_changes(p)]
     if not any(pair.keys == (SEED,) for pair in found):
         another = {SEED: (base.experiment.training.seed + 1) % 2**63}
         changes += [(another, run) for run in [changed(base, another)] if run is not None]
@@ -282,12 +284,19 @@ def warnings(runs: Sequence[Run], found: Sequence[Pair]) -> list[str]:
     return [printable(text) for text in said]
 
 
+def named(labels: Iterable[str]) -> str:
+    """The names of runs; of many, only the first ones and how many more there are."""
+    known = list(labels)
+    first = ", ".join(known[:MOST_PAIRED])
+    return first if len(known) <= MOST_PAIRED else f"{first} and {len(known) - MOST_PAIRED:,} more"
+
+
 def groups(runs: Sequence[Run], key: Callable[[Run], Hashable]) -> dict[Any, str]:
     """The names of the runs that share a value, by value."""
     found: dict[Any, list[str]] = defaultdict(list)
     for run in runs:
         found[key(run)].append(run.label)
-    return {value: ", ".join(labels) for value, labels in found.items()}
+    return {value: named(labels) for value, labels in found.items()}
 
 
 def _setting(key: str, run: Run) -> str:
@@ -328,7 +337,7 @@ def _several_changes(runs: Sequence[Run], found: Sequence[Pair]) -> list[str]:
     within = [pair for pair in found if len(pair.keys) > 1]
     labels = dict.fromkeys(run.label for pair in within for run in (pair.first, pair.second))
     return [
-        f"{', '.join(labels)} differ in several settings at once, {len(keys)} in all: {', '.join(keys)}. The "
+        f"{named(labels)} differ in several settings at once, {len(keys)} in all: {', '.join(keys)}. The "
         "comparison does not show which of them made the difference"
     ]
 
@@ -365,9 +374,10 @@ def _evaluations(runs: Sequence[Run]) -> list[str]:
     said = []
     without = [run for run in runs if not run.evaluation]
     if without:
-        how = [shlex.join(["python", "-m", "medqa", "evaluate", str(run.directory)]) for run in without]
-        names = ", ".join(run.label for run in without)
-        said.append(f"{names}: no interval of the perplexity and no sample answers; run {' && '.join(how)}")
+        commands = [shlex.join(["python", "-m", "medqa", "evaluate", str(run.directory)]) for run in without]
+        how = " && ".join(commands) if len(without) <= MOST_PAIRED else f"{commands[0]}, for example"
+        names = named(run.label for run in without)
+        said.append(f"{names}: no interval of the perplexity and no sample answers; run {how}")
     for run in runs:
         if not run.evaluation:
             continue
@@ -407,22 +417,21 @@ def _other_base(run: Run) -> str | None:
 
 
 def _overlap(runs: Sequence[Run]) -> list[str]:
-    """Runs whose held-out rows overlap with training."""
-    said = []
+    """Runs whose held-out rows overlap with training; those with the same overlap together."""
+    by: dict[tuple[str, str], list[str]] = defaultdict(list)
     for run in runs:
+        how = f"(data.split = {run.experiment.data.split})"
         share = number(part(run.data_report, "overlap", "held_out", "question_or_answer", "share"))
         if share:
-            said.append(
-                f"{run.label}: {share:.1%} of its held-out rows share a question or an answer with training, which "
-                f"flatters its perplexity (data.split = {run.experiment.data.split})"
-            )
+            what = f"held-out rows share a question or an answer with training, which flatters perplexity {how}"
+            by[f"{share:.1%}", what].append(run.label)
         of_groups = number(part(run.data_report, "overlap", "held_out", "group", "share"))
         if of_groups:
-            said.append(
-                f"{run.label}: {of_groups:.1%} of its held-out rows that have a group share it with training "
-                f"(data.split = {run.experiment.data.split})"
-            )
-    return said
+            by[f"{of_groups:.1%}", f"held-out rows that have a group share it with training {how}"].append(run.label)
+    return [
+        f"{named(labels)}: {share} of {'its' if len(labels) == 1 else 'their'} {what}"
+        for (share, what), labels in by.items()
+    ]
 
 
 def _subset(runs: Sequence[Run]) -> list[str]:

@@ -3,6 +3,7 @@
 `conclusions.py` decides what several runs show together.
 """
 
+import functools
 import json
 import math
 import os
@@ -27,6 +28,8 @@ EVALUATION, DATA_REPORT = "evaluation.json", "data_report.json"
 ADAPTER_DIR, ADAPTER_CONFIG = "lora_adapters", "adapter_config.json"
 IN_ADAPTER_CONFIG = ("r", "lora_alpha", "lora_dropout", "target_modules")  # keys of `lora` that it has too
 
+# A change of these settings also changes the answer tokens that perplexity is over.
+MEASURED = ("model.base", "tokenization.max_length", "tokenization.append_eos")
 MOST_SHOWN = 12  # values of a file that a message names
 
 Json = dict[str, Any]
@@ -63,11 +66,16 @@ class Run:
     doubts: tuple[str, ...] = ()
     fingerprints: Json = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """`section.key` to the value in effect."""
+        """`section.key` to the value in effect. Cached, because every pair of runs compares them."""
         asked = flat(self.experiment)
         return asked | {key: used for key, used in self.in_effect.items() if key in asked}
+
+    @property
+    def measured_over(self) -> tuple[Any, ...]:
+        """What decides over which tokens perplexities are: only those of runs that are alike in it are comparable."""
+        return self.data_fingerprint, *(self.settings[key] for key in MEASURED)
 
     @property
     def planned(self) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as ConsoleTable
 
-from medqa.commands.compare.conclusions import conclusion, differences
+from medqa.commands.compare.conclusions import MOST_PAIRED, conclusion, differences
 from medqa.commands.compare.page import changes, check_place, render, write_page
 from medqa.commands.compare.tables import (
     Comparison,
@@ -26,7 +26,7 @@ from medqa.terminal import make_console, print_json, printable
 
 MOST_LINES = 100  # rows of a table on the console
 # Parts of an evaluation that only the page shows.
-LEFT_OUT = {"sources", "unseen_topics", "few_shared_13_grams", "specialties", "validation", "own_template"}
+LEFT_OUT = {"sources", "unseen_topics", "few_shared_13_grams", "specialties", "validation"}
 
 
 def compare(paths: Sequence[Path], out: Path, *, force: bool = False, numbers: bool = False) -> None:
@@ -50,7 +50,7 @@ def compare(paths: Sequence[Path], out: Path, *, force: bool = False, numbers: b
 
 
 def as_object(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as a JSON object."""
+    """The comparison as a JSON object. Many runs are in the order of their rank, and `pairs` is empty."""
     runs = comparison.runs
     return {
         "runs": [as_json(run) for run in runs],
@@ -58,7 +58,9 @@ def as_object(comparison: Comparison) -> dict[str, Any]:
             key: dict(zip((run.label for run in runs), map(printable, values), strict=True))
             for key, values in differences(runs).items()
         },
-        "pairs": [
+        "pairs": []
+        if len(runs) > MOST_PAIRED
+        else [
             {
                 "runs": [pair.first.label, pair.second.label],
                 "differ_in": list(pair.keys),
@@ -77,8 +79,14 @@ def as_object(comparison: Comparison) -> dict[str, Any]:
 def show(comparison: Comparison, out: Path) -> None:
     """Print the tables, the warnings and the commands."""
     console = make_console()
-    for table in (*main_tables(comparison), *map(_in_short, evaluation_tables(comparison.runs))):
+    for table in main_tables(comparison):
         _show_table(console, table)
+    evaluations = evaluation_tables(comparison.runs)
+    if len(comparison.runs) <= MOST_PAIRED:
+        for table in map(_in_short, evaluations):
+            _show_table(console, table)
+    elif evaluations:
+        console.print("the other metrics of the evaluations are on the page", soft_wrap=True)
     if comparison.warnings:
         console.print("\nWhat this comparison does not show", style="bold")
     for warning in comparison.warnings:
@@ -92,7 +100,7 @@ def show(comparison: Comparison, out: Path) -> None:
 
 
 def _in_short(table: Table) -> Table:
-    """An evaluation's table without parts of the rows, validation, and the base's own template."""
+    """An evaluation's table without parts of the rows, and without validation."""
     rows = [row for row in table.rows if not LEFT_OUT & set(row[0].split("."))][:MOST_LINES]
     left_out = "" if len(rows) == len(table.rows) else "validation, sources and more are on the page"
     return replace(table, rows=rows, note=left_out)

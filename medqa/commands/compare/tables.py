@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from medqa.commands.compare.conclusions import (
-    BASE,
-    LOCATIONS,
+    MOST_PAIRED,
+    PLACES,
     Pair,
     Proposal,
     conclusion,
@@ -19,7 +19,7 @@ from medqa.commands.compare.conclusions import (
     warnings,
 )
 from medqa.commands.compare.read import ANSWER_PERPLEXITY, Json, Run, part, read_runs
-from medqa.commands.evaluation_table import TOO_FEW, Figure, count, in_words, number
+from medqa.commands.evaluation_table import Figure, count, in_words, number
 from medqa.terminal import printable
 
 # ----------------------------------------------------------------------------------------------------
@@ -27,7 +27,9 @@ from medqa.terminal import printable
 
 AXES = {"updates": "updates", "examples": "examples seen", "tokens": "target tokens seen"}
 SYSTEMS = ("untuned", "tuned")
-SAMPLE_TEXTS = ("question", "reference", "untuned", "tuned")
+OWN_TEMPLATE = "own_template"
+BASELINES = {"untuned": "baseline", OWN_TEMPLATE: in_words(OWN_TEMPLATE)}
+SAMPLE_TEXTS = ("question", "reference", *BASELINES, "tuned")
 
 
 @dataclass(frozen=True)
@@ -198,10 +200,11 @@ def samples(runs: Sequence[Run]) -> list[Json]:
                 (str(part(sample, "id")), said["question"]),
                 {"question": said["question"], "reference": said.get("reference", ""), "answers": []},
             )
-            baseline = ("baseline", said.get("untuned", ""))
-            if baseline[1] and baseline not in entry["answers"]:
-                others = [name for name, _ in entry["answers"] if name.startswith("baseline")]
-                entry["answers"].append((f"baseline of {run.label}" if others else baseline[0], baseline[1]))
+            for system, name in BASELINES.items():
+                baseline = (name, said.get(system, ""))
+                if baseline[1] and baseline not in entry["answers"]:
+                    others = {name, f"{name} of {run.label}"} & {other for other, _ in entry["answers"]}
+                    entry["answers"].append((f"{name} of {run.label}" if others else name, baseline[1]))
             if "tuned" in said:
                 entry["answers"].append((run.label, said["tuned"]))
     return list(found.values())
@@ -302,7 +305,25 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
     """
     runs = _same_base_under_one_name(read_runs(paths))
     found = pairs(runs)
+    runs = _ranked(runs) if len(runs) > MOST_PAIRED else runs
     return Comparison(runs, found, warnings(runs, found), proposals(runs, found))
+
+
+def _ranked(runs: Sequence[Run]) -> list[Run]:
+    """The runs by their answer perplexity on validation, the lowest first.
+
+    Runs that are measured over other tokens stay together. After the finished runs come the unfinished ones, then those
+    without a value for all validation rows, and those of which it is not known how they were trained.
+    """
+    measured = [run.measured_over for run in runs]
+    values = [perplexity(run).validation for run in runs]
+
+    def place(index: int) -> tuple[int, bool, bool, float]:
+        run, value = runs[index], values[index]
+        unranked = value is None or bool(run.doubts)
+        return measured.index(measured[index]), unranked, not run.finished, 0.0 if value is None else value
+
+    return [runs[index] for index in sorted(range(len(runs)), key=place)]
 
 
 def _same_base_under_one_name(runs: Sequence[Run]) -> list[Run]:
@@ -318,8 +339,10 @@ def _same_base_under_one_name(runs: Sequence[Run]) -> list[Run]:
 
 
 def main_tables(comparison: Comparison) -> list[Table]:
-    """The tables of every comparison."""
+    """The tables of every comparison. Of many runs, one table has the settings too, and pairs are not listed."""
     runs = comparison.runs
+    if len(runs) > MOST_PAIRED:
+        return [_trials(runs), *_on_some_rows(runs), _costs(runs), *_settings(runs)[1:]]
     return [_results(runs), *_on_some_rows(runs), _costs(runs), *_settings(runs), _pairs(comparison)]
 
 
@@ -349,9 +372,7 @@ def figure_text(figure: Figure | None) -> str:
     text = value_text(figure.value)
     if figure.low is not None and figure.high is not None:
         text += f" ({value_text(figure.low)} to {value_text(figure.high)})"
-    if figure.too_few:
-        return f"{text}, {TOO_FEW}"
-    return text if figure.p_value is None else f"{text}, p = {figure.p_value:.2g}"
+    return text + figure.note
 
 
 def value_text(value: float | None) -> str:
@@ -370,6 +391,12 @@ def duration_text(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+HEAD = (
+    "run", "state", "rows of validation and test", "validation, baseline", "validation, fine-tuned", "test, baseline",
+    "test, fine-tuned",
+)  # fmt: skip
+
+
 def _results(runs: Sequence[Run]) -> Table:
     """Answer perplexity of baseline and fine-tuned model, on all rows."""
     sets = row_sets(runs)
@@ -381,15 +408,35 @@ def _results(runs: Sequence[Run]) -> Table:
             after += f" at update {found.update}"
         of_rows = f"{value_text(found.validation_rows)} and {value_text(found.test_rows)}"
         of_rows += f", rows {sets[run.label]}" if sets else ""
-        figures = (figure_text(found.test_untuned), figure_text(found.test))
+        figures = (_of_baseline(run, found.test_untuned), figure_text(found.test))
         rows.append((run.label, run.state, of_rows, value_text(found.validation_untuned), after, *figures))
-    head = (
-        "run", "state", "rows of validation and test", "validation, baseline", "validation, fine-tuned",
-        "test, baseline", "test, fine-tuned",
-    )  # fmt: skip
     note = "lower is better; medqa evaluate adds intervals"
     if sets:
         note += f"; rows {' and '.join(dict.fromkeys(sets.values()))} differ, so their metrics are not comparable"
+    return Table("answer perplexity", HEAD, rows, note)
+
+
+def _of_baseline(run: Run, untuned: Figure) -> str:
+    """The test perplexity of the better baseline: the training prompt's, or that of the base's own chat template."""
+    own = run.figures.get(ANSWER_PERPLEXITY.format(OWN_TEMPLATE), Figure(None))
+    if untuned.value is None or own.value is None or own.value >= untuned.value:
+        return figure_text(untuned)
+    return f"{figure_text(own)}, in its own chat template"
+
+
+def _trials(runs: Sequence[Run]) -> Table:
+    """Answer perplexity of many runs, ranked, with the settings that differ."""
+    results, found = _results(runs), differences(runs)
+    settings = {key: values for key, values in found.items() if key not in PLACES}
+    rows: list[tuple[str, ...]] = []
+    for index, (label, state, of_rows, _, after, *of_test) in enumerate(results.rows):
+        changed = ", ".join(f"{key}={printable(values[index])}" for key, values in settings.items())
+        rows.append((label, state, after, changed or "nothing", *of_test, of_rows))
+    head = ("run", "state", HEAD[4], "settings that differ", *HEAD[5:], HEAD[2])
+    note = (
+        f"sorted by validation; the first of {len(runs):,} is chosen by these rows, so its value on validation "
+        f"flatters it, and its value on test does not; {results.note}"
+    )
     return Table("answer perplexity", head, rows, note)
 
 
@@ -433,9 +480,8 @@ def _settings(runs: Sequence[Run]) -> list[Table]:
     """The settings that differ and, in a table of its own, the locations that differ."""
     found = differences(runs)
     head = ("setting", *(run.label for run in runs))
-    apart = (*LOCATIONS, BASE)
-    recipe = [(key, *map(printable, values)) for key, values in found.items() if key not in apart]
-    locations = [(key, *map(printable, values)) for key, values in found.items() if key in apart]
+    recipe = [(key, *map(printable, values)) for key, values in found.items() if key not in PLACES]
+    locations = [(key, *map(printable, values)) for key, values in found.items() if key in PLACES]
     same = "" if recipe else "nothing differs"
     tables = [Table("what differs between the configurations", head, recipe, same)]
     if locations:
