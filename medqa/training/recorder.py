@@ -30,6 +30,7 @@ from medqa.files import Damaged, flush, naming, open_in_place, parse_json, read_
 from medqa.limits import MAX_COUNT, MAX_METRICS_BYTES
 from medqa.model.device import peak_memory
 from medqa.terminal import make_console, printable
+from medqa.training.forecast import duration
 from medqa.training.plan import Plan
 from medqa.training.run_dir import METRICS, read_session
 from medqa.training.state import Progress, StepResult
@@ -281,13 +282,6 @@ def show_plan(console: Console, title: str, plan: Plan) -> None:
 
 RECENT = 20  # updates whose speed the estimate of the remaining time follows
 QUIET_S = 30.0  # without a terminal, an evaluation that takes longer prints a line about every so many seconds
-
-
-def duration(seconds: float) -> str:
-    """A time as text: seconds below two minutes, then minutes, then hours with one decimal."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def validation_text(loss: SplitLoss, baseline: SplitLoss | None, best: bool) -> str:
