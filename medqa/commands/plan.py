@@ -204,7 +204,7 @@ def forecast(name: str, experiment: Experiment, machine: Machine, tflops: float 
         "memory": chosen,
         "ways": ways,
         "operations": flops,
-        "time": _time(parts, rates, flops),
+        "time": _time(parts, rates),
         "checkpoint": {**files, "total": sum(files.values())},
     }
 
@@ -273,10 +273,10 @@ def _rates(machine: Machine, settings: Settings, found: Shapes, tflops: float | 
         source = f"{UTILIZATION:.0%} (assumed) of the vendor's {machine.tflops:g} TFLOP/s"
     else:
         return None
-    return Rates(rate, rate, GPU_READING, GPU_LAYER_S, f"at {rate / 1e12:.3g} TFLOP/s: {source}")
+    return Rates(rate, rate, GPU_READING, GPU_LAYER_S, None, f"{rate / 1e12:.3g} TFLOP/s: {source}")
 
 
-def _time(parts: dict[str, float] | None, rates: Rates | None, flops: int) -> dict[str, Any] | None:
+def _time(parts: dict[str, float] | None, rates: Rates | None) -> dict[str, Any] | None:
     """The seconds of the run and of each part of it; None if no rate is known."""
     if parts is None or rates is None:
         return None
@@ -284,7 +284,6 @@ def _time(parts: dict[str, float] | None, rates: Rates | None, flops: int) -> di
         "seconds": sum(parts.values()),
         "parts": parts,
         "tflops": rates.training / 1e12,
-        "updates_s": flops / rates.training,
         "source": rates.source,
     }
 
@@ -302,7 +301,7 @@ def show_forecast(console: Console, forecast: dict[str, Any]) -> None:
         ("tokens", f"{run['tokens']:,}, {run['target_tokens']:,} of them targets; {padding}"),
         ("precision", f"mixed precision {machine['mixed_precision']}, weights {machine['dtype']}"),
         ("operations", f"{forecast['operations'] / 1e15:.3g} PFLOP"),
-        ("time", _shown_time(forecast["time"])),
+        *_time_lines(forecast["time"]),
         ("checkpoint", f"{_mebibytes(forecast['checkpoint']['total'])} each"),
         *(("rows", line) for line in forecast["rows"]),
         *(("in effect", note) for note in forecast["notes"]),
@@ -349,11 +348,11 @@ def show_forecast(console: Console, forecast: dict[str, Any]) -> None:
         )
 
 
-def _shown_time(time: dict[str, Any] | None) -> str:
-    """The time, and what it is based on."""
+def _time_lines(time: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """The time of a run, and what it is based on."""
     if time is None:
-        return "give a rate with --tflops"
-    return f"{shown_seconds(time['parts'])}; {time['source']}"
+        return [("time", "give a rate with --tflops")]
+    return [("time", shown_seconds(time["parts"])), ("rate", time["source"])]
 
 
 def _mebibytes(size: int) -> str:

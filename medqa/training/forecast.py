@@ -22,6 +22,7 @@ from medqa.data.tokens import Example
 from medqa.evaluation.answers import SAMPLE_TOKENS
 from medqa.evaluation.loss import fixed_subset
 from medqa.model.base import add_lora
+from medqa.model.memory import enough_tokens
 from medqa.model.settings import Settings
 from medqa.training.wandb import sampled_rows, wandb_wanted
 
@@ -90,6 +91,7 @@ def count(experiment: Experiment, stream: Stream, padding_free: bool) -> dict[st
         "places": tokens if padding_free else positions,
         "padding_share": 0.0 if padding_free else 1 - tokens / positions,
         "padding_share_padded": 1 - tokens / positions,
+        "micro_batches": len(batches),
         "largest_micro_batch": int(longest.max() * batches.shape[1]),
         "longest_example": int(lengths.max()),
         "pairs": int((lengths**2).sum()) if padding_free else int((longest**2 * batches.shape[1]).sum()),
@@ -179,6 +181,7 @@ class Rates:
         evaluation: those in evaluations.
         reading: bytes of weights a second that a product with few rows reads.
         layer_s: seconds that each decoder layer takes for a generated token besides reading its weights.
+        products: floating-point operations a second in matrix products; None if dequantizing weights is not counted.
         source: where they are from, in words.
     """
 
@@ -186,18 +189,21 @@ class Rates:
     evaluation: float
     reading: float
     layer_s: float
+    products: float | None
     source: str
 
 
 # The share of the speed of matrix products that updates and evaluations reach on a CPU, by the type of the weights and
-# whether there is padding; docs/training.md has the measurements.
+# whether training is padding-free; docs/training.md has the measurements.
 SHARES = {
-    ("float32", True): (0.8, 0.8),
-    ("float32", False): (0.8, 0.8),
+    ("float32", True): (0.68, 0.75),
+    ("float32", False): (0.63, 0.73),
     ("bfloat16", True): (0.41, 0.41),
     ("bfloat16", False): (0.41, 0.41),
 }
-LAYER_S = 0.0015
+LAYER_S = 0.0009
+DEQUANTIZED = 150  # operations of matrix products that take as long as dequantizing one 4-bit weight in an update
+GENERATING = 60  # likewise, for a generated token
 
 
 def cpu_rates(found: Shapes, settings: Settings) -> Rates:
@@ -208,7 +214,7 @@ def cpu_rates(found: Shapes, settings: Settings) -> Rates:
         f"{training:.0%} (evaluations {evaluation:.0%}) of the {products / 1e9:,.0f} GFLOP/s that matrix products in "
         f"{settings.dtype_name} reach here"
     )
-    return Rates(training * products, evaluation * products, _reading_rate(settings.dtype), LAYER_S, source)
+    return Rates(training * products, evaluation * products, _reading_rate(settings.dtype), LAYER_S, products, source)
 
 
 @torch.no_grad()
@@ -264,17 +270,22 @@ def seconds_by_part(
     update_operations = operations(
         experiment, model_config, run, found, settings.padding_free, settings.gradient_checkpointing
     )
-    evaluations = {
-        name: times
-        * evaluation_operations(rows, model_config, found, settings.evaluation_padding_free)
-        / rates.evaluation
-        for name, (times, rows) in evaluated(experiment, examples).items()
-    }
-    parts = {"baseline": evaluations["baseline"], "updates": update_operations / rates.training}
+    updates_s = update_operations / rates.training
+    evaluations, dequantizing = {}, 0.0  # seconds in which 4-bit weights are dequantized once
+    if rates.products and settings.quantization == "4bit" and not settings.dequantize:
+        dequantizing = DEQUANTIZED * found.layers / rates.products
+        passes = 3 if settings.gradient_checkpointing else 2
+        updates_s += passes * dequantizing * run["micro_batches"]
+    for name, (times, rows) in evaluated(experiment, examples).items():
+        needed = evaluation_operations(rows, model_config, found, settings.evaluation_padding_free)
+        tokens = sum(len(example.input_ids) for example in rows)
+        batches = tokens / enough_tokens(experiment, settings.device_type)
+        evaluations[name] = times * (needed / rates.evaluation + batches * dequantizing)
+    parts = {"baseline": evaluations["baseline"], "updates": updates_s}
     parts |= {name: evaluations[name] for name in ("evaluations", "final evaluation")}
     if wandb_wanted(experiment.tracking) and sampled_rows(examples["validation"], experiment):
         read = settings.dtype.itemsize * (found.layers + found.head) / rates.reading
-        token = read + rates.layer_s * model_config.num_hidden_layers
+        token = read + rates.layer_s * model_config.num_hidden_layers + dequantizing * GENERATING / DEQUANTIZED
         parts["samples"] = 2 * SAMPLE_TOKENS * token  # of the baseline and of the fine-tuned model, all rows at once
     return {name: seconds for name, seconds in parts.items() if seconds}
 
