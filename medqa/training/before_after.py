@@ -65,7 +65,8 @@ class HeldOut:
 
     Each evaluation measures the fixed validation rows (`eval`), so that its losses are comparable over the whole run.
     Before and after training all validation rows are measured, or `evaluation.full_rows` of them (`eval_full`).
-    The baseline is measured once for all runs, and what an interrupted evaluation has measured is kept (`reuse.py`).
+    The baseline is measured once for all runs, and what an
+    interrupted evaluation has measured is kept (`medqa/training/reuse.py`).
 
     Attributes:
         validation: the examples of the validation split.
