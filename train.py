@@ -79,7 +79,7 @@ def fine_tune(options: argparse.Namespace, stopper: Stopper) -> None:
         # Before training: the largest micro-batch that fits, and the baseline
         batches = Batches(data.stream, experiment, tokenizer.pad_token_id, state.progress, accelerator)
         batches.probe(state.model, settings, recorder)
-        held_out = HeldOut(state.model, batches, data, experiment, settings)
+        held_out = HeldOut(state, batches, data, experiment, settings, run, stopper)
         held_out.measure_baseline(state.progress, recorder)
 
         # Training

@@ -1,4 +1,4 @@
-"""The cache on disk: token ids, and the results of baselines in an evaluation. The key is a hash of all inputs.
+"""The cache on disk: token ids, and the results of evaluations. The key is a hash of all inputs.
 
 The files are in `$MEDQA_CACHE` (default `~/.cache/medqa`), in `tokens` and `baselines`. A file that is damaged, or that
 cannot be written, is treated as missing. Several processes, runs and hosts may share the directory, and none waits for
@@ -26,7 +26,8 @@ from medqa.limits import MAX_BASELINE_BYTES, MAX_DATA_BYTES
 
 Arrays = dict[str, np.ndarray]
 
-KEPT_FILES = 30  # beyond that number, the least recently used files are removed
+KEPT_FILES = 30  # files of token ids; beyond that number, the least recently used are removed
+KEPT_RESULTS = 300  # files of evaluation results, likewise
 CHECKSUM = "sha256"
 BEGUN = "tmp"  # the prefix of the temporary directories in which files are written
 ABANDONED_S = 86_400  # a temporary directory older than that was left by a killed process
@@ -72,9 +73,13 @@ def _read(path: Path) -> Arrays | None:
 def _write(path: Path, arrays: Arrays) -> None:
     """Cache the arrays; without free space or permission, do nothing."""
     put(path, save(arrays, metadata={CHECKSUM: _checksum(arrays)}))
+    _remove_old(path.parent, "*.safetensors", KEPT_FILES)
+
+
+def _remove_old(folder: Path, names: str, kept: int) -> None:
+    """Remove the least recently used files with such names, beyond a number of them."""
     with contextlib.suppress(OSError):  # another process may remove files at the same time
-        files = sorted(path.parent.glob("*.safetensors"), key=lambda each: each.stat().st_mtime)
-        for old in files[:-KEPT_FILES]:
+        for old in sorted(folder.glob(names), key=lambda each: each.stat().st_mtime)[:-kept]:
             old.unlink(missing_ok=True)
 
 
@@ -101,14 +106,18 @@ def _checksum(arrays: Arrays) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Results of the baseline, which are the same for every run with that base model and data.
+# Results of evaluations: of the baseline, which are the same for every run with that base model and data; and the rows
+# that an evaluation has measured so far.
 #
 # They are JSON files with a checksum, named by a hash of everything that they depend on.
 
 
 def find(what: Any) -> Any:
     """The cached value that was kept under `what`, a JSON value that identifies it; None if there is none."""
-    found = _read_baseline(_path(what))
+    path = _path(what)
+    found = _read_baseline(path)
+    with contextlib.suppress(OSError):  # missing, or of another user
+        os.utime(path)  # marks it as recently used
     return None if found is None else found["value"]
 
 
@@ -117,6 +126,13 @@ def keep(what: Any, value: Any) -> None:
     found = {"value": value}
     content = json.dumps({**found, "checksum": checksum(found)}, ensure_ascii=False, allow_nan=False)
     put(_path(what), content.encode())
+    _remove_old(baseline_folder(), "*.json", KEPT_RESULTS)
+
+
+def forget(what: Any) -> None:
+    """Remove the value that was kept under `what`, if there is one and if possible."""
+    with contextlib.suppress(OSError):
+        _path(what).unlink(missing_ok=True)
 
 
 def baseline_folder() -> Path:

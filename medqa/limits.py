@@ -59,7 +59,7 @@ MAX_LAYERS = 1_000
 MAX_TOKENS_PER_BYTE = 4
 # Characters that a base model's own chat template may put around a question.
 MAX_TEMPLATE_CHARACTERS = 20_000
-# Bytes of the cached losses and answers of one baseline.
+# Bytes of the cached losses or answers of one evaluation.
 MAX_BASELINE_BYTES = 500_000_000
 # Bytes of a netrc file, which may contain W&B's API key.
 MAX_NETRC_BYTES = 1_000_000

@@ -1,7 +1,6 @@
 """`medqa evaluate RUN` measures a run's adapter on held-out rows beside the baseline, and logs it to W&B."""
 
 import functools
-import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from medqa import cache
 from medqa.commands.adapter import Adapted, Source, load_adapted, unchecked_base
 from medqa.commands.evaluation_rows import EVALUATION, Lines, keep_lines, read_evaluation, read_lines
 from medqa.commands.evaluation_table import TASKS
@@ -51,6 +49,7 @@ from medqa.model.settings import Settings, resolve_settings, usable_gpu
 from medqa.training.checkpoint import versions
 from medqa.training.distributed import build_accelerator, make_accelerator, on_main
 from medqa.training.recorder import MetricsFile, Tracker
+from medqa.training.reuse import computed_by, digest, measured, reused
 from medqa.training.run_dir import ADAPTER_DIR, METRICS, WANDB_DIR, read_session
 from medqa.training.wandb import WandbLogger, log_adapter, start_wandb, wandb_wanted
 from medqa.variables import is_on
@@ -201,6 +200,11 @@ class Bench:
             self.adapted.settings.evaluation_padding_free,
         )
 
+    @cached_property
+    def computed_by(self) -> dict[str, Any]:
+        """What the baseline's results depend on besides their inputs."""
+        return computed_by(self.adapted.model, self.adapted.base, self.adapted.settings, self.accelerator)
+
     def reused(self, task: str, more: Any, make: Callable[[], Any]) -> Any:
         """The baseline's result in a task: cached by an earlier evaluation, or computed on all processes.
 
@@ -210,29 +214,40 @@ class Bench:
         """
         adapted = self.adapted
         what = {
+            **self.computed_by,
             "task": task,
-            "base": adapted.base,
-            "quantization": adapted.settings.quantization,
-            "dtype": str(adapted.settings.dtype),
-            "mixed_precision": adapted.settings.mixed_precision,
             "tokenizer": digest(adapted.tokenizer.backend_tokenizer.to_str().encode()),
             "ends": sorted(end_ids(adapted.model, adapted.tokenizer)),
-            "device": self.accelerator.device.type,
             "data": self.held_out.splits.fingerprint,
             "prompt": prompt_ids("", adapted.tokenizer),
             "tokenization": adapted.source.experiment.tokenization.model_dump(),
-            "versions": versions(),
             "more": more,
         }
-        found = on_main(self.accelerator, lambda: cache.find(what))
-        if found is not None:
+
+        def untuned() -> Any:
+            with adapted.model.disable_adapter():
+                return make()
+
+        result, found = reused(self.accelerator, what, untuned)
+        if found:
             self.console.print(f"{task}: baseline from the cache")
-            return found
-        with adapted.model.disable_adapter():
-            found = make()
-        if self.accelerator.is_main_process:
-            cache.keep(what, found)
-        return found
+        return result
+
+    def untuned_losses(self, evaluator: Evaluator, split: str, examples: Sequence[Example], of: str) -> np.ndarray:
+        """`Evaluator.row_losses` of the baseline: measured, or found where a run or an evaluation has kept them."""
+
+        @contextmanager
+        def show(rows: int, earlier: int) -> Iterator[Callable[[int], None]]:
+            rest = f", {earlier} of them measured before an interruption" if earlier else ""
+            self.console.print(f"loss: {rows} rows of {split}, {of}{rest}")
+            yield lambda count: None
+
+        model = {**self.computed_by, "adapter": None, "run": None}
+        with self.adapted.model.disable_adapter():
+            losses = measured(evaluator, examples, model, show)
+        if losses.found:
+            self.console.print(f"loss of {split}, {of}: baseline from the cache")
+        return losses.table
 
     def spread(
         self, label: str, items: Sequence[Any], work: Callable[[Sequence[Any], Callable[[int], None]], list]
@@ -250,14 +265,6 @@ class Bench:
             return done
         shares = gather_object([done])
         return [shares[i % processes][i // processes] for i in range(len(items))]
-
-
-def digest(*parts: bytes) -> str:
-    """SHA-256 of several parts, each with its length."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(len(part).to_bytes(8, "little") + part)
-    return found.hexdigest()
 
 
 @contextmanager
@@ -294,19 +301,16 @@ def measure_loss(bench: Bench) -> dict[str, Any]:
     report = {}
     for split in HELD_OUT:
         examples = bench.held_out.examples[split]
-        losses = functools.partial(_row_losses, bench, evaluator, split)
-        untuned = functools.partial(losses, examples, "baseline")
-        tables = {"untuned": bench.reused(f"loss of {split}", _ids(examples), untuned)}
+        tables = {"untuned": bench.untuned_losses(evaluator, split, examples, "baseline")}
         if template is not None:
             others = with_prompts(examples, template)
-            own = functools.partial(losses, others, OWN_TEMPLATE)
-            tables["own_template"] = bench.reused(f"loss of {split}, own template", _ids(others), own)
-        tables["tuned"] = losses(examples, "fine-tuned")
+            tables["own_template"] = bench.untuned_losses(evaluator, split, others, OWN_TEMPLATE)
+        tables["tuned"] = _row_losses(bench, evaluator, split, examples, "fine-tuned")
         if bench.unquantized is not None:
             tables |= bench.unquantized.losses.get(split, {})
-        rows, arrays = [example.row for example in examples], {name: np.array(t) for name, t in tables.items()}
-        bench.lines.add_losses(split, rows, arrays)
-        report[split] = loss_report(arrays, rows, shared, bench.seed)
+        rows = [example.row for example in examples]
+        bench.lines.add_losses(split, rows, tables)
+        report[split] = loss_report(tables, rows, shared, bench.seed)
         if bench.unquantized is not None and bench.unquantized.left_out is not None:
             report[split]["unquantized_left_out"] = bench.unquantized.left_out
     return report
@@ -438,17 +442,10 @@ def _restored(answers: Sequence[Sequence[Any]]) -> list[Answer]:
     return [Answer(text, stopped) for text, stopped in answers]
 
 
-def _ids(examples: Sequence[Example]) -> str:
-    """What the losses of these examples depend on, besides the model."""
-    return digest(*(b"%d " % example.answer_start + example.input_ids.tobytes() for example in examples))
-
-
-def _row_losses(
-    bench: Bench, evaluator: Evaluator, split: str, examples: Sequence[Example], of: str
-) -> list[list[float]]:
-    """`Evaluator.row_losses` as lists; prints a line first."""
+def _row_losses(bench: Bench, evaluator: Evaluator, split: str, examples: Sequence[Example], of: str) -> np.ndarray:
+    """`Evaluator.row_losses`; prints a line first."""
     bench.console.print(f"loss: {len(examples)} rows of {split}, {of}")
-    return evaluator.row_losses(examples).tolist()
+    return evaluator.row_losses(examples)
 
 
 def _none_for_nan(table: np.ndarray) -> list[list[float | None]]:
@@ -464,7 +461,7 @@ def _none_for_nan(table: np.ndarray) -> list[list[float | None]]:
 class Unquantized:
     """`Evaluator.row_losses` on unquantized weights, by split and system; or why they were left out."""
 
-    losses: Mapping[str, Mapping[str, list[list[float]]]]
+    losses: Mapping[str, Mapping[str, np.ndarray]]
     left_out: str | None = None
 
 
@@ -532,12 +529,9 @@ def _unquantized_losses(
     bench = Bench(adapted, held_out, accelerator, console, limit, source.experiment.training.seed)
     evaluator, found = bench.evaluator(longest=0), {}
     for split, examples in held_out.examples.items():
-        losses = functools.partial(_row_losses, bench, evaluator, split, examples)
-        baseline = functools.partial(losses, "baseline, unquantized")
-        found[split] = {
-            "untuned_unquantized": bench.reused(f"loss of {split}", _ids(examples), baseline),
-            "tuned_unquantized": losses("fine-tuned, unquantized"),
-        }
+        tuned = _row_losses(bench, evaluator, split, examples, "fine-tuned, unquantized")
+        untuned = bench.untuned_losses(evaluator, split, examples, "baseline, unquantized")
+        found[split] = {"untuned_unquantized": untuned, "tuned_unquantized": tuned}
     return Unquantized(found), held_out
 
 

@@ -1,32 +1,34 @@
 """`medqa plan` estimates what a run needs before it starts: memory, tokens, operations, time, checkpoints.
 
-It reads data and tokenizer, but no weights. Values for a GPU that is not present are computed, not measured.
+It reads data and tokenizer, but no weights. Values for a GPU that is not present are computed, not measured. For this
+CPU the speed of matrix products is measured.
 """
 
 import io
 import math
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save
-from transformers import AutoModelForCausalLM
 
-from medqa.config import Experiment, planned_updates
-from medqa.data.batches import Stream, epoch_permutation
+from medqa.config import Experiment
+from medqa.data.batches import Stream
 from medqa.data.report import about_rows
 from medqa.data.sources import load_sources
 from medqa.data.splits import split_sources
 from medqa.data.tokens import tokenize_splits
 from medqa.errors import UserError
-from medqa.model.base import LOAD_ERRORS, add_lora, cannot_load, check_model, load_tokenizer
+from medqa.model.base import LOAD_ERRORS, cannot_load, check_model, load_tokenizer
 from medqa.model.device import SPARE, available_memory
 from medqa.model.memory import enough_tokens, fit_to_memory, footprint
 from medqa.model.settings import BF16_CAPABILITY, DTYPES, Change, Settings, four_bit_unavailable, resolve_settings
 from medqa.training.batches import most_in_an_update
+from medqa.training.forecast import Rates, Shapes, count, cpu_rates, operations, seconds_by_part, shapes, shown_seconds
 from medqa.training.plan import accumulation_steps, device_line
 from medqa.training.state import build_optimizer, build_scheduler
 
@@ -110,108 +112,7 @@ def _gibibytes(text: str) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------
-
-# ----------------------------------------------------------------------------------------------------
-# The work of a run: its tokens and padding, its floating-point operations, and the bytes that it saves.
-#
-# Everything follows from the experiment, the lengths of the examples and the shapes of the model.
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The numbers of weights of a model with adapters: those in matrix products of the layers and of the head, and all.
-
-    `adapter` has the tensors that a checkpoint stores, by PEFT's names; `trained` has the optimizer's order.
-    """
-
-    layers: int
-    head: int
-    total: int
-    adapter: dict[str, torch.Size]
-    trained: list[torch.Size]
-
-    @property
-    def trainable(self) -> int:
-        """The number of trainable parameters."""
-        return sum(shape.numel() for shape in self.trained)
-
-
-def shapes(experiment: Experiment, model_config: Any) -> Shapes:
-    """The shapes of this experiment's model; `model_config` is the result of `check_model`."""
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(model_config)
-        head = base.get_output_embeddings()
-        products = sum(m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head)
-        total = sum(parameter.numel() for parameter in base.parameters())
-        base.requires_grad_(False)
-        adapted = add_lora(base, experiment.lora.model_copy(update={"init_from": None}), 0)
-    trained = {name: p.shape for name, p in adapted.named_parameters() if p.requires_grad}
-    saved = {name.replace(".default.", "."): shape for name, shape in trained.items()}
-    return Shapes(products, head.weight.numel(), total, saved, list(trained.values()))
-
-
-def count(experiment: Experiment, stream: Stream, padding_free: bool) -> dict[str, Any]:
-    """The tokens and padding of a run: counted, not estimated, because the order of the examples is known."""
-    training, tokenization = experiment.training, experiment.tokenization
-    rows = training.global_batch_size
-    updates = planned_updates(experiment, len(stream.examples))
-    order = _order(stream, updates * rows)
-    lengths = np.array([len(example.input_ids) for example in stream.examples])[order]
-    first = [max(1, e.answer_start) if tokenization.loss_on == "answer" else 1 for e in stream.examples]
-    targets = int(np.maximum(lengths - np.array(first)[order], 0).sum())
-    batches = lengths.reshape(-1, training.per_device_batch_size)
-    longest = np.full(len(batches), tokenization.max_length)
-    if tokenization.padding == "longest":
-        longest = batches.max(axis=1)
-    positions = int((longest * batches.shape[1]).sum())
-    tokens = int(lengths.sum())
-    return {
-        "updates": updates,
-        "examples": len(order),
-        "epochs": stream.epoch(updates),
-        "training_rows": len(stream.examples),
-        "tokens": tokens,
-        "target_tokens": targets,
-        "places": tokens if padding_free else positions,
-        "padding_share": 0.0 if padding_free else 1 - tokens / positions,
-        "padding_share_padded": 1 - tokens / positions,
-        "largest_micro_batch": int(longest.max() * batches.shape[1]),
-        "longest_example": int(lengths.max()),
-        "largest_update": most_in_an_update(stream.examples, rows),
-        "pairs": int((lengths**2).sum()) if padding_free else int((longest**2 * batches.shape[1]).sum()),
-    }
-
-
-def _order(stream: Stream, count: int) -> np.ndarray:
-    """The index of the example at each of the first positions of the stream."""
-    size = len(stream.examples)
-    epochs = [epoch_permutation(stream.seed, epoch, size) for epoch in range(-(-count // size))]
-    return np.concatenate(epochs)[:count]
-
-
-def operations(
-    experiment: Experiment,
-    model_config: Any,
-    run: dict[str, Any],
-    found: Shapes,
-    padding_free: bool,
-    checkpointing: bool,
-) -> int:
-    """The floating-point operations of the run.
-
-    For each token, a weight takes 2 in forward, 2 for the gradient of its input, and 2 more for its own gradient if it
-    is trained (https://arxiv.org/abs/2001.08361, section 2.1). Attention takes 4 for each pair of tokens and unit of
-    width in forward, half of it if causal attention skips later tokens, and twice that in backward. Checkpointing
-    repeats the forward of the layers. With padding every token is computed, also in the head; without, the head
-    computes targets.
-    """
-    heads = model_config.num_attention_heads
-    width = heads * (getattr(model_config, "head_dim", None) or model_config.hidden_size // heads)
-    attention = model_config.num_hidden_layers * width * run["pairs"] * (2 if padding_free else 4)
-    forward = 2 * run["places"] * (found.layers + found.trainable) + attention
-    backward = 2 * run["places"] * (found.layers + 2 * found.trainable) + 2 * attention
-    head = 4 * found.head * (run["target_tokens"] if padding_free else run["places"])
-    return forward * (2 if checkpointing else 1) + backward + head
+# The bytes that a run saves.
 
 
 def checkpoint_bytes(experiment: Experiment, found: Shapes, scaler: bool) -> dict[str, int]:
@@ -243,6 +144,9 @@ def checkpoint_bytes(experiment: Experiment, found: Shapes, scaler: bool) -> dic
 # ----------------------------------------------------------------------------------------------------
 
 UTILIZATION = 0.35  # of the vendor's rate, assumed
+GPU_READING = 2e11  # bytes of weights a second for a generated token, assumed
+GPU_LAYER_S = 0.001  # seconds of a decoder layer for a generated token, assumed
+LOADING = 2.5e8  # bytes of weights a second while a model is loaded and adapters are added
 NOTED = ("training.padding_free", "model.quantization", "model.attn_implementation")
 
 
@@ -265,6 +169,7 @@ def forecast(name: str, experiment: Experiment, machine: Machine, tflops: float 
     stream = Stream(examples["train"], training.seed, training.global_batch_size)
     settings = fit_to_memory(machine.settings, experiment, model_config, len(tokenizer), machine.usable)
     run = count(experiment, stream, settings.padding_free)
+    run["largest_update"] = most_in_an_update(stream.examples, training.global_batch_size)
     chosen = _way(experiment, model_config, machine, settings, len(tokenizer), run)
     ways = [
         chosen if way == settings else _way(experiment, model_config, machine, way, len(tokenizer), run)
@@ -274,6 +179,12 @@ def forecast(name: str, experiment: Experiment, machine: Machine, tflops: float 
     found = shapes(experiment, model_config)
     flops = operations(experiment, model_config, run, found, settings.padding_free, settings.gradient_checkpointing)
     files = checkpoint_bytes(experiment, found, settings.mixed_precision == "fp16")
+    start = time.time() - psutil.Process().create_time()  # imports and data take as long in a run
+    rates = _rates(machine, settings, found, tflops)
+    parts = None
+    if rates is not None:
+        parts = {"start": start + settings.dtype.itemsize * found.total / LOADING}
+        parts |= seconds_by_part(experiment, model_config, examples, settings, run, found, rates)
     return {
         "experiment": name,
         "basis": "computed, not measured" if machine.computed else "computed, for this machine",
@@ -296,7 +207,7 @@ def forecast(name: str, experiment: Experiment, machine: Machine, tflops: float 
         "memory": chosen,
         "ways": ways,
         "operations": flops,
-        "time": _time(flops, machine, tflops),
+        "time": _time(parts, rates),
         "checkpoint": {**files, "total": sum(files.values())},
     }
 
@@ -354,15 +265,30 @@ def _way(
     }
 
 
-def _time(flops: int, machine: Machine, tflops: float | None) -> dict[str, Any] | None:
-    """The time for so many operations; None if no rate is known."""
+def _rates(machine: Machine, settings: Settings, found: Shapes, tflops: float | None) -> Rates | None:
+    """The rates of the machine; None if none is known, and on a GPU that is present."""
+    if tflops is None and settings.device_type == "cpu":
+        return cpu_rates(found, settings)
     if tflops is not None:
-        return {"seconds": flops / (tflops * 1e12), "tflops": tflops, "source": "--tflops"}
-    if machine.tflops is None:
+        rate, source = tflops * 1e12, "--tflops"
+    elif machine.tflops is not None:
+        rate = UTILIZATION * machine.tflops * 1e12
+        source = f"{UTILIZATION:.0%} (assumed) of the vendor's {machine.tflops:g} TFLOP/s"
+    else:
         return None
-    rate = UTILIZATION * machine.tflops
-    source = f"{UTILIZATION:.0%} (assumed) of the vendor's {machine.tflops:g} TFLOP/s"
-    return {"seconds": flops / (rate * 1e12), "tflops": rate, "source": source}
+    return Rates(rate, rate, GPU_READING, GPU_LAYER_S, None, f"{rate / 1e12:.3g} TFLOP/s: {source}")
+
+
+def _time(parts: dict[str, float] | None, rates: Rates | None) -> dict[str, Any] | None:
+    """The seconds of the run and of each part of it; None if no rate is known."""
+    if parts is None or rates is None:
+        return None
+    return {
+        "seconds": sum(parts.values()),
+        "parts": parts,
+        "tflops": rates.training / 1e12,
+        "source": rates.source,
+    }
 
 
 def show_forecast(console: Console, forecast: dict[str, Any]) -> None:
@@ -378,7 +304,7 @@ def show_forecast(console: Console, forecast: dict[str, Any]) -> None:
         ("tokens", f"{run['tokens']:,}, {run['target_tokens']:,} of them targets; {padding}"),
         ("precision", f"mixed precision {machine['mixed_precision']}, weights {machine['dtype']}"),
         ("operations", f"{forecast['operations'] / 1e15:.3g} PFLOP"),
-        ("time", _shown_time(forecast["time"])),
+        *_time_lines(forecast["time"]),
         ("checkpoint", f"{_mebibytes(forecast['checkpoint']['total'])} each"),
         *(("rows", line) for line in forecast["rows"]),
         *(("in effect", note) for note in forecast["notes"]),
@@ -417,16 +343,19 @@ def show_forecast(console: Console, forecast: dict[str, Any]) -> None:
             style="bold" if way == memory else None,
         )
     console.print(table)
-    console.print("Tokens are those of a micro-batch, padding included. The time is that of the updates alone.")
+    console.print("Tokens are those of a micro-batch, padding included.")
+    if forecast["time"] is not None:
+        console.print(
+            "The time is that of a whole run, without what is cached: tokens, and the baseline if another run with the "
+            "same base and rows has measured it. Sample answers are counted if W&B is on.",
+        )
 
 
-def _shown_time(time: dict[str, Any] | None) -> str:
-    """The time, and what it is based on."""
+def _time_lines(time: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """The time of a run, and what it is based on."""
     if time is None:
-        return "give a rate with --tflops"
-    minutes = time["seconds"] / 60
-    amount = f"{minutes / 60:,.1f} hours" if minutes >= 120 else f"{minutes:,.1f} minutes"
-    return f"{amount} at {time['tflops']:.3g} TFLOP/s: {time['source']}"
+        return [("time", "give a rate with --tflops")]
+    return [("time", shown_seconds(time["parts"])), ("rate", time["source"])]
 
 
 def _mebibytes(size: int) -> str:

@@ -63,35 +63,55 @@ class Evaluator:
         """The loss of the split."""
         return summarize(self.row_losses(examples, done), examples)
 
-    def row_losses(self, examples: Sequence[Example], done: Callable[[int], None] = lambda rows: None) -> np.ndarray:
+    def row_losses(
+        self,
+        examples: Sequence[Example],
+        done: Callable[[int], None] = lambda rows: None,
+        known: np.ndarray | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> np.ndarray:
         """By example: summed loss and number of its target tokens, then of its answer tokens; (examples, 4), float64.
 
         In nats. Every process gets the entire table. The model's train or eval mode is restored.
 
         Args:
             done: is called after each batch with the number of rows that this process has measured since the last call.
+            known: the rows of the table that this process has measured earlier, NaN elsewhere. Batches that it has are
+                not measured again, and it gets those that are, except for the rows of a batch that was halved: the last
+                digits depend on what a row is batched with. Not with sharded weights.
+            stop: is called before each batch; if it is true, the rows of this process's other batches are NaN.
         """
         accelerator = self.accelerator
         table = torch.zeros(len(examples), len(COLUMNS), dtype=torch.float64)
         was_training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            batches = self._batches(examples)
+            batches = self.batches(examples)
             mine = batches[accelerator.process_index :: accelerator.num_processes]
             sharded = is_sharded(self.model)
             idle = sharded and len(batches) > len(mine) * accelerator.num_processes
-            while mine:
-                batch = mine.pop(0)
+            left = []  # batches to measure, and whether they are whole
+            for batch in mine:
+                if known is not None and np.isfinite(known[batch]).all():
+                    table[batch] = torch.from_numpy(known[batch])
+                else:
+                    left.append((batch, True))
+            while left and not stop():
+                batch, whole = left.pop(0)
                 try:
                     table[batch] = self._sums([examples[i] for i in batch])
                 except (RuntimeError, MemoryError) as error:
                     # If sharded, the other processes do not expect another batch.
                     if not is_out_of_memory(error) or len(batch) == 1 or sharded:
                         raise
-                    half = len(batch) // 2  # batching has no influence on the losses
-                    mine[:0] = [batch[:half], batch[half:]]
+                    half = len(batch) // 2  # batching has no influence on the losses, except for the last digits
+                    left[:0] = [(batch[:half], False), (batch[half:], False)]
                 else:
+                    if known is not None and whole:
+                        known[batch] = table[batch].numpy()
                     done(len(batch))
+            for batch, _ in left:
+                table[batch] = torch.nan
             if idle:  # others have one more batch, and need this process's shards
                 self._sums([examples[batches[-1][0]]])
             if sharded:
@@ -101,7 +121,7 @@ class Evaluator:
             table = accelerator.reduce(table.to(accelerator.device), "sum").cpu()
         return table.numpy()
 
-    def _batches(self, examples: Sequence[Example]) -> list[list[int]]:
+    def batches(self, examples: Sequence[Example]) -> list[list[int]]:
         """Indices of the examples of each batch, the longest examples first."""
         by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids), reverse=True)
         lengths = [len(examples[i].input_ids) for i in by_length]

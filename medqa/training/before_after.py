@@ -1,5 +1,6 @@
 """What comes before and after training: baseline, final evaluation, sample answers, adapter, model card, summary."""
 
+import functools
 import os
 import re
 import shutil
@@ -26,7 +27,9 @@ from medqa.files import UNFINISHED, Damaged, copy_file, read_json, write_json
 from medqa.model.adapter_files import ADAPTER_FILES
 from medqa.model.base import load_adapter_weights, save_tokenizer
 from medqa.model.device import reset_peak
+from medqa.model.memory import enough_tokens
 from medqa.model.settings import Settings
+from medqa.model.sharding import is_sharded
 from medqa.terminal import printable
 from medqa.tiny import BASE_DIR
 from medqa.training.batches import Batches
@@ -34,9 +37,11 @@ from medqa.training.checkpoint import git_commit, measure, save_adapter, verify_
 from medqa.training.distributed import on_main
 from medqa.training.plan import accumulation_steps, parameter_counts
 from medqa.training.recorder import Recorder
+from medqa.training.reuse import Measured, adapter_digest, computed_by, measured
 from medqa.training.run import Run
 from medqa.training.run_dir import ADAPTER_DIR, SUMMARY
 from medqa.training.state import Progress, TrainState
+from medqa.training.stopping import Stopper
 from medqa.training.wandb import EVAL_NAMES, log_adapter, log_samples, sampled_rows
 
 
@@ -60,6 +65,8 @@ class HeldOut:
 
     Each evaluation measures the fixed validation rows (`eval`), so that its losses are comparable over the whole run.
     Before and after training all validation rows are measured, or `evaluation.full_rows` of them (`eval_full`).
+    The baseline is measured once for all runs, and what an
+    interrupted evaluation has measured is kept (`medqa/training/reuse.py`).
 
     Attributes:
         validation: the examples of the validation split.
@@ -67,22 +74,31 @@ class HeldOut:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        state: TrainState,
         batches: Batches,
         data: TrainingData,
         experiment: Experiment,
         settings: Settings,
+        run: Run,
+        stopper: Stopper,
     ) -> None:
         self.validation, test = data.examples["validation"], data.examples["test"]
         self._experiment = experiment
         rows, full_rows, seed = experiment.evaluation.rows, experiment.evaluation.full_rows, experiment.training.seed
         self._test = [test[i] for i in fixed_subset(test, full_rows, seed)]
+        accelerator, self._adapted = batches.accelerator, state.adapted
+        self._late, self._run_id = stopper.within, run.session.run_id
+        self._base = computed_by(state.adapted, run.identity.fingerprints.base, settings, accelerator)
+        # No more tokens at a time than in training. As many as in `medqa evaluate`, which shares the results, if they
+        # fit; with sharded weights, which are gathered for each batch, as many as fit.
+        enough = enough_tokens(experiment, accelerator.device.type)
+        most_tokens = batches.most_tokens if settings.shards > 1 else min(enough, batches.most_tokens)
         self._evaluator = Evaluator(
-            model,
-            batches.accelerator,
+            state.model,
+            accelerator,
             experiment.tokenization,
             batches.pad_token_id,
-            batches.most_tokens,  # about as many as in a micro-batch of training
+            most_tokens,
             settings.evaluation_padding_free,
         )
         fixed, full = fixed_subset(self.validation, rows, seed), fixed_subset(self.validation, full_rows, seed)
@@ -97,11 +113,20 @@ class HeldOut:
         return self._evaluator.measure(self._fixed_rows)
 
     def measure_baseline(self, progress: Progress, recorder: Recorder) -> None:
-        """Evaluate the validation split before the first update, unless an earlier session has done so."""
+        """Evaluate the validation split before the first update, unless an earlier session has done so.
+
+        Raises:
+            StoppedInTime: the deadline is near. The rows measured so far are kept.
+        """
         if progress.baseline is None:
-            began = recorder.clock()
-            progress.fixed_baseline, progress.baseline = self._measure("baseline", recorder)
-            progress.evaluation_s = recorder.clock() - began
+            found = self._losses("baseline", self._rows, recorder, run_id=None)
+            progress.fixed_baseline, progress.baseline = self._both(found)
+            progress.evaluation_s = found.seconds
+            if found.found:
+                recorder.message(
+                    f"baseline: the losses of {len(self._rows):,} rows are in the cache; another run or an evaluation "
+                    "has measured them"
+                )
             progress.best_loss = progress.fixed_baseline.loss
             recorder.log_split(0, "eval", progress.fixed_baseline)
             recorder.log_split(0, "eval_full", progress.baseline)
@@ -117,7 +142,12 @@ class HeldOut:
         return progress.evaluation_s * len(self._fixed_rows) / len(self._rows), splits * progress.evaluation_s
 
     def final_seconds(self, progress: Progress) -> float:
-        """The seconds that the final evaluation needs before a deadline: an estimate and a margin."""
+        """The seconds that the final evaluation must have before a deadline.
+
+        It may stop in between and go on in another session, except with sharded weights: then an estimate and a margin.
+        """
+        if not is_sharded(self._evaluator.model):
+            return 0.0
         return self.expected_seconds(progress)[1] + progress.evaluation_s
 
     def measure_final(self, state: TrainState, directories: Sequence[Path], recorder: Recorder) -> FinalMetrics:
@@ -131,9 +161,10 @@ class HeldOut:
 
         Raises:
             UserError: that checkpoint is missing or damaged.
+            StoppedInTime: the deadline is near. The rows measured so far are kept.
         """
         progress, keep = state.progress, self._experiment.training.keep
-        fixed, final = self._measure("final evaluation, validation", recorder)
+        fixed, final = self._both(self._losses("final evaluation, validation", self._rows, recorder, self._run_id))
         adapter_step = progress.step
         progress.note_best(progress.step, fixed.loss)
         recorder.log_evaluation(progress, fixed)
@@ -151,19 +182,28 @@ class HeldOut:
                 "fixed validation rows"
             )
             full = [self._rows[i] for i in self._full]
-            with recorder.evaluating("best adapter, validation", len(full)) as done:
-                final = self._evaluator.measure(full, done)
-        with recorder.evaluating("final evaluation, test", len(self._test)) as done:
-            test = self._evaluator.measure(self._test, done)
+            final = summarize(self._losses("best adapter, validation", full, recorder, self._run_id).table, full)
+        losses = self._losses("final evaluation, test", self._test, recorder, self._run_id)
+        test = summarize(losses.table, self._test)
         recorder.log_split(progress.step, "test", test)
         return FinalMetrics(final, test, adapter_step)
 
-    def _measure(self, title: str, recorder: Recorder) -> tuple[SplitLoss, SplitLoss]:
+    def _losses(self, title: str, rows: Sequence[Example], recorder: Recorder, run_id: str | None) -> Measured:
+        """The losses of rows with the current weights.
+
+        Args:
+            run_id: of the run that these weights belong to; None: any run may begin with them.
+        """
+        model = {**self._base, "adapter": adapter_digest(self._adapted), "run": run_id}
+        return measured(self._evaluator, rows, model, functools.partial(recorder.evaluating, title), self._late)
+
+    def _both(self, losses: Measured) -> tuple[SplitLoss, SplitLoss]:
         """The losses of the fixed validation rows and of all, or `evaluation.full_rows`, validation rows."""
-        with recorder.evaluating(title, len(self._rows)) as done:
-            losses = self._evaluator.row_losses(self._rows, done)
         full = [self._rows[i] for i in self._full]
-        return summarize(losses[self._fixed], self._fixed_rows), summarize(losses[self._full], full)
+        return (
+            summarize(losses.table[self._fixed], self._fixed_rows),
+            summarize(losses.table[self._full], full),
+        )
 
 
 def _load_best(model: PeftModel, accelerator: Accelerator, directories: Sequence[Path], step: int) -> None:

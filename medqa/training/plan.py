@@ -1,12 +1,12 @@
 """The plan of a run, printed before its first update."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from medqa.config import Data, Experiment, Training
@@ -17,6 +17,7 @@ from medqa.data.tokens import Example
 from medqa.errors import UserError
 from medqa.model.settings import Settings
 from medqa.model.sharding import frozen_bytes, is_sharded
+from medqa.training.forecast import count, cpu_rates, seconds_by_part, shapes, shown_seconds
 
 SHOWN_SOURCES = 40
 
@@ -66,7 +67,7 @@ def make_plan(
     experiment: Experiment,
     data: TrainingData,
     settings: Settings,
-    model: torch.nn.Module,
+    model: PeftModel,
     accelerator: Accelerator,
     tokenizer: PreTrainedTokenizerBase,
     notes: Sequence[tuple[str, str]] = (),
@@ -121,14 +122,21 @@ def make_plan(
     if experiment.data.afrimedqa != "none":
         lines.append(("licence", "AfriMed-QA is CC BY-NC-SA 4.0: the adapter is for non-commercial use"))
     if device.type == "cpu" and total > 100e6:
-        padded = experiment.tokenization.padding == "max_length" and not settings.padding_free
-        tokens = experiment.tokenization.max_length if padded else mean_length
-        total_tokens = tokens * training.global_batch_size * updates
-        hours = cpu_hours(total, total_tokens, settings.gradient_checkpointing, settings.dtype)
-        lines.append(("time", f"about {hours:,.0f} hours on this CPU; use a GPU, or --tiny for a test"))
+        lines.append(("time", _time_on_cpu(experiment, data, settings, model.get_base_model().config, num_processes)))
     if settings.return_memory:
         lines.append(("low memory", "freed memory is returned to the system immediately; training is slower"))
     return Plan([*lines, *notes], loss_segments(stream.at(0), experiment.tokenization.loss_on, tokenizer.decode))
+
+
+def _time_on_cpu(
+    experiment: Experiment, data: TrainingData, settings: Settings, config: Any, num_processes: int
+) -> str:
+    """The forecast of a run after its start, on this CPU, which the processes share equally."""
+    found = shapes(experiment, config)
+    run = count(experiment, data.stream, settings.padding_free)
+    parts = seconds_by_part(experiment, config, data.examples, settings, run, found, cpu_rates(found, settings))
+    parts = {name: seconds / num_processes for name, seconds in parts.items()}
+    return f"{shown_seconds(parts)} on this CPU; a GPU is faster, and --tiny a test"
 
 
 def by_source(examples: Mapping[str, Sequence[Example]], data: Data) -> list[tuple[str, str]]:
@@ -167,21 +175,6 @@ def device_line(device: torch.device, num_processes: int) -> str:
         launch = f"accelerate launch --multi_gpu --num_processes {visible} train.py ..."
         line += f"; {visible} GPUs are visible, {num_processes} used; all of them: {launch}"
     return line
-
-
-def cpu_hours(parameters: int, tokens: float, checkpointing: bool, dtype: torch.dtype = torch.float32) -> float:
-    """Hours that training takes on this CPU, estimated by timing a matrix product in the type of the weights.
-
-    Forward and the gradient of the activations take 2 floating-point operations per parameter and token each (frozen
-    weights get no gradient); checkpointing repeats the forward. Source: https://arxiv.org/abs/2001.08361, section 2.1.
-    """
-    a = torch.rand(1024, 1024).to(dtype)
-    a @ a
-    started = time.perf_counter()
-    for _ in range(3):
-        a @ a
-    rate = 3 * 2 * 1024**3 / (time.perf_counter() - started)
-    return (6 if checkpointing else 4) * parameters * tokens / rate / 3600
 
 
 def loss_segments(example: Example, loss_on: str, decode: Callable[[Any], str]) -> list[tuple[bool, str]]:

@@ -30,6 +30,7 @@ from medqa.files import Damaged, flush, naming, open_in_place, parse_json, read_
 from medqa.limits import MAX_COUNT, MAX_METRICS_BYTES
 from medqa.model.device import peak_memory
 from medqa.terminal import make_console, printable
+from medqa.training.forecast import duration
 from medqa.training.plan import Plan
 from medqa.training.run_dir import METRICS, read_session
 from medqa.training.state import Progress, StepResult
@@ -281,13 +282,6 @@ def show_plan(console: Console, title: str, plan: Plan) -> None:
 
 RECENT = 20  # updates whose speed the estimate of the remaining time follows
 QUIET_S = 30.0  # without a terminal, an evaluation that takes longer prints a line about every so many seconds
-
-
-def duration(seconds: float) -> str:
-    """A time as text: seconds below two minutes, then minutes, then hours with one decimal."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def validation_text(loss: SplitLoss, baseline: SplitLoss | None, best: bool) -> str:
@@ -552,19 +546,24 @@ class Recorder:
         self._bar = None
 
     @contextlib.contextmanager
-    def evaluating(self, title: str, rows: int) -> Iterator[Callable[[int], None]]:
+    def evaluating(self, title: str, rows: int, earlier: int = 0) -> Iterator[Callable[[int], None]]:
         """Show the progress of an evaluation in this block, which calls what it gets with each number of rows done.
 
         On a terminal that is a bar with the remaining time; else a line about every half minute. With several processes
         the rows of the main process stand for all.
+
+        Args:
+            earlier: the number of rows that an interrupted evaluation has measured.
         """
+        if earlier:
+            self.message(f"{title}: {earlier:,} of {rows:,} rows were measured before an interruption")
         began = printed = time.perf_counter()
-        measured, processes = 0, self.accelerator.num_processes
+        measured, processes = earlier, self.accelerator.num_processes
         name = TextColumn("{task.description}", markup=False)
         columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         bar = rich.progress.Progress(*columns, console=self._console, transient=True)
         bar.disable = not self._console.is_terminal
-        task = bar.add_task(title, total=rows)
+        task = bar.add_task(title, total=rows, completed=earlier)
 
         def done(more: int) -> None:
             """Count rows."""
@@ -573,7 +572,7 @@ class Recorder:
             bar.update(task, completed=measured)
             now = time.perf_counter()
             if not self._console.is_terminal and now - printed >= QUIET_S and measured < rows:
-                printed, left = now, (now - began) / measured * (rows - measured)
+                printed, left = now, (now - began) / (measured - earlier) * (rows - measured)
                 self.message(f"{title}: {measured:,} of {rows:,} rows, about {duration(left)} left")
 
         with bar:

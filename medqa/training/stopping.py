@@ -142,7 +142,7 @@ class Stopper:
         self._asked_at = now
         save_due = self._save_minutes is not None and now - self._saved_at >= 60 * self._save_minutes
         # Another update and a save must still fit, each as slow as the slowest iteration so far.
-        late = self._within(2 * self._longest)
+        late = self.within(2 * self._longest)
         signum = self.received or 0
         if accelerator.num_processes > 1:
             mine = torch.tensor([[signum, int(save_due), int(late)]], device=accelerator.device)
@@ -164,13 +164,13 @@ class Stopper:
         Raises:
             StoppedInTime: they are not. The checkpoint of the last update has been saved.
         """
-        if on_main(accelerator, lambda: self._within(seconds)):
+        if on_main(accelerator, lambda: self.within(seconds)):
             raise StoppedInTime(
                 f"stopped before the --stop-after deadline, after the last update ({step}); "
                 "the final evaluation has not run"
             )
 
-    def _within(self, seconds: float) -> bool:
+    def within(self, seconds: float) -> bool:
         """Whether fewer than `seconds` are left before the deadline."""
         return self._deadline is not None and time.monotonic() + seconds > self._deadline
 

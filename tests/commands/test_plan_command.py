@@ -11,6 +11,7 @@ import train
 from medqa.__main__ import main
 from medqa.commands.plan import GPUS, find_machine
 from medqa.tiny import BASE_DIR
+from medqa.training.forecast import shown_seconds
 from medqa.training.recorder import read_metrics
 
 SETS = ["training.max_steps=4", "evaluation.rows=4", "evaluation.samples=0", "tracking.wandb=disabled"]
@@ -92,8 +93,38 @@ def test_other_mistakes_are_refused(capsys, tmp_path):
 
 def test_a_rate_gives_the_time(capsys):
     found = planned(capsys, "--cpu", "--tflops", "0.05", "--set", *SETS, exp="exp_001")
-    assert found["time"]["seconds"] == pytest.approx(found["operations"] / 0.05e12)
+    assert found["time"]["parts"]["updates"] == pytest.approx(found["operations"] / 0.05e12)
     assert found["basis"] == "computed, for this machine"
+
+
+def test_the_time_is_that_of_the_whole_run(capsys):
+    """The baseline, each point of the curve, the final evaluation and the sample answers are counted."""
+    sets = ("evaluation.steps=2", "evaluation.rows=4", "evaluation.full_rows=8", "tracking.wandb=offline")
+    words = ("--cpu", "--tflops", "0.05", "--set", *sets)
+    found = planned(capsys, *words, "evaluation.samples=2")["time"]
+    assert list(found["parts"]) == ["start", "baseline", "updates", "evaluations", "final evaluation", "samples"]
+    assert found["seconds"] == pytest.approx(sum(found["parts"].values()))
+    assert all(seconds > 0 for seconds in found["parts"].values())
+    parts = found["parts"]
+    assert parts["evaluations"] < 2 * parts["baseline"], "two points of four rows, of the baseline's eight"
+    assert 1.3 * parts["baseline"] < parts["final evaluation"] < 3 * parts["baseline"], "eight rows of test, too"
+    best = planned(capsys, *words, "evaluation.samples=0", "training.keep=best")["time"]["parts"]
+    assert "samples" not in best
+    assert best["final evaluation"] == pytest.approx(parts["final evaluation"] + parts["baseline"])
+
+
+def test_a_cpu_is_timed(capsys):
+    """No rate is given: matrix products are timed here, and no time is shown as 0 hours."""
+    assert main(["plan", "--exp", "exp_002", "--tiny", "--cpu", "--set", *SETS]) == 0
+    said = capsys.readouterr().out
+    assert "that matrix products in float32 reach here" in " ".join(said.split()).replace("│ ", "")
+    assert "0 hours" not in said
+
+
+def test_times_are_shown_as_fits():
+    assert shown_seconds({"start": 0.4, "updates": 20.3}) == "about 21 s (start < 1 s, updates 20 s)"
+    assert shown_seconds({"start": 0.1}) == "about 1 s (start < 1 s)"
+    assert shown_seconds({"start": 30.0, "updates": 9000.0}) == "about 2.5 h (start 30 s, updates 2.5 h)"
 
 
 def test_ways_are_ordered_as_they_must_be(capsys):

@@ -144,7 +144,7 @@ def test_stop_after_saves_in_time_and_goes_on(tmp_path):
 
 
 def test_a_deadline_before_the_closing_evaluation_leaves_it_for_the_next_start(straight, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Stopper, "_within", lambda self, seconds: updates(tmp_path / "run") == UPDATES)
+    monkeypatch.setattr(Stopper, "within", lambda self, seconds: updates(tmp_path / "run") == UPDATES)
     assert main(words(tmp_path / "run", options=("--stop-after", "1d"))) == 0
     assert "the final evaluation has not run" in capsys.readouterr().err
     assert not (tmp_path / "run" / "summary.json").exists()
