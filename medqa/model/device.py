@@ -104,6 +104,11 @@ def available_memory(device: torch.device, sharing: int = 1) -> int:
     return int(SPARE * free / sharing)
 
 
+def usable_cpus() -> int:
+    """The number of logical CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def return_freed_memory() -> bool:
     """Make the C library return freed blocks of `RETURNED` bytes and more to the system at once.
 

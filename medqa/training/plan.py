@@ -15,6 +15,7 @@ from medqa.data.report import about_rows, split_counts
 from medqa.data.sources import used_sources
 from medqa.data.tokens import Example
 from medqa.errors import UserError
+from medqa.model.device import usable_cpus
 from medqa.model.settings import Settings
 from medqa.model.sharding import frozen_bytes, is_sharded
 from medqa.training.forecast import count, cpu_rates, seconds_by_part, shapes, shown_seconds
@@ -136,7 +137,16 @@ def _time_on_cpu(
     run = count(experiment, data.stream, settings.padding_free)
     parts = seconds_by_part(experiment, config, data.examples, settings, run, found, cpu_rates(found, settings))
     parts = {name: seconds / num_processes for name, seconds in parts.items()}
-    return f"{shown_seconds(parts)} on this CPU; a GPU is faster, and --tiny a test"
+    return f"{shown_seconds(parts)} on this CPU{_idle_cpus(num_processes)}; a GPU is faster"
+
+
+def _idle_cpus(num_processes: int) -> str:
+    """How to use all CPUs if some are idle: `accelerate launch` starts one process with one thread."""
+    cpus, threads = usable_cpus(), torch.get_num_threads()
+    if threads * num_processes >= cpus:
+        return ""
+    launch = f"accelerate launch --num_cpu_threads_per_process {cpus // num_processes} train.py ..."
+    return f" with {threads * num_processes} of {cpus} CPUs (all of them: {launch})"
 
 
 def by_source(examples: Mapping[str, Sequence[Example]], data: Data) -> list[tuple[str, str]]:
