@@ -270,7 +270,8 @@ def _show_task(console: Console, task: str, report: Mapping[str, Any]) -> None:
 
 def in_words(path: str) -> str:
     """A metric's path with the systems' names for readers: `test.tuned.loss` is `test.fine-tuned.loss`."""
-    return re.sub(r"\b(?:untuned|own_template|tuned)\b", lambda system: SYSTEMS[system[0]], path)
+    systems = "|".join(system for system in SYSTEMS if system != "copied")
+    return re.sub(rf"\b(?:{systems})\b", lambda system: SYSTEMS[system[0]], path)
 
 
 def _named(name: str, figure: Mapping[str, Any], report: Mapping[str, Any]) -> str:
