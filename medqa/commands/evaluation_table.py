@@ -111,7 +111,7 @@ SYSTEMS = {
     "tuned": "fine-tuned",
     "tuned_unquantized": "fine-tuned, unquantized",
 }
-PAIRS = {  # of the differences between 4-bit and unquantized weights
+_PAIRS = {  # of the differences between 4-bit and unquantized weights
     "tuned - untuned_unquantized": "fine-tuned (4-bit) - baseline (unquantized)",
     "tuned_unquantized - untuned_unquantized": "fine-tuned - baseline, both unquantized",
     "untuned - untuned_unquantized": "baseline: 4-bit - unquantized",
@@ -291,7 +291,7 @@ def _add_systems(table: Table, label: str, part: Mapping[str, Any]) -> None:
         if (difference := differences.get("answer_loss")) is not None:
             p_value = TOO_FEW if as_figure(difference).too_few else f"{difference['p_value']:.2g}"
             alone = {key: value for key, value in difference.items() if key != "p_value"}
-            name = PAIRS.get(pair) or in_words(pair) + ", both 4-bit" * both
+            name = _PAIRS.get(pair) or in_words(pair) + ", both 4-bit" * both
             table.add_row("", name, "", shown(alone), "", p_value)
     table.add_section()
 
@@ -316,8 +316,8 @@ def _show_task(console: Console, task: str, report: Mapping[str, Any]) -> None:
 
 def in_words(path: str) -> str:
     """A metric's path with the systems' names for readers: `test.tuned.loss` is `test.fine-tuned.loss`."""
-    names = "|".join(sorted(map(re.escape, SYSTEMS), key=len, reverse=True))
-    return re.sub(rf"\b(?:{names})\b", lambda system: SYSTEMS[system[0]], path)
+    systems = "|".join(system for system in SYSTEMS if system != "copied")
+    return re.sub(rf"\b(?:{systems})\b", lambda system: SYSTEMS[system[0]], path)
 
 
 def _named(name: str, figure: Mapping[str, Any], report: Mapping[str, Any]) -> str:

@@ -797,6 +797,10 @@ def test_figures_come_with_their_intervals_where_evaluate_has_them(tmp_path, run
     (tmp_path / "evaluation.json").write_text(json.dumps(found))
     shown = card._figures(source)
     assert shown.endswith("| loss test fine-tuned answer perplexity | 82.5 | 80.12 to 85 | 9 |")
+    found["tasks"]["loss"]["test"]["own_template"] = test
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    line = "| loss test baseline in its own chat template answer perplexity | 82.5 | 80.12 to 85 | 9 |"
+    assert line in card._figures(source), "a base that is better in its own prompt is not hidden"
     (tmp_path / "evaluation.json").write_text(json.dumps(found | {"step": source.step + 1}))
     assert card._figures(source) == "Not recorded.", "of another adapter"
     (tmp_path / "evaluation.json").write_text("{")

@@ -17,11 +17,10 @@ from medqa.files import Damaged, read_json
 from medqa.training.before_after import base_words, code, data_lines, front_matter, plain, prompt_block, public_name
 from medqa.training.before_after import licence as licence_of
 
-# Parts of an evaluation that the card omits: parts of the rows, differences, and other baselines.
+# Parts of an evaluation that the card omits: parts of the rows, differences, and copied answers.
 LEFT_OUT = {
-    "sources", "unseen_topics", "few_shared_13_grams", "specialties", "difference", "own_template", "copied",
-    "quantization", "validation", "rouge1", "rouge2", "authors_rouge1", "authors_rouge2", "loss", "perplexity",
-    "numbers",
+    "sources", "unseen_topics", "few_shared_13_grams", "specialties", "difference", "copied", "quantization",
+    "validation", "rouge1", "rouge2", "authors_rouge1", "authors_rouge2", "loss", "perplexity", "numbers",
 }  # fmt: skip
 
 
