@@ -330,7 +330,8 @@ class Tracking(Section):
     """The W&B tags."""
 
     log_samples: bool | None = None
-    """Log sample answers to W&B. `null`: to questions of the two public datasets only, not of your own data."""
+    """Log sample answers to W&B, and keep texts in `evaluation.jsonl`. `null`: only of the two public datasets, not of
+    your own data."""
 
     log_model: bool = True
     """Upload the final adapter to W&B as an artifact."""
