@@ -354,7 +354,7 @@ def test_a_resume_keeps_the_tokens_and_the_result(tmp_path, capsys, monkeypatch)
     assert main(words(straight)) == 0
     calls = []
     monkeypatch.setattr(
-        "medqa.training.stopping.Stopper._within", lambda self, seconds: len(calls) == 1 or calls.append(1)
+        "medqa.training.stopping.Stopper.within", lambda self, seconds: len(calls) == 1 or calls.append(1)
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main(words(first, options=("--stop-after", "1d"))) == 0

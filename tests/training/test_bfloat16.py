@@ -99,7 +99,7 @@ def run(directory: Path, *sets: str, stopped: bool = False) -> None:
         if stopped:
             calls = []
             within = lambda self, seconds: len(calls) == 1 or calls.append(1)  # noqa: E731
-            patch.setattr("medqa.training.stopping.Stopper._within", within)
+            patch.setattr("medqa.training.stopping.Stopper.within", within)
         assert train(words(directory, *sets, options=("--stop-after", "1d") if stopped else ())) == 0
 
 
