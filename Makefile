@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= $(shell $(PYTHON) -c "import os; print(min(2, os.cpu_c
 # Another wheel index for torch, a CPU one say: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test test-slow test-all lint gpu-check results bench chaos fuzz figure clean
+.PHONY: demo test test-slow test-all clients lint gpu-check results bench chaos fuzz figure clean
 
 demo: $(VENV)/.run
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml train.py --exp exp_002 --tiny
@@ -24,6 +24,9 @@ test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-all: test test-slow
+
+# llama.cpp and `transformers serve`, in which tests run exports; they are skipped without them.
+clients: $(VENV)/.clients
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -72,6 +75,10 @@ $(VENV)/.run: requirements.txt pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.dev: requirements-dev.txt requirements.txt $(VENV)/.run
 	$(PIP) -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.clients: requirements-llama.txt $(VENV)/.dev
+	$(PIP) -r requirements-llama.txt
 	touch $@
 
 $(VENV)/.bench: requirements-bench.txt $(VENV)/.dev
