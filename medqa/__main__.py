@@ -179,11 +179,11 @@ def evaluate(options: argparse.Namespace) -> None:
     from medqa.commands import evaluate as evaluation
     from medqa.commands.adapter import find_adapter
     from medqa.commands.evaluate import log_evaluation
-    from medqa.commands.evaluation_table import TASKS, show_evaluation
+    from medqa.commands.evaluation_table import show_evaluation
     from medqa.training.distributed import is_first_process
     from medqa.training.recorder import quiet_libraries
 
-    tasks = list(TASKS) if options.tasks is None else evaluation.chosen_tasks(options.tasks)
+    tasks = list(evaluation.TASKS) if options.tasks is None else evaluation.chosen_tasks(options.tasks)
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit {options.limit}: at least 1")
     quiet_libraries()

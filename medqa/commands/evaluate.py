@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 
 from medqa.commands.adapter import Adapted, Source, load_adapted, unchecked_base
 from medqa.commands.evaluation_rows import EVALUATION, Lines, keep_lines, read_evaluation, read_lines
-from medqa.commands.evaluation_table import TASKS
 from medqa.config import Experiment, Tracking
 from medqa.data.sources import Row, load_sources, used_sources
 from medqa.data.splits import HELD_OUT, Splits, shared_with_training, split_sources
@@ -706,3 +705,4 @@ MEASURES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "mcq": measure_choices,
     "probes": measure_probes,
 }
+TASKS = tuple(MEASURES)

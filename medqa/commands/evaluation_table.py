@@ -18,7 +18,7 @@ from medqa.terminal import printable
 # ----------------------------------------------------------------------------------------------------
 # Reading metrics.
 
-TASKS = ("loss", "generation", "mcq", "probes")
+_TASKS = ("loss", "generation", "mcq", "probes")
 DEEPEST = 12  # the maximum nesting of metrics
 FEWEST_PAIRS = 6  # with five pairs the smallest two-sided p-value of a permutation test is 2 / 2**5, above 0.05
 TOO_FEW = "too few rows to tell"
@@ -72,7 +72,7 @@ def figures(tasks: Any) -> dict[tuple[str, ...], Figure]:
         ValueError: there are more than `MAX_FIGURES`.
     """
     found: dict[tuple[str, ...], Figure] = {}
-    known = {task: tasks[task] for task in TASKS if task in tasks} if isinstance(tasks, dict) else {}
+    known = {task: tasks[task] for task in _TASKS if task in tasks} if isinstance(tasks, dict) else {}
     for path, figure in _below(known, (), None):
         found[path] = figure
         if len(found) > MAX_FIGURES:
