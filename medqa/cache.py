@@ -83,17 +83,20 @@ def _remove_old(folder: Path, names: str, kept: int) -> None:
             old.unlink(missing_ok=True)
 
 
-def put(path: Path, content: bytes) -> None:
-    """Write a file of the shared cache atomically; without free space or permission, do nothing."""
+def put(path: Path, content: bytes) -> bool:
+    """Write a file of the shared cache atomically; without free space or permission, do nothing and return False."""
+    written = False
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=BEGUN, dir=path.parent) as beside:
             unfinished = Path(beside, path.name)
             unfinished.write_bytes(content)
             os.replace(unfinished, path)
+            written = True
         for begun in path.parent.glob(BEGUN + "*"):
             if time.time() - begun.stat().st_mtime > ABANDONED_S:
                 shutil.rmtree(begun, ignore_errors=True)
+    return written
 
 
 def _checksum(arrays: Arrays) -> str:
@@ -121,12 +124,13 @@ def find(what: Any) -> Any:
     return None if found is None else found["value"]
 
 
-def keep(what: Any, value: Any) -> None:
-    """Cache a JSON value; without free space or permission, do nothing."""
+def keep(what: Any, value: Any) -> bool:
+    """Cache a JSON value; without free space or permission, do nothing and return False."""
     found = {"value": value}
     content = json.dumps({**found, "checksum": checksum(found)}, ensure_ascii=False, allow_nan=False)
-    put(_path(what), content.encode())
+    kept = put(_path(what), content.encode())
     _remove_old(baseline_folder(), "*.json", KEPT_RESULTS)
+    return kept
 
 
 def forget(what: Any) -> None:

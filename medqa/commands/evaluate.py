@@ -46,7 +46,7 @@ from medqa.model.loss import LossModel
 from medqa.model.memory import enough_tokens, fit_to_memory, footprint
 from medqa.model.settings import Settings, resolve_settings, usable_gpu
 from medqa.training.checkpoint import versions
-from medqa.training.distributed import build_accelerator, make_accelerator, on_main
+from medqa.training.distributed import build_accelerator, choose_kernels, make_accelerator, on_main
 from medqa.training.recorder import MetricsFile, Tracker
 from medqa.training.reuse import computed_by, digest, measured, reused
 from medqa.training.run_dir import ADAPTER_DIR, METRICS, WANDB_DIR, read_session
@@ -130,6 +130,11 @@ class HeldOut:
     def rows(self, split: str) -> Sequence[Row]:
         """The evaluated rows of a held-out split."""
         return [example.row for example in self.examples[split]]
+
+    @property
+    def questions(self) -> list[str]:
+        """The questions of the evaluated rows of all held-out splits."""
+        return [row.question for split in HELD_OUT for row in self.rows(split)]
 
 
 def load_held_out(source: Source, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> HeldOut:
@@ -215,6 +220,7 @@ class Bench:
         what = {
             **self.computed_by,
             "task": task,
+            "batches": [self.accelerator.num_processes, AT_ONCE],  # how `spread` and `generate_answers` form them
             "tokenizer": digest(adapted.tokenizer.backend_tokenizer.to_str().encode()),
             "ends": sorted(end_ids(adapted.model, adapted.tokenizer)),
             "data": self.held_out.splits.fingerprint,
@@ -295,8 +301,7 @@ def measure_loss(bench: Bench) -> dict[str, Any]:
     """
     evaluator = bench.evaluator(longest=0)
     shared = shared_with_training(bench.held_out.splits)
-    questions = [example.row.question for split in HELD_OUT for example in bench.held_out.examples[split]]
-    template = _own_template(bench, questions)
+    template = _own_template(bench, bench.held_out.questions)
     report = {}
     for split in HELD_OUT:
         examples = bench.held_out.examples[split]
@@ -512,7 +517,8 @@ def _no_room_unquantized(source: Source, settings: Settings, accelerator: Accele
         planned = footprint(experiment, model_config, replace(settings, gradient_checkpointing=True), vocabulary)
     except LOAD_ERRORS:  # reported when the model is loaded
         return None
-    needed = planned.peak(longest) - planned.gradients - planned.optimizer
+    tokens = max(longest, enough_tokens(experiment, accelerator.device.type))  # as `Bench.evaluator` batches them
+    needed = planned.peak(tokens) - planned.gradients - planned.optimizer
     if needed <= free:
         return None
     return f"they need about {gibibytes(needed)} GiB, and {gibibytes(free)} GiB may be used"
@@ -527,10 +533,15 @@ def _unquantized_losses(
         held_out = load_held_out(source, adapted.tokenizer, limit)
     bench = Bench(adapted, held_out, accelerator, console, limit, source.experiment.training.seed)
     evaluator, found = bench.evaluator(longest=0), {}
+    template = _own_template(bench, bench.held_out.questions)
     for split, examples in held_out.examples.items():
         tuned = _row_losses(bench, evaluator, split, examples, "fine-tuned, unquantized")
         untuned = bench.untuned_losses(evaluator, split, examples, "baseline, unquantized")
         found[split] = {"untuned_unquantized": untuned, "tuned_unquantized": tuned}
+        if template is not None:
+            others = with_prompts(examples, template)
+            own = bench.untuned_losses(evaluator, split, others, f"{OWN_TEMPLATE}, unquantized")
+            found[split]["own_template_unquantized"] = own
     return Unquantized(found), held_out
 
 
@@ -566,6 +577,7 @@ def evaluate(
     settings = resolve_settings(experiment, cpu=cpu, saved=source.settings)
     unquantized, held_out = None, None
     untracked = experiment.model_copy(update={"tracking": Tracking(wandb="disabled")})
+    choose_kernels(experiment.training.deterministic)  # as in training, so that the losses of the base are shared
     accelerator = build_accelerator(untracked, settings)
     console.quiet = not accelerator.is_main_process
     if settings.quantization == "4bit" and "loss" in tasks:  # first, so that only one model is in memory at a time

@@ -32,8 +32,8 @@ from rich.text import Text
 from medqa.commands.evaluation_table import SYSTEMS, choose_baseline, count, number
 from medqa.config import Experiment
 from medqa.errors import UserError
+from medqa.evaluation.statistics import BASELINES
 from medqa.files import Damaged, Missing, parse_json, read_file, read_json, write_file
-from medqa.limits import MAX_DATA_BYTES
 from medqa.terminal import printable
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 EVALUATION, ROWS = "evaluation.json", "evaluation.jsonl"
 Line = Mapping[str, Any]
+MAX_ROWS_BYTES = 100_000_000  # in memory up to 24 times as much; a row with all answers has about 5 KB
 
 # ----------------------------------------------------------------------------------------------------
 # The lines, from what the tasks found.
@@ -201,7 +202,7 @@ def read_lines(run: Path, evaluation: Mapping[str, Any]) -> list[dict[str, Any]]
         Damaged: it was not written with that `evaluation.json`, or a line is not an object with an id.
     """
     path, said = run / ROWS, evaluation.get("rows_file")
-    content = read_file(path, MAX_DATA_BYTES)
+    content = read_file(path, MAX_ROWS_BYTES)
     expected = said.get("sha256") if isinstance(said, dict) else None
     if hashlib.sha256(content).hexdigest() != expected:
         raise Damaged(f"{path}: it was not written with {EVALUATION}, or was changed")
@@ -299,7 +300,7 @@ def _changes(lines: Sequence[Line], name: str, lower: bool) -> tuple[dict[int, f
     Only lines that have the measure of the fine-tuned model and of every baseline count. Empty if there are none.
     """
     there = {key.removesuffix(f"_{name}") for line in lines for key in line if key.endswith(f"_{name}")}
-    systems = [system for system in SYSTEMS if system in there and system not in ("copied", "tuned")]
+    systems = [system for system in BASELINES if system in there]
     values: dict[int, list[float]] = {}
     for index, line in enumerate(lines):
         of_row = [number(line.get(f"{system}_{name}")) for system in ("tuned", *systems)]

@@ -107,6 +107,7 @@ SYSTEMS = {
     "untuned": "baseline",
     "untuned_unquantized": "baseline, unquantized",
     "own_template": "baseline in its own chat template",
+    "own_template_unquantized": "baseline in its own chat template, unquantized",
     "copied": "answer of the most similar training question",
     "tuned": "fine-tuned",
     "tuned_unquantized": "fine-tuned, unquantized",
@@ -114,6 +115,8 @@ SYSTEMS = {
 _PAIRS = {  # of the differences between 4-bit and unquantized weights
     "tuned - untuned_unquantized": "fine-tuned (4-bit) - baseline (unquantized)",
     "tuned_unquantized - untuned_unquantized": "fine-tuned - baseline, both unquantized",
+    "tuned - own_template_unquantized": "fine-tuned (4-bit) - baseline in its own chat template (unquantized)",
+    "tuned_unquantized - own_template_unquantized": "fine-tuned - baseline in its own chat template, both unquantized",
     "untuned - untuned_unquantized": "baseline: 4-bit - unquantized",
     "tuned - tuned_unquantized": "fine-tuned: 4-bit - unquantized",
 }
@@ -171,6 +174,9 @@ def in_short(tasks: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+_UNQUANTIZED = ("untuned_unquantized", "own_template_unquantized")  # the base model on unquantized weights
+
+
 def _four_bits_in_short(loss: Mapping[str, Any]) -> list[str]:
     """What 4-bit weights cost, in lines: the four answer losses, and what is left of the gain."""
     if "unquantized_left_out" in loss:
@@ -182,12 +188,17 @@ def _four_bits_in_short(loss: Mapping[str, Any]) -> list[str]:
         f"{loss[system]['answer_loss']['value']:.4f}"
         for system in ("untuned", "untuned_unquantized", "tuned", "tuned_unquantized")
     )
-    left, whole = between["tuned - untuned_unquantized"], between["tuned_unquantized - untuned_unquantized"]
+    values = {system: number(loss[system]["answer_loss"]["value"]) for system in _UNQUANTIZED if system in loss}
+    chosen = choose_baseline(values, lower=True)
+    if chosen is None:
+        return []
+    base, against = chosen
+    left, whole = between[f"tuned - {base}"], between[f"tuned_unquantized - {base}"]
     return [
         f"answer loss on test with 4-bit and with unquantized weights: baseline {before} and {before_whole}, "
         f"fine-tuned {after} and {after_whole}",
         f"gain in answer loss: {-_paired(loss)['answer_loss']['value']:.4f} with 4-bit weights; of it, "
-        f"{_gain(left)} is left against the unquantized baseline: {_better(left, lower=True)}; {_gain(whole)} with the "
+        f"{_gain(left)} is left {against}: {_better(left, lower=True)}; {_gain(whole)} with the "
         f"adapter on unquantized weights: {_better(whole, lower=True)}",
     ]
 

@@ -154,16 +154,21 @@ BETWEEN_WEIGHTS = (
     ("tuned_unquantized", "untuned_unquantized"),
     ("untuned", "untuned_unquantized"),
     ("tuned", "tuned_unquantized"),
+    ("tuned", "own_template_unquantized"),
+    ("tuned_unquantized", "own_template_unquantized"),
 )
+ON_BOTH = ("untuned", "untuned_unquantized", "tuned", "tuned_unquantized")
 
 
 def _between_weights(tables: Tables, seed: int) -> dict[str, Any]:
     """The differences of answer losses between 4-bit and unquantized weights, paired by rows; empty without both."""
-    if not {system for pair in BETWEEN_WEIGHTS for system in pair} <= tables.keys():
+    if not tables.keys() >= set(ON_BOTH):
         return {}
     answers = {system: table[:, 2] for system, table in tables.items()}
     tokens, found = tables["tuned"][:, 3], {}
     for ours, theirs in BETWEEN_WEIGHTS:
+        if theirs not in tables:
+            continue
         if (figure := difference_figure(answers[ours], answers[theirs], tokens, seed)) is not None:
             found[f"{ours} - {theirs}"] = {"answer_loss": figure}
     return {"quantization": found}
@@ -197,4 +202,4 @@ def _columns(system: str) -> list[tuple[str, int]]:
 
     In the base's own chat template the prompt has other tokens, so a loss over the prompt cannot be compared.
     """
-    return [("answer_loss", 2)] if system == "own_template" else [("loss", 0), ("answer_loss", 2)]
+    return [("answer_loss", 2)] if system.startswith("own_template") else [("loss", 0), ("answer_loss", 2)]

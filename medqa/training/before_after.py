@@ -60,6 +60,9 @@ class FinalMetrics:
     adapter_step: int
 
 
+AFTERWARDS_S = 120.0  # seconds that the final evaluation leaves for what follows it, at most
+
+
 class HeldOut:
     """Evaluates the held-out rows of a run before, during and after training.
 
@@ -119,7 +122,7 @@ class HeldOut:
             StoppedInTime: the deadline is near. The rows measured so far are kept.
         """
         if progress.baseline is None:
-            found = self._losses("baseline", self._rows, recorder, run_id=None)
+            found = self._losses("baseline", self._rows, recorder)
             progress.fixed_baseline, progress.baseline = self._both(found)
             progress.evaluation_s = found.seconds
             if found.found:
@@ -164,7 +167,9 @@ class HeldOut:
             StoppedInTime: the deadline is near. The rows measured so far are kept.
         """
         progress, keep = state.progress, self._experiment.training.keep
-        fixed, final = self._both(self._losses("final evaluation, validation", self._rows, recorder, self._run_id))
+        fixed, final = self._both(
+            self._losses("final evaluation, validation", self._rows, recorder, progress.evaluation_s)
+        )
         adapter_step = progress.step
         progress.note_best(progress.step, fixed.loss)
         recorder.log_evaluation(progress, fixed)
@@ -182,20 +187,27 @@ class HeldOut:
                 "fixed validation rows"
             )
             full = [self._rows[i] for i in self._full]
-            final = summarize(self._losses("best adapter, validation", full, recorder, self._run_id).table, full)
-        losses = self._losses("final evaluation, test", self._test, recorder, self._run_id)
+            final = summarize(
+                self._losses("best adapter, validation", full, recorder, progress.evaluation_s).table, full
+            )
+        losses = self._losses("final evaluation, test", self._test, recorder, progress.evaluation_s)
         test = summarize(losses.table, self._test)
         recorder.log_split(progress.step, "test", test)
         return FinalMetrics(final, test, adapter_step)
 
-    def _losses(self, title: str, rows: Sequence[Example], recorder: Recorder, run_id: str | None) -> Measured:
+    def _losses(self, title: str, rows: Sequence[Example], recorder: Recorder, evaluation_s: float = 0.0) -> Measured:
         """The losses of rows with the current weights.
 
         Args:
-            run_id: of the run that these weights belong to; None: any run may begin with them.
+            evaluation_s: the seconds of an evaluation before training, if sample answers and the adapter are still to
+                be written afterwards: so much time, but at most `AFTERWARDS_S`, is left for them before a deadline.
         """
-        model = {**self._base, "adapter": adapter_digest(self._adapted), "run": run_id}
-        return measured(self._evaluator, rows, model, functools.partial(recorder.evaluating, title), self._late)
+        adapter = adapter_digest(self._adapted)
+        # Without an adapter every run begins with the same model. The digest knows only weights, not `lora_alpha`.
+        model = {**self._base, "adapter": adapter, "run": None if adapter is None else self._run_id}
+        afterwards = min(evaluation_s, AFTERWARDS_S)
+        late = lambda seconds: self._late(seconds + afterwards)  # noqa: E731
+        return measured(self._evaluator, rows, model, functools.partial(recorder.evaluating, title), late)
 
     def _both(self, losses: Measured) -> tuple[SplitLoss, SplitLoss]:
         """The losses of the fixed validation rows and of all, or `evaluation.full_rows`, validation rows."""

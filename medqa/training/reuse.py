@@ -55,6 +55,7 @@ def computed_by(model: PeftModel, base: str, settings: Settings, accelerator: Ac
         **how,
         "base": base,
         "evaluation_padding_free": settings.evaluation_padding_free,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "vocabulary": model.get_input_embeddings().num_embeddings,  # with tokens that were added to the base
         "code": _code(),
     }
@@ -152,7 +153,7 @@ def measured(
     }
     table, seconds = _checked(on_main(accelerator, lambda: cache.find(what)), examples)
     if np.isfinite(table).all():
-        return Measured(_on_targets(table, loss_on), seconds, True)
+        return Measured(_on_targets(table, loss_on), seconds / accelerator.num_processes, True)
     everywhere = evaluator.tokenization.model_copy(update={"loss_on": "all"})  # one table for both values of `loss_on`
     evaluator = replace(evaluator, tokenization=everywhere)
     part = _Part({**what, "process": [accelerator.process_index, accelerator.num_processes]}, examples, late)
@@ -162,7 +163,7 @@ def measured(
     if left := int(np.isnan(table[:, 1]).sum()):  # a model's own NaN is in the losses, not in the number of tokens
         raise StoppedInTime(
             f"stopped before the --stop-after deadline, in an evaluation: {len(examples) - left:,} of "
-            f"{len(examples):,} rows are measured, and kept"
+            f"{len(examples):,} rows are measured, and kept in {cache.baseline_folder()}"
         )
     kept, seconds = float(part.rows), part.seconds
     if accelerator.num_processes > 1:
@@ -225,16 +226,24 @@ class _Part:
         return count
 
     def is_late(self) -> bool:
-        """Whether the time left is too short for another batch, as slow as the slowest so far."""
-        return self._late(2 * self._longest)
+        """Whether the time left is too short for another batch, as slow as the slowest so far.
+
+        If the rows cannot be kept, the evaluation goes on: a session that starts again would get no further.
+        """
+        return self._late(2 * self._longest) and _keep(self.what, self.table, self.seconds)
 
 
-def _keep(what: Description, table: np.ndarray, seconds: float) -> None:
-    """Keep the finite rows of a table, as index and sums. JSON has all digits of a number."""
+def _keep(what: Description, table: np.ndarray, seconds: float) -> bool:
+    """Keep the finite rows of a table, as index and sums. JSON has all digits of a number.
+
+    Returns:
+        False if the cache cannot be written.
+    """
     indices = np.flatnonzero(np.isfinite(table).all(axis=1))
-    if len(indices):
-        lines = [[int(index), *table[index].tolist()] for index in indices]
-        cache.keep(what, {"rows": lines, "seconds": seconds})
+    if not len(indices):
+        return True
+    lines = [[int(index), *table[index].tolist()] for index in indices]
+    return cache.keep(what, {"rows": lines, "seconds": seconds})
 
 
 def _checked(found: Any, examples: Sequence[Example]) -> tuple[np.ndarray, float]:

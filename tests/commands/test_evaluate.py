@@ -114,7 +114,7 @@ def test_sources_add_up(evaluated):
 def test_what_the_base_gives_is_computed_once(evaluated, tiny_run, run, capsys):
     assert main(["evaluate", str(run), "--tasks", "loss", "--cpu"]) == 0
     told = capsys.readouterr().out
-    assert told.count("baseline from the cache") == 6  # two splits, two prompts, and on unquantized weights
+    assert told.count("baseline from the cache") == 8  # two splits, two prompts, 4-bit and unquantized weights
     assert told.count("rows of") == 4  # the tuned one alone, in 4 bits and on unquantized weights
     assert loss_of(run) == loss_of(evaluated)
 
@@ -146,7 +146,7 @@ def test_what_4_bits_cost_is_measured_on_the_bases_own_weights(run):
 def test_what_4_bits_cost_is_paired_by_rows(evaluated):
     for part in loss_of(evaluated).values():
         assert {"untuned", "untuned_unquantized", "tuned", "tuned_unquantized"} <= part.keys()
-        assert len(part["quantization"]) == 4
+        assert len(part["quantization"]) == 6
         for pair, figures in part["quantization"].items():
             ours, theirs = (part[system]["answer_loss"]["value"] for system in pair.split(" - "))
             figure = figures["answer_loss"]
@@ -188,9 +188,20 @@ def test_what_is_left_of_the_gain_is_said():
     )
     assert left == (
         "gain in answer loss: 0.3780 with 4-bit weights; of it, 0.1080 (0.1080 to 0.1080) is left against the "
-        "unquantized baseline: fine-tuned is better; 0.1710 (0.1710 to 0.1710) with the adapter on unquantized weights"
+        "baseline, unquantized: fine-tuned is better; 0.1710 (0.1710 to 0.1710) with the adapter on unquantized weights"
         ": fine-tuned is better"
     )
+    # In its own chat template the base is better than the fine-tuned model: the verdict is against that.
+    tables["own_template"] = tables["untuned"]
+    tables["own_template_unquantized"] = tables["tuned_unquantized"] - np.array([0, 0, 0.1, 0])
+    report = loss_report(tables, held_out, {row.id: seen for row in held_out}, 0)
+    assert "loss" not in report["own_template_unquantized"]
+    *_, left = in_short({"loss": {"test": report}})
+    assert (
+        "of it, -0.1630 (-0.1630 to -0.1630) is left against the baseline in its own chat template, unquantized, the "
+        "better of the two: fine-tuned is worse; -0.1000 (-0.1000 to -0.1000) with the adapter on unquantized weights: "
+        "fine-tuned is worse"
+    ) in left
     assert in_words("test.tuned_unquantized.loss") == "test.fine-tuned, unquantized.loss"
 
 

@@ -228,6 +228,23 @@ def test_values_that_are_no_numbers_are_left_out(tmp_path, capsys):
         assert "no row of test has a loss or an answer; run `medqa evaluate" in capsys.readouterr().err
 
 
+def test_the_change_is_from_a_baseline_though_there_are_unquantized_weights(tmp_path, capsys):
+    """The adapter on unquantized weights is no baseline, and the run's own weights are compared."""
+    unquantized = {"tuned_unquantized_answer_loss": 0.1, "untuned_unquantized_answer_loss": 0.2}
+    run = written(tmp_path / "run", [line(1, **losses(3, 2, 1), **unquantized), line(2, **losses(1, 2, 3))])
+    told = show(capsys, run, "worst")
+    assert "against the baseline" in told
+    assert "unquantized, the" not in told
+    assert [part for part in told.split() if part.startswith(("+", "-"))] == ["+2.0000", "-2.0000"]
+
+
+def test_a_file_that_is_too_long_is_refused(tmp_path, capsys, monkeypatch):
+    run = written(tmp_path / "run", [line(1, **losses(1, 2, 3))])
+    monkeypatch.setattr("medqa.commands.evaluation_rows.MAX_ROWS_BYTES", 100)
+    assert main(["evaluate", str(run), "--show", "worst"]) == 2
+    assert "evaluation.jsonl" in capsys.readouterr().err
+
+
 def claims(run: Path, content: bytes) -> None:
     """Both files as somebody wrote them on purpose."""
     (run / "evaluation.jsonl").write_bytes(content)

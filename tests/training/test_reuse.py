@@ -111,6 +111,27 @@ def test_a_baseline_is_measured_once_for_all_runs(unbroken, batches, tmp_path, c
     assert "are in the cache" in capsys.readouterr().out, "one table for both values of loss_on"
 
 
+def test_runs_that_start_from_an_adapter_share_no_baseline(batches, tmp_path, capsys):
+    """The same weights compute something else with another `lora_alpha`."""
+    assert ran(tmp_path / "first") == 0
+    start = f"lora.init_from={tmp_path / 'first' / 'lora_adapters'}"
+    assert ran(tmp_path / "second", start) == 0
+    assert ran(tmp_path / "third", start, "lora.lora_alpha=64") == 0
+    assert capsys.readouterr().out.count("are in the cache") == 0
+    second, third = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("second", "third"))
+    assert second["baseline"]["answer_loss"] != third["baseline"]["answer_loss"]
+
+
+def test_without_a_cache_a_deadline_does_not_end_the_baseline(unbroken, batches, tmp_path, capsys, monkeypatch):
+    """What it has measured could not be kept, so that no session would get further."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEDQA_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(Stopper, "within", lambda self, seconds: batches.count == 3)
+    assert ran(tmp_path / "run", WITH_TOKENS, options=("--stop-after", "1d")) == 0
+    assert "deadline" not in capsys.readouterr().err
+    assert losses(tmp_path / "run") == unbroken[WITH_TOKENS]
+
+
 @pytest.mark.parametrize("stop_at", ["baseline", "validation", "test"])
 def test_an_interrupted_evaluation_goes_on_where_it_was(stop_at, unbroken, batches, tmp_path, capsys):
     an_evaluation = unbroken["batches"] // 3
