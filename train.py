@@ -74,7 +74,7 @@ def fine_tune(options: argparse.Namespace, stopper: Stopper) -> None:
         notes = [*tokens_without_weights(tokenizer, base.vocab_size), *ignored]
         notes += run.resume_or_start(state, data, tokenizer, settings, recorder)
         recorder.show_plan(run.name, make_plan(experiment, data, settings, adapted, accelerator, tokenizer, notes))
-        recorder.start_wandb(run.session.run_id, settings.changes)
+        recorder.start_wandb(run.session.run_id, run.in_effect)
 
         # Before training: the largest micro-batch that fits, and the baseline
         batches = Batches(data.stream, experiment, tokenizer.pad_token_id, state.progress, accelerator)

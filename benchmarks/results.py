@@ -106,6 +106,8 @@ def results(options: argparse.Namespace, start: Start) -> list[str]:
     numbers = (options.processes, options.limit, options.examples)
     if any(number is not None and number < 1 for number in numbers):
         raise UserError("--processes, --limit, --examples: at least 1")
+    if options.cpu and options.processes > 1:  # the name of a CPU's column does not say how many shared it
+        raise UserError(f"--cpu --processes {options.processes}: one process runs on a CPU; leave --processes out")
     before = read_all(options.out)
     if options.table:
         if readme is None:

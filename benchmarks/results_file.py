@@ -7,6 +7,7 @@ run's own files become a record is in `results_records.py`, the table of all fil
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -287,11 +288,12 @@ def keep(record: Record, setting: Setting, directory: Path) -> bool:
     What the user can mend (exit code 2) never takes the place of figures: says whether it was written.
 
     Raises:
-        UserError: the file that is there is damaged.
+        UserError: the file that is there is damaged, or has records of another base model.
         OSError: it cannot be written.
     """
     path = directory / f"{slug(setting.label)}.json"
     records = read_results(path).records if path.exists() else {}
+    _require_same_base(record, records, path)
     before = records.get(record.experiment)
     if record.failure is not None and record.failure.exit_code == 2 and before is not None and before.failure is None:
         return False
@@ -299,3 +301,22 @@ def keep(record: Record, setting: Setting, directory: Path) -> bool:
     directory.mkdir(parents=True, exist_ok=True)
     write_json(Results(format=FORMAT, setting=setting, records=records).model_dump(mode="json"), path)
     return True
+
+
+def _require_same_base(record: Record, records: Mapping[str, Record], path: Path) -> None:
+    """See that a record is of the same base model as those of the other experiments in its file.
+
+    A name does not tell two models apart: a/Foo and b/Foo are both Foo. Failures without a base are not compared.
+
+    Raises:
+        UserError: it is of another one.
+    """
+    if record.base is None:
+        return
+    for name, other in records.items():
+        if name != record.experiment and other.base is not None and other.base.fingerprint != record.base.fingerprint:
+            raise UserError(
+                f"{path}: {name} is of the base model with fingerprint {other.base.fingerprint[:12]}, and "
+                f"{record.experiment} of another one, {record.base.fingerprint[:12]}, under the same name: nothing was "
+                "recorded; pass another --base-name"
+            )

@@ -6,6 +6,7 @@ Their options are in `options.py`.
 import argparse
 import contextlib
 import functools
+import itertools
 import math
 import os
 import signal
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     protect()
     parser = command_parser()
-    options, rest = parser.parse_known_args(argv)
+    options, rest = parser.parse_known_args(_run_before_show(sys.argv[1:] if argv is None else argv))
     if options.command == "ask" and options.question is None and rest and not rest[0].startswith("-"):
         options.question = rest.pop(0)  # argparse looks for one before the first option only
     if rest:
@@ -42,6 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             return exit_code(lambda: run_command(options))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _run_before_show(words: Sequence[str]) -> list[str]:
+    """The words of a command line; RUN, if it comes after `evaluate --show HOW`, with or without N, is moved before it.
+
+    `--show` takes one word or two, which argparse cannot say: it would take RUN as well.
+    """
+    if list(words[:1]) != ["evaluate"] or "--show" not in words:
+        return list(words)
+    show = words.index("--show")
+    taken = list(itertools.takewhile(lambda word: not word.startswith("-"), words[show + 1 :]))
+    runs = [index for index, word in enumerate(taken) if index and not word.isdigit()]
+    if len(runs) != 1:
+        return list(words)
+    run = show + 1 + runs[0]
+    return [*words[:show], words[run], *words[show:run], *words[run + 1 :]]
 
 
 def run_command(options: argparse.Namespace) -> None:

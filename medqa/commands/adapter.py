@@ -226,7 +226,7 @@ def _of_run(where: str, run: Path, checkpoint: str | None, locations: Locations)
         fingerprints = {**identity.fingerprints.model_dump(), **{k: v for k, v in fingerprints.items() if v}}
     _require_same_lora(run, directory, experiment.lora)
     settings = identity.environment.settings if identity else None
-    model = _without_auto(run, experiment.model, settings.quantization if settings else summary.get("quantization"))
+    model = _as_used(run, experiment.model, settings, summary)
     experiment = experiment.model_copy(update={"model": model})
     weights = _weights(where, directory, _recorded(summary, "adapter_sha256", str) if final else None, experiment.lora)
     recorded = read_yaml(run / CONFIG).get("tokenization", {})
@@ -245,13 +245,20 @@ def _of_run(where: str, run: Path, checkpoint: str | None, locations: Locations)
     )
 
 
-def _without_auto(run: Path, model: Model, used: Any) -> Model:
-    """The section `model` with the quantization that the run used in place of `auto`.
+def _as_used(run: Path, model: Model, settings: SavedSettings | None, summary: Mapping[str, Any]) -> Model:
+    """The section `model` with the quantization that the run used.
+
+    That differs from the requested one with `auto`, and where 4-bit weights were not available.
+
+    Args:
+        settings: those of a checkpoint, which loading keeps whatever the section says; None without one.
+        summary: used if there is no checkpoint.
 
     Raises:
-        UserError: it is `auto`, and what the run used is not recorded.
+        UserError: `auto` is requested, and what the run used is not recorded.
     """
-    if model.quantization != "auto":
+    used = settings.quantization if settings else summary.get("quantization")
+    if model.quantization != "auto" and (settings is not None or used not in ("none", "4bit")):
         return model
     if used not in ("none", "4bit"):
         raise UserError(

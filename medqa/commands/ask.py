@@ -90,9 +90,9 @@ def ids_for_base(adapted: Adapted, kind: str | None) -> Callable[[str], list[int
 
     def from_template(question: str) -> list[int]:
         told: list[str] = []
-        found = own_template_prompts(base, [question.strip()], told.append)
+        found = own_template_prompts(base, [question.strip()], told.append, consequence="")
         if found is None:
-            why = told[0].removesuffix("; measured without it") if told else f"{base}: it has no chat template"
+            why = told[0] if told else f"{base}: it has no chat template"
             raise UserError(f"--prompt chat: {why}; leave --prompt out")
         return found(question.strip())
 

@@ -187,6 +187,7 @@ def own_template_prompts(
     questions: Sequence[str],
     say: Callable[[str], None] = lambda text: None,
     once: Callable[[Callable[[], list[str] | None]], list[str] | None] = lambda render: render(),
+    consequence: str = "; the baseline is measured without it",
 ) -> OwnTemplate | None:
     """The prompts of these questions in the base's own chat template; None if it has none.
 
@@ -198,6 +199,7 @@ def own_template_prompts(
         say: called with the reason if a template cannot be used.
         once: runs a function on one process and gives the result to all. If each process rendered, one could reach a
             limit and another not, and they would wait for each other for ever.
+        consequence: added to the reason: what the caller does then.
     """
     tokenizer = AutoTokenizer.from_pretrained(location(base), trust_remote_code=False)
     if not tokenizer.chat_template:
@@ -209,7 +211,7 @@ def own_template_prompts(
             chunks = [asked[start : start + TOGETHER] for start in range(0, len(asked), TOGETHER)]
             return [text for chunk in chunks for text in _rendered(tokenizer, chunk)]
         except Failed as error:
-            say(f"{base}: its own chat template cannot be used: {error}; the baseline is measured without it")
+            say(f"{base}: its own chat template cannot be used: {error}{consequence}")
             return None
 
     found = once(render_all)

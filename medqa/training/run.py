@@ -12,6 +12,7 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -19,13 +20,15 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from medqa.config import Experiment, flat
-from medqa.config_file import default_output_dir, find_experiment
+from medqa.config_file import default_output_dir, find_experiment, read_yaml
 from medqa.data.batches import TrainingData
 from medqa.data.report import write_reports
 from medqa.data.tokens import ids_fingerprint
 from medqa.errors import UserError, adding_what_is_saved, writing
+from medqa.limits import MAX_SHOWN
 from medqa.model.base_files import base_fingerprint
-from medqa.model.settings import Change, SavedSettings, Settings
+from medqa.model.settings import KEPT, Change, SavedSettings, Settings
+from medqa.terminal import printable
 from medqa.training.checkpoint import (
     Fingerprints,
     Found,
@@ -40,6 +43,7 @@ from medqa.training.mirror import Mirror, space_needed
 from medqa.training.plan import accumulation_steps
 from medqa.training.recorder import Recorder, StartupTimer
 from medqa.training.run_dir import (
+    CONFIG,
     RunLock,
     Session,
     check_run_dir,
@@ -70,7 +74,8 @@ class Run:
         identity: the experiment, data fingerprints and environment that every checkpoint of this run records; set by
             `resume_or_start`.
         session: the id of the run, and how often it was resumed; set by `resume_or_start`.
-        in_effect: the `changes` of the settings in this session; set by `resume_or_start`.
+        in_effect: the `changes` of the settings in this session, that of the quantization with its first reason; set by
+            `resume_or_start`. Only the main process needs it, and reads the reason.
     """
 
     identity: Identity
@@ -158,7 +163,8 @@ class Run:
         earlier = recorder.restore(progress, data.updates)
         if accelerator.is_main_process:
             accumulation = accumulation_steps(experiment.training, accelerator.num_processes)
-            write_config(self.output_dir, experiment, accumulation, settings.changes)
+            self.in_effect = with_first_reason(settings.changes, self.output_dir / CONFIG)
+            write_config(self.output_dir, experiment, accumulation, self.in_effect)
             write_reports(self.output_dir, data, experiment, settings.padding_free)
         self._start_mirror(recorder)
         recorder.startup.record("model")
@@ -199,6 +205,32 @@ class Run:
         keep = self._experiment.training.keep_checkpoints
         on_main(recorder.accelerator, lambda: self._mirror.start(keep, self._fresh, recorder.message))
         self._mirror.wake(set())  # copy run.json first: it identifies the owner of the mirror
+
+
+_AS_BEFORE = " (as in the checkpoint)"
+
+
+def with_first_reason(changes: Mapping[str, Change], config: Path) -> dict[str, Change]:
+    """The changes, and why the run first decided its quantization where it is now kept from the checkpoint.
+
+    Args:
+        config: the `config.yaml` of the session before. If it is missing, damaged or changed, nothing is added.
+    """
+    key = "model.quantization"
+    asked, used, reason = changes.get(key, ("", "", ""))
+    if reason != KEPT:
+        return dict(changes)
+    try:
+        said: Any = read_yaml(config)
+    except UserError:
+        return dict(changes)
+    for name in ("in_effect", key):
+        said = said.get(name) if isinstance(said, dict) else None
+    first = said.get("reason") if isinstance(said, dict) and said.get("used") == used else None
+    if not isinstance(first, str) or first == KEPT or not 0 < len(first) <= 2 * MAX_SHOWN:
+        return dict(changes)
+    first = " ".join(printable(first).split()).removesuffix(_AS_BEFORE)
+    return {**changes, key: (asked, used, first + _AS_BEFORE)}
 
 
 # ----------------------------------------------------------------------------------------------------

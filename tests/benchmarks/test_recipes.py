@@ -1,5 +1,6 @@
 """The experiments against each other: the arithmetic of it, and that the recommended recipe is the better one."""
 
+import argparse
 import json
 import math
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import splits_compared
-from benchmarks.recipes import compare, main
+from benchmarks.recipes import ARMS, arm, compare, main
 
 
 def measured(loss: np.ndarray, tokens: np.ndarray) -> dict:
@@ -46,6 +47,14 @@ def test_other_rows_are_refused():
     other["r"]["ids"][0] = "another"
     with pytest.raises(RuntimeError, match="different rows"):
         compare({"a": other, "b": measured(loss, tokens)})
+
+
+def test_all_arms_have_the_same_base():
+    options = argparse.Namespace(model="a/directory", medquad=None, afrimedqa=None, tiny=False, examples=1280, set=[])
+    assert {arm([name], options).model.quantization for name in ARMS} == {"4bit"}
+    options.set = ["model.quantization=none"]
+    assert {arm([name], options).model.quantization for name in ARMS} == {"none"}
+    assert arm(["exp_004", "model.quantization=auto"], options).model.quantization == "auto"
 
 
 @pytest.mark.slow

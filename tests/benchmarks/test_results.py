@@ -299,6 +299,14 @@ def test_a_budget_that_does_not_divide_into_updates_is_refused(tmp_path, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_process_on_a_cpu(tmp_path, capsys):
+    """The name of a CPU's column does not say how many processes shared it."""
+    words = options_for(tmp_path, "--processes", "2")
+    assert command.main(words, lambda *_: pytest.fail("started")) == 2
+    assert "--cpu --processes 2: one process runs on a CPU" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_changed_code_makes_it_a_trial(tmp_path, monkeypatch):
     monkeypatch.setattr(results_machine, "ROOT", tmp_path)
     assert code_commit() is None
@@ -334,6 +342,21 @@ def test_one_record_takes_its_own_place_alone(complete, tmp_path):
     assert keep(failed, ON_T4, tmp_path)
     assert read_all(tmp_path)[T4_FILE].records == {"exp_001": other, "exp_002": failed}
     assert read_all(tmp_path)[TWO_FILE].records == {"exp_002": complete}
+
+
+def test_another_base_model_under_the_same_name_is_refused(complete, tmp_path):
+    other = complete.model_copy(update={"base": complete.base.model_copy(update={"fingerprint": "b" * 64})})
+    keep(complete, ON_T4, tmp_path)
+    path = tmp_path / f"{T4_FILE}.json"
+    before, ours = path.read_bytes(), complete.base.fingerprint[:12]
+    with pytest.raises(UserError, match=rf"{T4_FILE}\.json: exp_002 .* {ours}, .* bbbbbbbbbbbb, .*another --base-name"):
+        keep(other.model_copy(update={"experiment": "exp_001"}), ON_T4, tmp_path)
+    assert path.read_bytes() == before
+    memory = Failure(stage="training", what="out of memory", exit_code=3, message="training stopped: out of memory")
+    failed = complete.model_copy(update={"experiment": "exp_003", "failure": memory, "base": None})
+    assert keep(failed, ON_T4, tmp_path)
+    assert keep(other, ON_T4, tmp_path), "its own earlier record is replaced, and one without a base is not compared"
+    assert read_all(tmp_path)[T4_FILE].records == {"exp_002": other, "exp_003": failed}
 
 
 def damaged(good: bytes) -> dict[str, bytes]:

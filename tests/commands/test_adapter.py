@@ -125,6 +125,20 @@ def test_an_automatic_quantization_is_the_one_that_the_run_used(run):
         find_adapter(str(run))
 
 
+def test_a_run_without_checkpoints_is_loaded_as_its_summary_says(run):
+    """4-bit weights were requested, and not available."""
+    for path in run.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    path = run / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps({**summary, "quantization": "none"}))
+    source = find_adapter(str(run))
+    assert (source.experiment.model.quantization, source.settings) == ("none", None)
+    assert load_adapted(source, CPU).settings.quantization == "none"
+    path.write_text(json.dumps({**summary, "quantization": "8bit"}))
+    assert find_adapter(str(run)).experiment.model.quantization == "4bit"  # nothing that can be used: as requested
+
+
 def test_an_adapter_alone(alone, monkeypatch):
     source = find_adapter(str(alone))
     assert (source.run, source.experiment.lora.r, source.experiment.model.base) == (None, 8, str(BASE_DIR))

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,7 @@ def test_the_base_is_asked_in_both_prompts(loaded, tiny_run, capsys, monkeypatch
     assert told.index("base: ") < told.index("base, its own chat template: ") < told.index("tuned: ")
     assert main([*words, "--json", "--prompt", "instruction"]) == 0
     assert "base_answer_own_template" not in lines(capsys.readouterr().out)[0]
-    monkeypatch.setattr(ask, "own_template_prompts", lambda base, questions, say: None)
+    monkeypatch.setattr(ask, "own_template_prompts", lambda base, questions, *_, **__: None)
     assert main([*words, "--json"]) == 0
     assert "base_answer_own_template" not in lines(capsys.readouterr().out)[0]
 
@@ -215,10 +216,23 @@ def test_the_base_can_be_asked_with_its_own_template(loaded, tiny_run, capsys, m
 
 
 def test_a_base_without_a_template_cannot_be_asked_with_it(adapted, monkeypatch):
-    monkeypatch.setattr(ask, "own_template_prompts", lambda base, questions, say: None)
+    monkeypatch.setattr(ask, "own_template_prompts", lambda base, questions, *_, **__: None)
     with pytest.raises(UserError, match=r"--prompt chat: .*: it has no chat template; leave --prompt out"):
         ask.ids_for_base(adapted, "chat")
     assert ask.ids_for_base(adapted, "instruction") is None, "it is the prompt of training"
+
+
+def test_a_template_that_cannot_be_used_is_named_without_what_an_evaluation_does_then(adapted, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(BASE_DIR, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    said = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**said, "chat_template": "{% for %}"}))
+    experiment = adapted.source.experiment
+    model = experiment.model.model_copy(update={"base": str(base)})
+    source = replace(adapted.source, experiment=experiment.model_copy(update={"model": model}))
+    with pytest.raises(UserError, match=r"its own chat template cannot be used: .*; leave --prompt out") as error:
+        ask.ids_for_base(replace(adapted, source=source), "chat")
+    assert "measured without it" not in str(error.value)
 
 
 def test_json_of_one_question(loaded, tiny_run, capsys):

@@ -631,6 +631,15 @@ def test_rows_that_differ_are_told(tmp_path):
     said(compared(one, other), "one: 20.0% of its held-out rows", "flatters")
 
 
+def test_another_prompt_is_another_measure(tmp_path):
+    one = make_run(tmp_path / "one", "exp_001")
+    chat = make_run(tmp_path / "chat", "exp_001", "tokenization.prompt=chat")
+    comparison = compared(one, chat)
+    assert "tokenization.prompt (one: instruction; chat: chat)" in said(comparison, "not comparable")
+    (pair,) = comparison.pairs
+    assert conclusion(pair, comparison.pairs).startswith("only tokenization.prompt differs, but it changes the tokens")
+
+
 def test_other_machines_are_told(tmp_path):
     one, two = make_run(tmp_path / "one", "exp_001"), make_run(tmp_path / "two", "exp_001", "lora.r=4")
     assert not [warning for warning in compared(one, two).warnings if "on different machines" in warning]
@@ -1182,8 +1191,9 @@ def test_many_trials_are_ranked_and_not_paired(sweep, tmp_path, capsys):
 def test_trials_over_other_tokens_are_not_ranked_among_the_rest(sweep, tmp_path):
     other = make_trial(tmp_path / "other", 10.0, "tokenization.max_length=100")
     unknown = make_trial(tmp_path / "rows", 11.0, fingerprint="g")
-    labels = [run.label for run in compared(*sweep, other, unknown).runs]
-    assert labels == ["c", "f", "e", "b", "d", "a", "g", "other", "rows"]
+    chat = make_trial(tmp_path / "chat", 9.0, "tokenization.prompt=chat")
+    labels = [run.label for run in compared(*sweep, other, unknown, chat).runs]
+    assert labels == ["c", "f", "e", "b", "d", "a", "g", "other", "rows", "chat"]
     assert compared(other, *sweep).runs[0].label == "other"
 
 

@@ -313,6 +313,18 @@ def test_what_cannot_be_shown(kind, tmp_path, capsys):
     assert {each: each.stat().st_mtime_ns for each in tmp_path.rglob("*")} == before
 
 
+def test_the_run_may_come_after_show(tmp_path, capsys):
+    run = written(tmp_path / "run", [line(n, **losses(1, 2, n)) for n in (1, 2)])
+    for words in (["worst", str(run)], ["worst", str(run), "2"], ["worst", "2", str(run)]):
+        assert main(["evaluate", "--show", *words]) == 0
+        assert shown_ids(capsys.readouterr().out) == ["medquad:2", "medquad:1"]
+    assert main(["evaluate", "--show", "worst", str(run), "--cpu"]) == 2
+    assert "leave out --cpu" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "--show", "worst", "5"])
+    assert "the following arguments are required: RUN" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -320,6 +332,7 @@ def test_what_cannot_be_shown(kind, tmp_path, capsys):
         (["--show", "worst", "0"], "--show worst 0: write"),
         (["--show", "worst", "-1"], "--show worst -1: write"),
         (["--show", "worst", "5", "6"], "--show worst 5 6: write"),
+        (["--show", "worst", "another"], "unrecognized arguments: another"),
         (["--show", "worst", "\u0665"], "write worst, best or random"),
         (
             ["--show", "worst", "--limit", "3"],

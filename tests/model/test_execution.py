@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, OlmoConfig, OlmoForCausalLM
 from harness.parts import Observer, Parts, build
 from harness.processes import Forked
 from medqa import cache
-from medqa.config_file import load_experiment, load_yaml
+from medqa.config_file import dump_yaml, load_experiment, load_yaml
 from medqa.data import tokens
 from medqa.data.batches import pack
 from medqa.data.sources import Row
@@ -31,6 +31,7 @@ from medqa.model.settings import KEPT, Settings, resolve_settings
 from medqa.tiny import BASE_DIR
 from medqa.training import batches
 from medqa.training.batches import Batches, find_micro_batch_tokens, full, most_in_an_update
+from medqa.training.run import with_first_reason
 from medqa.training.run_dir import CONFIG
 from medqa.training.state import PROGRESS, Progress
 from train import main
@@ -523,14 +524,48 @@ def test_a_resumed_run_keeps_what_it_chose(asked, first, later, used, tmp_path, 
         assert ("does not fit" in reason) == (used == "4bit")
         assert f"model.quantization: auto -> {used} ({reason})" in capsys.readouterr().out
         assert (summary(directory)["quantization"], summary(directory)["quantization_reason"]) == (used, reason)
-    assert run("auto", later, 2) == 0
-    assert in_effect(directory)["model.quantization"] == {"asked": "auto", "used": used, "reason": KEPT}
-    settings = json.loads((directory / "checkpoint-2" / "manifest.json").read_text())["environment"]["settings"]
+    for updates in (2, 3):  # the reason does not grow
+        assert run("auto", later, updates) == 0
+        kept = f"{reason} (as in the checkpoint)" if asked == "auto" else KEPT
+        assert in_effect(directory)["model.quantization"] == {"asked": "auto", "used": used, "reason": kept}
+        assert summary(directory)["quantization_reason"] == kept
+    settings = json.loads((directory / "checkpoint-3" / "manifest.json").read_text())["environment"]["settings"]
     assert settings["quantization"] == summary(directory)["quantization"] == used
     assert summary(directory)["not_bitwise"] == []
     other = "none" if used == "4bit" else "4bit"
-    assert run(other, later, 3) == 2
+    assert run(other, later, 4) == 2
     assert f"model.quantization: 'auto' there, '{other}' now" in capsys.readouterr().err
+
+
+FIRST = {"asked": "auto", "used": "none", "reason": "it fits"}
+
+
+@pytest.mark.parametrize(
+    "found, expected",
+    [
+        ({"in_effect": {"model.quantization": FIRST}}, "it fits (as in the checkpoint)"),
+        ({"in_effect": {"model.quantization": FIRST | {"reason": "a\nb\x1b"}}}, r"a b\x1b (as in the checkpoint)"),
+        ({"in_effect": {"model.quantization": FIRST | {"reason": KEPT}}}, KEPT),
+        ({"in_effect": {"model.quantization": FIRST | {"used": "4bit"}}}, KEPT),
+        ({"in_effect": {"model.quantization": FIRST | {"reason": 1}}}, KEPT),
+        ({"in_effect": {"model.quantization": FIRST | {"reason": "x" * 9999}}}, KEPT),
+        ({"in_effect": {"model.quantization": "none"}}, KEPT),
+        ({"in_effect": [1]}, KEPT),
+        ("{", KEPT),
+        (None, KEPT),
+    ],
+)
+def test_the_first_reason_of_a_damaged_configuration_is_left_out(found, expected, tmp_path):
+    config = tmp_path / CONFIG
+    if isinstance(found, str):
+        config.write_text(found)
+    elif found is not None:
+        dump_yaml(found, config)
+    changes = {"model.quantization": ("auto", "none", KEPT), "model.dtype": ("bfloat16", "float32", KEPT)}
+    wanted = {**changes, "model.quantization": ("auto", "none", expected)}
+    assert with_first_reason(changes, config) == wanted
+    changed = {"model.quantization": ("auto", "none", "4-bit is not available here")}
+    assert with_first_reason(changed, config) == changed
 
 
 # --- 4-bit weights, expanded

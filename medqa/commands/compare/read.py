@@ -28,8 +28,9 @@ EVALUATION, DATA_REPORT = "evaluation.json", "data_report.json"
 ADAPTER_DIR, ADAPTER_CONFIG = "lora_adapters", "adapter_config.json"
 IN_ADAPTER_CONFIG = ("r", "lora_alpha", "lora_dropout", "target_modules")  # keys of `lora` that it has too
 
-# A change of these settings also changes the answer tokens that perplexity is over.
-MEASURED = ("model.base", "tokenization.max_length", "tokenization.append_eos")
+# A change of these settings also changes the answer tokens that perplexity is over. The prompt decides how an answer
+# begins, which token ends it, and how much of it fits.
+MEASURED = ("model.base", "tokenization.prompt", "tokenization.max_length", "tokenization.append_eos")
 MOST_SHOWN = 12  # values of a file that a message names
 
 Json = dict[str, Any]
