@@ -1,10 +1,10 @@
 """The experiments against each other: trained on equally many examples, compared row by row on the same held-out rows.
 
 Each arm is an experiment with what `--arm` sets. All start from the same base and see the same stream of rows; updates
-are computed without padding, which changes none of them. The base has 4-bit weights in every arm, because exp_004's `auto`
-could give it another base than the others; `--set` and `--arm` can say otherwise. Answer perplexity is measured twice
-for all arms, as the first arm reads the rows and as the last one does, so that none gains by reading them in its own
-way (length, named options).
+are computed without padding, which changes none of them. The base has 4-bit weights in every arm, because exp_004's
+`auto` could give it another base than the others; `--set` and `--arm` can say otherwise. Answer perplexity is measured
+twice for all arms, as the first arm reads the rows and as the last one does, so that none gains by reading them in its
+own way (length, named options).
 
     python -m benchmarks.recipes --model DIR --medquad medquad.csv --afrimedqa afrimedqa.csv --examples 6400
     python -m benchmarks.recipes --tiny
