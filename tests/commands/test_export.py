@@ -299,6 +299,8 @@ def test_unquantized_weights_are_refused_where_there_are_no_others(run, tmp_path
         shutil.rmtree(path)
     config = place / "config.yaml"
     config.write_text(config.read_text().replace("quantization: 4bit", "quantization: none"))
+    summary = place / "summary.json"  # without checkpoints it says what the run used
+    summary.write_text(summary.read_text().replace('"quantization": "4bit"', '"quantization": "none"'))
     said = refused(capsys, place, "--to", tmp_path / "x", "--weights", "base")
     assert "its weights were not quantized, so it is merged into them anyway; leave --weights out" in said
     assert not (tmp_path / "x").exists()
