@@ -89,6 +89,7 @@ def test_a_run_cannot_change_its_prompt(chat, tmp_path, capsys):
     assert json.loads((run / "summary.json").read_text())["updates"] == 6
 
 
+@pytest.mark.slow
 def test_evaluation_and_its_baseline_use_the_template(chat, tmp_path):
     run = shutil.copytree(chat, tmp_path / "run")
     assert main(["evaluate", str(run), "--cpu", "--limit", "6", "--tasks", "loss,generation,mcq"]) == 0
@@ -208,6 +209,7 @@ def test_a_run_with_the_old_rule_is_resumed_with_it(base, old, tmp_path):
     assert trained(run, "training.max_steps=5", base=base) == 0, "and again"
 
 
+@pytest.mark.slow
 def test_a_run_with_the_old_rule_is_evaluated_and_exported_with_it(base, old, tmp_path):
     run = shutil.copytree(old["whole"], tmp_path / "run")
     for place in (".", "lora_adapters", "checkpoint-2"):

@@ -37,6 +37,7 @@ def one_row_changed(micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]
     return micro_batches
 
 
+@pytest.mark.slow
 def test_rounding_is_below_the_bound_and_faults_are_above_it(experiment):
     right, initial = trained(experiment), initial_adapter(experiment)
     found = {

@@ -298,6 +298,7 @@ def test_a_run_and_a_plan_in_another_encoding(encoding, tmp_path, monkeypatch):
     assert json.loads(last)["question"] == UNUSUAL
 
 
+@pytest.mark.slow
 def test_commands_do_their_work_without_a_reader(tiny_run, tmp_path, monkeypatch, capsys):
     plan = ["plan", "--exp", "exp_001", "--tiny", "--cpu"]
     page, other = tmp_path / "page.html", shutil.copytree(tiny_run, tmp_path / "other")

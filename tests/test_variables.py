@@ -252,6 +252,7 @@ def test_what_accelerate_cannot_start_with_is_said_with_the_variables(given, new
         make_accelerator(True, "no", False, 5.0)
 
 
+@pytest.mark.slow
 def test_processes_that_mpi_has_started_are_known(tmp_path):
     script = tmp_path / "count.py"
     script.write_text(

@@ -256,6 +256,7 @@ def test_a_damaged_baseline_is_computed_again(damage, evaluated, run, monkeypatc
     assert loss_of(run) == loss_of(evaluated)
 
 
+@pytest.mark.slow
 def test_neither_rows_at_once_nor_padding_matter(evaluated, run, monkeypatch):
     monkeypatch.setattr(cache, "find", lambda what: None)
     monkeypatch.setattr("medqa.commands.evaluate.enough_tokens", lambda *_: 1)  # one row at a time
@@ -391,6 +392,7 @@ def test_every_task_has_its_figures(in_full):
     assert in_full["mcq"]["dropped"]["shared with training"] > 0
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same(in_full, run, tmp_path):
     script = tmp_path / "evaluate.py"
     script.write_text(EVALUATE)
@@ -471,6 +473,7 @@ def test_a_few_rows_never_take_the_place_of_all(evaluated, run, capsys):
     assert (run / "evaluation.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_other_rows_or_another_template_are_another_baseline(run, tmp_path, monkeypatch, capsys):
     """The seed chooses the rows of a limit; a base's own template is no part of its weights."""
     monkeypatch.setenv("MEDQA_CACHE", str(tmp_path / "cache"))

@@ -112,6 +112,7 @@ def test_a_broken_file_is_named(tmp_path, name):
     assert message in str(raised.value)
 
 
+@pytest.mark.slow
 def test_wrong_places_are_refused_together(tmp_path, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing listens there
     (tmp_path / "n.csv").mkdir()

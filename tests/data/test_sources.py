@@ -683,6 +683,7 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_the_real_client_against_a_hub(tmp_path: Path, hub: str) -> None:
     rows = [["What ?", "NA"], ["When ?", "None"]]  # words as they stand in the hub's CSV, not missing values
     cases = [("open/data", "none"), ("gated/data", "none"), ("none", "intronhealth/afrimedqa_v2"), ("no/such", "none")]
@@ -701,6 +702,7 @@ def test_the_real_client_against_a_hub(tmp_path: Path, hub: str) -> None:
     assert offline[0][0] == rows  # from the cache
 
 
+@pytest.mark.slow
 def test_hub_datasets_of_every_form(tmp_path: Path, hub: str) -> None:
     """In one process, for the sake of time: configurations, text as it stands, and what is wrong said to the end."""
     none = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"), "")

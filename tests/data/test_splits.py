@@ -175,6 +175,7 @@ def test_the_split_depends_on_seed_and_rows_alone() -> None:
     assert splits.fingerprint == "e995a697120742fb1fc07ce11d4b89424e63d9364d9eb30cc213fd85de51927f"
 
 
+@pytest.mark.slow
 def test_nothing_depends_on_the_hash_seed_of_the_process() -> None:
     code = (
         "from tests.data.test_splits import *;"
@@ -327,6 +328,7 @@ def test_the_real_files_grouped(real_rows: list[Row]) -> None:
     assert report["held_out"]["13_grams"]["share"] == pytest.approx(0.19, abs=0.03)
 
 
+@pytest.mark.slow
 @needs_shared
 def test_the_real_files_by_topic(real_rows: list[Row]) -> None:
     report = overlap_report(whole_groups(real_rows, "topic", (5_773, 2_129), held_out_at_most=81))
@@ -335,6 +337,7 @@ def test_the_real_files_by_topic(real_rows: list[Row]) -> None:
         assert report[name]["topic"]["of"] > 1_000
 
 
+@pytest.mark.slow
 @needs_shared
 def test_the_real_files_at_random(real_rows: list[Row]) -> None:
     report = overlap_report(split_rows(real_rows, "random", 42, FRACTIONS))["held_out"]

@@ -175,6 +175,7 @@ def test_the_untuned_bases_own_template(parts, tmp_path):
     assert by_own != answers(parts, ["What is asthma ?"], 1)
 
 
+@pytest.mark.slow
 def test_the_limits_on_a_template_are_not_for_all_questions_together(tmp_path, monkeypatch):
     monkeypatch.setattr("medqa.limited.WORK_SECONDS", 1)
     monkeypatch.setattr("medqa.evaluation.answers.TOGETHER", 1)

@@ -250,6 +250,7 @@ print(returned, (psutil.Process().memory_info().rss - before) / 2**20, sum(t.nby
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
 def test_freed_memory_is_returned_where_asked(tmp_path):
     script = tmp_path / "held.py"

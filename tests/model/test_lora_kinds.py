@@ -156,6 +156,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_a_run_is_resumed_bit_for_bit(runs, name, tmp_path):
     run = shutil.copytree(runs[name], tmp_path / "run")
@@ -167,6 +168,7 @@ def test_a_run_is_resumed_bit_for_bit(runs, name, tmp_path):
         assert (run / file).read_bytes() == (runs[name] / file).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_peft_loads_the_adapter_and_every_command_accepts_it(runs, name, tmp_path, capsys):
     said = json.loads((runs[name] / "lora_adapters" / "adapter_config.json").read_text())
@@ -189,6 +191,7 @@ def test_peft_loads_the_adapter_and_every_command_accepts_it(runs, name, tmp_pat
     assert main(["export", str(run), "--cpu", "--to", str(tmp_path / "g"), "--format", "gguf"]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_with_another_kind_is_refused(runs, tmp_path, capsys):
     run = shutil.copytree(runs["dora"], tmp_path / "run")
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -203,6 +206,7 @@ def test_a_run_with_another_kind_is_refused(runs, tmp_path, capsys):
         find_adapter(str(run))
 
 
+@pytest.mark.slow
 def test_an_adapter_to_start_from_must_be_of_the_same_kind(runs, tmp_path, capsys):
     start = f"lora.init_from={runs['dora'] / 'lora_adapters'}"
     for number, sets in enumerate(([], ["lora.use_dora=true", "lora.use_rslora=true"])):

@@ -133,6 +133,7 @@ def test_two_sharded_processes_compute_what_one_does(place):
     assert "evaluation.samples: 4 -> 0 (" in output(two)
 
 
+@pytest.mark.slow
 def test_four_sharded_processes_compute_what_one_does_without_padding(place):
     """Validation rows and pieces that four cannot share evenly: a process without one must still take part."""
     whole_and_in_pieces(place, UNPADDED, 4)

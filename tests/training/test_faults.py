@@ -370,6 +370,7 @@ def test_a_full_disk(mounted, straight, capsys):
     assert contents(disk / "run") == contents(straight)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_at_any_moment(mounted, straight, capsys):
     """Each time with a little more room: the configuration, the data's report, metrics, saves, the adapter fail."""
     disk = mounted("size=40k")

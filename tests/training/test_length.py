@@ -133,6 +133,7 @@ def test_patience_counts_evaluations_since_the_best():
     assert counts == [(1, 0), (1, 1), (3, 0), (3, 1), (3, 2)]
 
 
+@pytest.mark.slow
 def test_epochs_are_the_run_of_as_many_updates_and_may_grow(tmp_path, capfd):
     """Under a constant rate: half an epoch, continued to a whole one, is the whole one, bit for bit."""
     sets = ("training.global_batch_size=32", "evaluation.steps=100")
@@ -282,6 +283,7 @@ def test_a_new_best_is_saved_between_the_saves(tmp_path):
     assert adapter(tmp_path / "run" / "lora_adapters") == adapter(tmp_path / "run" / f"checkpoint-{best}")
 
 
+@pytest.mark.slow
 def test_a_longer_run_knows_all_that_the_shorter_one_has_seen(tmp_path):
     """The best of a run that was made longer is that of the run that was as long from the beginning."""
     words = (*EARLY, "training.keep=best", "training.keep_checkpoints=1")

@@ -89,6 +89,7 @@ def began(run) -> Iterator[Callable[[Path], tuple[Mirror, list[str]]]]:
 # --- the place goes away
 
 
+@pytest.mark.slow
 def test_a_place_that_was_removed_is_said_and_not_made_again(run, began, tmp_path):
     there = tmp_path / "there"
     copies, said = began(there)
@@ -286,6 +287,7 @@ def words(output_dir: Path, there: Path, *options: str) -> list[str]:
     return [*words, *options, "--set", *sets]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_before_its_first_checkpoint_goes_on_on_a_new_machine(tmp_path, own_accelerator):
     there = tmp_path / "there"
     process = Forked(words(tmp_path / "run", there), tmp_path / "log")

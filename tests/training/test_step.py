@@ -270,6 +270,7 @@ def test_overflows_are_counted_over_the_run(tiny, own_accelerator, tmp_path):
     assert [record["overflows"] for record in read_metrics(tmp_path / "metrics.jsonl")][-1] == state.overflows
 
 
+@pytest.mark.slow
 def test_an_overflow_starts_the_scalers_count_of_good_updates_anew(tiny, own_accelerator):
     parts = build(tiny("exp_001", "model.quantization=none", *FEW), fp16(HIGH_SCALE))
     scaler = parts.accelerator.scaler
